@@ -1,0 +1,1 @@
+"""bnfold: fold, adapt, export and prove networks with batch normalization."""

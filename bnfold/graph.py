@@ -1,0 +1,352 @@
+"""The one graph: how a model becomes an `onnx_ir.Model`, and how it gets back to a file.
+
+An ONNX file is read lazily (external data stays on disk). A torch module enters through torch's own
+exporter, whose initializers carry the names of the parameters (`layer1.0.bn1.running_mean`); that
+is what lets a fold be written back into the module. This is the only place that exports, runs
+clean-up passes or writes a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from bnfold.errors import InputError, UnsafeInputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+DEFAULT_OPSET = 20
+# protobuf cannot carry more than 2 GiB; below that, one file is what people want to ship
+ONE_FILE_LIMIT = 2**31 - 2**20
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Write a file so that it is there whole or not at all.
+
+    Yields a path of the same name in a fresh folder beside the target. When the block ends well,
+    everything in that folder is flushed to disk and renamed into place, `path` itself last; when it
+    raises, nothing is left and an older file stays as it was. Raises UsageError where the folder
+    does not exist or cannot be written.
+    """
+    path = Path(path)
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write {path}: {error.strerror or error} (folder {path.parent})."
+        ) from None
+    try:
+        yield staging / path.name
+        produced = sorted(staging.iterdir(), key=lambda file: file.name == path.name)
+        for file in produced:
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        for file in produced:
+            file.replace(path.parent / file.name)
+    except OSError as error:
+        raise UsageError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_onnx(path: Path | str) -> ir.Model:
+    """The model in an ONNX file; weights in external files are not read yet.
+
+    Raises InputError for a file that is not a valid model, and UnsafeInputError where external data
+    would be read from outside the model's folder.
+    """
+    path = Path(path)
+    try:
+        onnx.checker.check_model(str(path))
+        model = ir.load(path)
+    except Exception as error:  # protobuf, checker and onnx_ir each raise types of their own
+        raise _unreadable(path, error) from error
+    if not len(model.graph) and not model.graph.outputs:
+        raise InputError(f"{path} holds an empty ONNX model: no operators and no outputs.")
+    _check_external_data(model, path)
+    return infer_shapes(model)
+
+
+def parse_onnx(data: bytes, name: str = "the model") -> ir.Model:
+    """The model in the bytes of an ONNX file. Raises InputError."""
+    try:
+        proto = onnx.load_model_from_string(data)
+        onnx.checker.check_model(proto)
+        return infer_shapes(ir.from_proto(proto))
+    except Exception as error:
+        raise _unreadable(Path(name), error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    """The reader's own error as one sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "external" in text.lower() and any(
+        word in text for word in ("..", "symlink", "hard link", "hardlink", "absolute", "escape")
+    ):
+        return UnsafeInputError(f"{path} refers to external data outside its folder: {text[:300]}")
+    return InputError(f"{path} is not a model that can be read: {text[:300]}")
+
+
+def _check_external_data(model: ir.Model, path: Path) -> None:
+    """Refuse external data that is missing or shorter than the model says."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            file = Path(tensor.path)
+            if not file.is_file():
+                raise InputError(
+                    f"{path} keeps the weight '{value.name}' in {tensor.location}, and that file"
+                    " is not beside it."
+                )
+            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            if (
+                (tensor.offset or 0) < 0
+                or end > file.stat().st_size
+                or (tensor.length is not None and tensor.length < tensor.nbytes)
+            ):
+                raise InputError(
+                    f"{path}: the weight '{value.name}' needs bytes up to {end} of"
+                    f" {tensor.location}, which has {file.stat().st_size}; the file is truncated."
+                )
+
+
+def write_onnx(model: ir.Model, path: Path | str) -> None:
+    """Write the model, whole or not at all: one file, beyond 2 GB with `.data` beside it."""
+    path = Path(path)
+    size = sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+    with replacing(path) as staged:
+        if size > ONE_FILE_LIMIT:
+            ir.save(model, staged, external_data=f"{path.name}.data")
+        else:
+            staged.write_bytes(to_bytes(model))
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The model as the bytes of a single ONNX file."""
+    return bytes(to_proto(model).SerializeToString())
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as a protobuf, every weight inside."""
+    external = {
+        value: value.const_value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    for value, tensor in external.items():
+        value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    try:
+        return ir.to_proto(model)
+    finally:
+        for value, tensor in external.items():
+            value.const_value = tensor
+
+
+def infer_shapes(model: ir.Model) -> ir.Model:
+    """The same model with the shapes that onnx can infer, in place."""
+    known = all(
+        output.shape is not None for graph in model.graphs() for n in graph for output in n.outputs
+    )
+    if not known:
+        # a shape that cannot be inferred is only a value that no gauge may enter
+        with contextlib.suppress(Exception):
+            passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    return model
+
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def export_module(
+    module: nn.Module,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    opset: int = DEFAULT_OPSET,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+) -> ir.Model:
+    """The inference graph of a torch module, its batch norms still in place.
+
+    example_inputs: one tensor per argument of forward; the first axis of each is the batch and is
+    exported as dynamic unless `dynamic_batch` is off or the network fixes it. Initializers carry
+    the names of the module's parameters and buffers. The module's training flags are as before
+    afterwards. Raises InputError if torch cannot export it.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        attempts = [dynamic_batch, False] if dynamic_batch else [False]
+        for dynamic in attempts:
+            try:
+                model = _run_exporter(module, tuple(example_inputs), opset, dynamic, input_names)
+                break
+            except Exception as error:
+                failure = error
+        else:
+            raise InputError(_export_failure(module, failure)) from failure
+    finally:
+        for m, training in modes:
+            m.training = training
+    if model.opset_imports.get("") != opset:
+        raise UsageError(
+            f"The exporter could not write opset {opset}: it gave {model.opset_imports.get('')}."
+            " Ask for opset 18 or newer."
+        )
+    return model
+
+
+def _run_exporter(
+    module: nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    opset: int,
+    dynamic: bool,
+    input_names: Sequence[str] | None,
+) -> ir.Model:
+    import torch
+
+    shapes: Any = None
+    if dynamic:
+        batch = torch.export.Dim("batch")
+        shapes = tuple({0: batch} if x.dim() else {} for x in example_inputs)
+    loud = logging.getLogger("torch.onnx")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            torch.no_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                example_inputs,
+                dynamo=True,
+                # optimize=True already folds part of the batch norms: nothing left to prove
+                optimize=False,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                input_names=list(input_names) if input_names else None,
+                verbose=False,
+            )
+    finally:
+        loud.setLevel(level)
+    assert program is not None
+    return _tidy_export(program.model)
+
+
+def _export_failure(module: nn.Module, error: Exception) -> str:
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    text = " ".join(str(root).split())[:300]
+    return (
+        f"torch cannot export {type(module).__name__} to ONNX: {type(root).__name__}: {text}"
+        " Check the input shape; what cannot be exported cannot be verified on onnxruntime either."
+    )
+
+
+def _tidy_export(model: ir.Model) -> ir.Model:
+    """Clear the exporter's clutter: computed zero biases, source paths, unused constants.
+
+    A constant computed *from a parameter* (a Transpose of a weight) is left as it stands, so that
+    the parameter keeps its name.
+    """
+    from onnxscript import optimizer
+
+    parameters = set(model.graph.initializers)
+
+    def should_fold(node: ir.Node) -> bool | None:
+        reads_parameter = any(v is not None and v.name in parameters for v in node.inputs)
+        return False if reads_parameter and node.op_type != "Shape" else None
+
+    quiet = logging.getLogger("onnxscript")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        optimizer.fold_constants(model, should_fold=should_fold)
+    finally:
+        quiet.setLevel(level)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _drop_made_up_biases(model, parameters)
+    passes.RemoveUnusedNodesPass()(model)
+    # stack traces in the metadata name the exporting machine's folders
+    passes.ClearMetadataAndDocStringPass()(model)
+    return infer_shapes(model)
+
+
+def _drop_made_up_biases(model: ir.Model, parameters: set[str]) -> None:
+    """Remove the zero bias that the exporter invents for every convolution without one."""
+    for node in model.graph:
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.inputs) < 3:
+            continue
+        bias = node.inputs[2]
+        if bias is None or bias.const_value is None or bias.name in parameters:
+            continue
+        if not np.any(bias.const_value.numpy()):
+            node.resize_inputs(2)
+
+
+# --- a checkpoint that carries its graph ---------------------------------------------------------
+
+
+def checkpoint_graph(module: nn.Module, example_inputs: Sequence[torch.Tensor]) -> bytes:
+    """The module's graph as ONNX bytes, its parameters left out: data, never code.
+
+    Each parameter or buffer appears as a graph input of its own name; `attach_weights` puts the
+    tensors of a state_dict back.
+    """
+    model = export_module(module, example_inputs)
+    state = module.state_dict()
+    for name in list(model.graph.initializers):
+        if name in state:
+            model.graph.inputs.append(model.graph.initializers.pop(name))
+    for value in model.graph.inputs:
+        value.const_value = None
+    return to_bytes(model)
+
+
+def attach_weights(graph: bytes, state_dict: Mapping[str, torch.Tensor]) -> ir.Model:
+    """The inverse of `checkpoint_graph`. Raises InputError where graph and tensors disagree."""
+    model = parse_onnx(graph, "the checkpoint's own graph")
+    for value in list(model.graph.inputs):
+        tensor = state_dict.get(value.name or "")
+        if tensor is None:
+            continue
+        array = tensor.detach().cpu().numpy()
+        if value.shape is not None and tuple(value.shape) != array.shape:
+            raise InputError(
+                f"The checkpoint's weight '{value.name}' has shape {array.shape}; its graph says"
+                f" {tuple(value.shape)}."
+            )
+        model.graph.inputs.remove(value)
+        value.const_value = ir.Tensor(array, name=value.name)
+        model.graph.register_initializer(value)
+    return model
