@@ -83,7 +83,7 @@ def read_onnx(path: Path | str) -> ir.Model:
     if not len(model.graph) and not model.graph.outputs:
         raise InputError(f"{path} holds an empty ONNX model: no operators and no outputs.")
     _check_external_data(model, path)
-    return infer_shapes(model)
+    return prepare(model)
 
 
 def parse_onnx(data: bytes, name: str = "the model") -> ir.Model:
@@ -91,7 +91,7 @@ def parse_onnx(data: bytes, name: str = "the model") -> ir.Model:
     try:
         proto = onnx.load_model_from_string(data)
         onnx.checker.check_model(proto)
-        return infer_shapes(ir.from_proto(proto))
+        return prepare(ir.from_proto(proto))
     except Exception as error:
         raise _unreadable(Path(name), error) from error
 
@@ -169,8 +169,10 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
             value.const_value = tensor
 
 
-def infer_shapes(model: ir.Model) -> ir.Model:
-    """The same model with the shapes that onnx can infer, in place."""
+def prepare(model: ir.Model) -> ir.Model:
+    """The same model with what planning needs: inferred shapes, the IR version on each graph."""
+    for graph in model.graphs():
+        graph.meta["ir_version"] = model.ir_version
     known = all(
         output.shape is not None for graph in model.graphs() for n in graph for output in n.outputs
     )
@@ -178,6 +180,12 @@ def infer_shapes(model: ir.Model) -> ir.Model:
         # a shape that cannot be inferred is only a value that no gauge may enter
         with contextlib.suppress(Exception):
             passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    return model
+
+
+def freeze_inputs(model: ir.Model) -> ir.Model:
+    """The same model with every initializer constant: none can be overridden as an input."""
+    passes.RemoveInitializersFromInputsPass()(model)
     return model
 
 
@@ -299,7 +307,7 @@ def _tidy_export(model: ir.Model) -> ir.Model:
     passes.RemoveUnusedNodesPass()(model)
     # stack traces in the metadata name the exporting machine's folders
     passes.ClearMetadataAndDocStringPass()(model)
-    return infer_shapes(model)
+    return prepare(model)
 
 
 def _drop_made_up_biases(model: ir.Model, parameters: set[str]) -> None:
