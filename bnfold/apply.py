@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from bnfold.affine import Array, Gauge
-from bnfold.constants import Constant, constant
+from bnfold.constants import Constant, constant, readers
 from bnfold.errors import InputError
 from bnfold.plan import FoldPlan
-from bnfold.rules import RULES, label
+from bnfold.rules import RULES
+from bnfold.rules.node import Opaque, label
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def apply(plan: FoldPlan) -> Folded:
     Raises InputError where a new constant does not fit its own type (an overflow in float16).
     """
     model = plan.model.clone()
-    nodes, values = _correspondence(plan.model, model)
+    nodes = _correspondence(plan.model, model)
     _copy_graph_facts(plan.model, model)
     writer = _Writer(model)
     gone = {removed.node for removed in plan.removed}
@@ -52,17 +54,13 @@ def apply(plan: FoldPlan) -> Folded:
     return Folded(model, aliases, writer.biases)
 
 
-def _correspondence(
-    before: ir.Model, after: ir.Model
-) -> tuple[dict[ir.Node, ir.Node], dict[ir.Value, ir.Value]]:
-    """Nodes and values of a model and of its clone, which list them in the same order."""
-    nodes: dict[ir.Node, ir.Node] = {}
-    values: dict[ir.Value, ir.Value] = {}
-    for old_graph, new_graph in zip(before.graphs(), after.graphs(), strict=True):
-        for old, new in zip(old_graph, new_graph, strict=True):
-            nodes[old] = new
-            values.update(zip(old.outputs, new.outputs, strict=True))
-    return nodes, values
+def _correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]:
+    """The nodes of a model and of its clone, which lists them in the same order."""
+    return {
+        old: new
+        for old_graph, new_graph in zip(before.graphs(), after.graphs(), strict=True)
+        for old, new in zip(old_graph, new_graph, strict=True)
+    }
 
 
 def _copy_graph_facts(before: ir.Model, after: ir.Model) -> None:
@@ -87,7 +85,10 @@ class _New:
 def _constants(node: ir.Node, plan: FoldPlan) -> list[_New]:
     """The new constants of one node of the original model."""
     rule = RULES.get(node.op_type)
-    if rule is None or rule.rewrite is None or not rule.constants(node):
+    try:
+        if rule is None or rule.rewrite is None or not rule.constants(node):
+            return []
+    except Opaque:
         return []
 
     def gauge(value: ir.Value) -> Gauge:
@@ -144,7 +145,8 @@ class _Writer:
             first = writes[0].held.as_root(writes[0].array) if _same_shape(writes[0]) else None
             agreed = (
                 first is not None
-                and len(writes) == _count_readers(root)
+                and len(writes) == len(readers(root))
+                and not root.is_graph_output()
                 and all(
                     _same_shape(w) and np.array_equal(w.held.as_root(w.array), first)
                     for w in writes
@@ -160,7 +162,8 @@ class _Writer:
         """Give this reader a tensor of its own, already in the layout that it reads."""
         tensor = _rounded(write.array, write.held.dtype, write.root.name)
         old = write.node.inputs[write.slot]
-        assert old is not None and old.dtype is not None
+        assert old is not None
+        assert old.dtype is not None
         if old.dtype != tensor.dtype:
             tensor = ir.Tensor(tensor.numpy().astype(old.dtype.numpy()), dtype=old.dtype)
         value = self._initializer(write.node, f"{write.root.name}_folded", tensor)
@@ -171,7 +174,7 @@ class _Writer:
         name = self._fresh(name)
         value = ir.Value(
             name=name,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.numpy().shape),
             type=ir.TensorType(tensor.dtype),
             const_value=ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name),
         )
@@ -235,18 +238,7 @@ def _same_shape(write: _Write) -> bool:
     return write.array.shape == write.held.array.shape
 
 
-def _count_readers(root: ir.Value) -> int:
-    count = 0
-    for node, _ in root.uses():
-        through = constant(node.outputs[0]) if node.outputs else None
-        if through is not None and through.root is root:
-            count += _count_readers(node.outputs[0])
-        else:
-            count += 1
-    return count + (1 if root.is_graph_output() else 0)
-
-
-def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor:
+def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[Any]:
     """The array rounded once to its own type. Raises InputError if it overflows there."""
     with np.errstate(over="ignore"):
         stored = np.ascontiguousarray(array.astype(dtype.numpy()))
@@ -258,7 +250,7 @@ def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor:
     return ir.Tensor(stored, dtype=dtype, name=name)
 
 
-def _set_root(root: ir.Value, tensor: ir.Tensor) -> None:
+def _set_root(root: ir.Value, tensor: ir.Tensor[Any]) -> None:
     node = root.producer()
     if node is None:
         root.const_value = tensor

@@ -109,3 +109,15 @@ def _static(value: ir.Value) -> bool:
 def _overridable(value: ir.Value) -> bool:
     graph = value.graph
     return graph is None or graph.meta.get("ir_version", 4) >= 4
+
+
+def readers(root: ir.Value) -> list[tuple[ir.Node, int]]:
+    """Every operator slot that reads a constant, directly or through views."""
+    found: list[tuple[ir.Node, int]] = []
+    for node, slot in root.uses():
+        behind = constant(node.outputs[0]) if node.op_type in _VIEWS else None
+        if behind is not None and behind.root is root:
+            found.extend(readers(node.outputs[0]))
+        else:
+            found.append((node, slot))
+    return found

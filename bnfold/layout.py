@@ -128,7 +128,7 @@ def unbroadcast(array: Array, shape: Shape) -> Array | None:
     if any(size > 1 for size in array.shape[:extra]):
         return None
     inner = array.reshape(array.shape[extra:])
-    if any(size > 1 and dim != size for size, dim in zip(inner.shape, shape, strict=True)):
+    if any(inner.shape[axis] > 1 and dim != inner.shape[axis] for axis, dim in enumerate(shape)):
         return None
     return inner
 
@@ -149,7 +149,7 @@ def put(array: Array, index: Array | Sequence[int] | slice, axis: int, size: Dim
     if not isinstance(size, int):
         return array if array.size == 1 and not np.isnan(array).any() else None
     chosen = np.arange(size)[index]
-    shape = list(array.shape)
+    shape: list[int] = list(array.shape)
     shape[axis] = size
     full = np.full(shape, np.nan)
     picked = list(array.shape)
@@ -176,9 +176,10 @@ def depth_to_space(array: Array, block: int, mode: str) -> Array | None:
     split = (block * block, channels // block**2)
     rows = array.reshape(split if mode == "DCR" else split[::-1])
     rows = rows if mode == "DCR" else rows.T
-    if not all(np.array_equal(row, rows[0], equal_nan=True) for row in rows):
+    first: Array = rows[0]
+    if not all(np.array_equal(row, first, equal_nan=True) for row in rows):
         return None
-    return rows[0].reshape(1, -1, *array.shape[2:])
+    return first.reshape(1, -1, *array.shape[2:])
 
 
 def space_to_depth(array: Array, block: int, mode: str) -> Array | None:

@@ -1,9 +1,9 @@
 """A one-stage face detector on depthwise separable convolutions, with four detection heads.
 
-Backbone: Howard et al., MobileNets, 2017, section 3. Heads: Liu et al., SSD, ECCV 2016, section 2.1.
+Backbone: Howard et al., MobileNets, 2017, section 3. Heads: Liu et al., SSD, ECCV 2016, sec. 2.1.
 Sizes and names are those of the published "slim" Ultra-Light-Fast face detector. Input
-(N, 3, 240, 320), (RGB - 127) / 128. Output: `scores` (N, 4420, 2), softmax over background and face,
-and `boxes` (N, 4420, 4), offsets from the prior boxes.
+(N, 3, 240, 320), (RGB - 127) / 128. Output: `scores` (N, 4420, 2), softmax over background and
+face, and `boxes` (N, 4420, 4), offsets from the prior boxes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,510 @@
+"""Where a model runs, and the proof that it ran there.
+
+onnxruntime falls back to the CPU in silence: a session asked for CUDA alone comes back without an
+error, and with the CPU provider. So a session opened here reads back which provider every node was
+given, and a request that was not met is a RuntimeUnavailableError that names what is missing.
+What onnxruntime and its libraries print while they load never reaches our stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import struct
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx
+
+from bnfold.errors import InputError, RuntimeUnavailableError
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Provider = Literal["cpu", "cuda"]
+Model = onnx.ModelProto | bytes | str | Path
+
+PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# float32 means float32 (no TF32), and one algorithm for one shape (EXHAUSTIVE times several)
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+PROTOBUF_LIMIT = 2**31 - 1
+COMPUTE_OPS = ("Conv", "Gemm", "MatMul", "BatchNormalization")
+CUDNN = "libcudnn.so.9"  # the major version that onnxruntime-gpu 1.19 and later opens
+
+
+@dataclass(frozen=True)
+class Session:
+    """An onnxruntime session and the evidence of where its nodes were placed.
+
+    providers: what the session registered, in order of precedence.
+    assignment: provider -> operator type -> number of nodes, after onnxruntime's own graph
+    optimization; empty where this onnxruntime cannot tell (never for CUDA).
+    """
+
+    provider: str
+    optimized: bool
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    providers: tuple[str, ...]
+    assignment: Mapping[str, Mapping[str, int]]
+    _session: Any = field(repr=False, compare=False)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
+        """The graph's outputs by name. Raises InputError when onnxruntime refuses the inputs."""
+        try:
+            values = self._session.run(None, dict(feeds))
+        except Exception as error:
+            raise InputError(f"onnxruntime could not run the model: {_sentence(error)}") from error
+        if tuple(self._session.get_providers()) != self.providers:
+            raise RuntimeUnavailableError(
+                f"onnxruntime left {self.providers[0]} while running and fell back to "
+                f"{self._session.get_providers()[0]}; the result proves nothing about it."
+            )
+        return dict(zip(self.output_names, values, strict=True))
+
+
+class Noise:
+    """What a library printed while `quiet` held it back."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Append text that was printed."""
+        self._parts.append(text)
+
+    def text(self) -> str:
+        """Everything printed so far, terminal colours removed."""
+        return re.sub(r"\x1b\[[0-9;]*m", "", "".join(self._parts)).strip()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[Noise]:
+    """Hold back what Python code and native libraries write to stdout and stderr.
+
+    Works on the file descriptors, since onnxruntime logs from C++. Not for use from two threads
+    at once: the descriptors belong to the process.
+    """
+    noise = Noise()
+    printed = io.StringIO()
+    with tempfile.TemporaryFile() as sink, contextlib.ExitStack() as stack:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # a closed descriptor has nothing to hold back
+                saved = os.dup(descriptor)
+                stack.callback(_restore, saved, descriptor)
+                os.dup2(sink.fileno(), descriptor)
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                yield noise
+        finally:
+            sink.seek(0)
+            noise.add(printed.getvalue())
+            noise.add(sink.read().decode(errors="replace"))
+
+
+def _restore(saved: int, descriptor: int) -> None:
+    os.dup2(saved, descriptor)
+    os.close(saved)
+
+
+def _sentence(error: BaseException) -> str:
+    """The part of an onnxruntime error that a user can read."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _onnxruntime() -> Any:
+    try:
+        with quiet() as noise:
+            import onnxruntime
+    except ImportError as error:
+        detail = noise.text().splitlines()[-1:] or [str(error)]
+        raise RuntimeUnavailableError(
+            f"onnxruntime cannot be imported ({detail[0]}); install onnxruntime, or "
+            f"onnxruntime-gpu for CUDA."
+        ) from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise RuntimeUnavailableError(
+            "the installed onnxruntime is incomplete: it has no InferenceSession. Two of its "
+            "distributions were probably installed over each other; remove both, install one."
+        )
+    return onnxruntime
+
+
+# -------------------------------------------------------------------------------- the session
+
+
+def open_session(
+    model: Model,
+    provider: str = "cpu",
+    *,
+    optimize: bool,
+    threads: int | None = None,
+) -> Session:
+    """An onnxruntime session of `model` on `provider` ("cpu" or "cuda"), and only there.
+
+    model: a file's path, the bytes of a file, or a ModelProto (beyond 2 GiB: a path, or a proto
+    that is written to a temporary folder with its tensors beside it). optimize: onnxruntime's
+    default graph optimization, which folds batch normalization itself; False turns all of it off.
+
+    Raises RuntimeUnavailableError when the provider cannot run here or did not take the model's
+    convolutions and products, and InputError when onnxruntime refuses the model.
+    """
+    if provider not in PROVIDERS:
+        raise RuntimeUnavailableError(
+            f"'{provider}' is not a provider of bnfold; use {' or '.join(PROVIDERS)}."
+        )
+    runtime = _onnxruntime()
+    wanted = PROVIDERS[provider]
+    if provider == "cuda":
+        _require_cuda(runtime)
+    options = _session_options(runtime, optimize, threads)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(_loadable(model))
+        try:
+            with quiet() as noise:
+                session = runtime.InferenceSession(
+                    source,
+                    options,
+                    providers=[(wanted, dict(CUDA_OPTIONS) if provider == "cuda" else {})],
+                    enable_fallback=0,
+                )
+        except Exception as error:
+            if provider == "cuda" and _looks_like_cuda(f"{error} {noise.text()}"):
+                raise RuntimeUnavailableError(_cuda_failure(f"{error}\n{noise.text()}")) from error
+            raise InputError(f"onnxruntime cannot load the model: {_sentence(error)}") from error
+    return _proved(session, provider, optimize, noise.text())
+
+
+def _session_options(runtime: Any, optimize: bool, threads: int | None) -> Any:
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what it logs as an error, it raises too
+    levels = runtime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return options
+
+
+@contextlib.contextmanager
+def _loadable(model: Model) -> Iterator[bytes | str]:
+    """The model as InferenceSession takes it."""
+    if isinstance(model, bytes):
+        yield model
+    elif isinstance(model, str | Path):
+        if not Path(model).is_file():
+            raise InputError(f"there is no model file at {model}.")
+        yield str(model)
+    elif model.ByteSize() < PROTOBUF_LIMIT:
+        yield model.SerializeToString()
+    else:
+        with tempfile.TemporaryDirectory(prefix="bnfold-") as folder:
+            copy = onnx.ModelProto()
+            copy.CopyFrom(model)  # saving moves the tensors out of the proto
+            path = Path(folder) / "model.onnx"
+            onnx.save_model(copy, str(path), save_as_external_data=True, location="model.data")
+            yield str(path)
+
+
+def _proved(session: Any, provider: str, optimize: bool, noise: str) -> Session:
+    """The session with its evidence, or RuntimeUnavailableError where it runs elsewhere."""
+    wanted = PROVIDERS[provider]
+    providers = tuple(session.get_providers())
+    if not providers or providers[0] != wanted:
+        raise RuntimeUnavailableError(_cuda_failure(noise) if provider == "cuda" else noise)
+    assignment = _assignment(session)
+    if provider != "cpu":
+        _require_placement(assignment, wanted)
+    return Session(
+        provider=provider,
+        optimized=optimize,
+        input_names=tuple(value.name for value in session.get_inputs()),
+        output_names=tuple(value.name for value in session.get_outputs()),
+        providers=providers,
+        assignment=assignment,
+        _session=session,
+    )
+
+
+def _assignment(session: Any) -> dict[str, dict[str, int]]:
+    """provider -> operator type -> nodes; empty where this onnxruntime does not record it."""
+    read = getattr(session, "get_provider_graph_assignment_info", None)
+    if read is None:
+        return {}
+    counts: dict[str, Counter[str]] = {}
+    for subgraph in read():
+        placed = counts.setdefault(subgraph.ep_name, Counter())
+        placed.update(node.op_type for node in subgraph.get_nodes())
+    return {name: dict(sorted(placed.items())) for name, placed in counts.items()}
+
+
+def _require_placement(assignment: Mapping[str, Mapping[str, int]], wanted: str) -> None:
+    """Shape arithmetic may stay on the CPU; a convolution or a product may not.
+
+    Raises RuntimeUnavailableError naming what was placed elsewhere, or that nothing is known.
+    """
+    if not assignment:
+        raise RuntimeUnavailableError(
+            f"this onnxruntime does not tell which provider each node was given, so a run on "
+            f"{wanted} cannot be proved; install onnxruntime-gpu 1.28 or later."
+        )
+    strays = [
+        f"{count} {op_type} on {provider}"
+        for provider, placed in assignment.items()
+        if provider != wanted
+        for op_type, count in placed.items()
+        if any(op in op_type for op in COMPUTE_OPS)
+    ]
+    if strays:
+        raise RuntimeUnavailableError(
+            f"{wanted} was asked for, but onnxruntime placed {', '.join(strays)}; "
+            f"a comparison would not be about {wanted}."
+        )
+    if wanted not in assignment:
+        raise RuntimeUnavailableError(f"onnxruntime placed no node of the model on {wanted}.")
+
+
+# ----------------------------------------------------------------------------- what CUDA lacks
+
+
+def _require_cuda(runtime: Any) -> None:
+    """Load CUDA's libraries where torch or pip packages carry them; refuse a CPU-only build."""
+    offered = runtime.get_available_providers()
+    if PROVIDERS["cuda"] not in offered:
+        raise RuntimeUnavailableError(
+            f"CUDA was asked for, but this onnxruntime {runtime.__version__} was built without "
+            f"it (it offers {', '.join(offered)}); install onnxruntime-gpu instead of onnxruntime."
+        )
+    with quiet(), contextlib.suppress(Exception):
+        if _torch_cuda() is not None:
+            import torch  # noqa: F401  its wheels bring CUDA's libraries along
+        else:
+            runtime.preload_dlls()
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version that torch was built for, None for a CPU build or no torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch.version.cuda
+
+
+def _looks_like_cuda(text: str) -> bool:
+    return any(word in text for word in ("CUDA", "cuda", "cudnn", "CUDNN", "cublas", "CUBLAS"))
+
+
+def missing_libraries() -> list[str]:
+    """The shared libraries that onnxruntime's CUDA provider needs and this machine cannot load.
+
+    Linux only (elsewhere: empty). cuDNN is not linked but opened on demand: it is asked for too.
+    """
+    folder = _capi_folder()
+    library = folder / "libonnxruntime_providers_cuda.so" if folder else None
+    if library is None or not library.is_file():
+        return []
+    linked = [name for name in needed_libraries(library) if name.startswith("libcu")]
+    return [name for name in [*linked, CUDNN] if not _loads(name)]
+
+
+def needed_libraries(path: Path) -> list[str]:
+    """The DT_NEEDED names of a 64-bit little-endian ELF file; empty for any other file.
+
+    Source: System V ABI, program header PT_DYNAMIC (2) and PT_LOAD (1), dynamic tags DT_NEEDED
+    (1) and DT_STRTAB (5).
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return []
+        (start,) = struct.unpack_from("<Q", header, 32)
+        size, count = struct.unpack_from("<HH", header, 54)
+        file.seek(start)
+        table = file.read(size * count)
+        segments = [struct.unpack_from("<IIQQQQQQ", table, size * index) for index in range(count)]
+        loaded = [
+            (at, where, length) for kind, _, where, at, _, length, *_ in segments if kind == 1
+        ]
+        dynamic = [(where, length) for kind, _, where, _, _, length, *_ in segments if kind == 2]
+        if not dynamic:
+            return []
+        file.seek(dynamic[0][0])
+        entries = list(struct.iter_unpack("<QQ", file.read(dynamic[0][1] // 16 * 16)))
+        strings = next(value for tag, value in entries if tag == 5)
+        base = next(strings - at + where for at, where, n in loaded if at <= strings < at + n)
+        names = []
+        for offset in (value for tag, value in entries if tag == 1):
+            file.seek(base + offset)
+            names.append(file.read(256).split(b"\0")[0].decode())
+    return names
+
+
+def _capi_folder() -> Path | None:
+    spec = importlib.util.find_spec("onnxruntime")
+    return Path(spec.origin).parent / "capi" if spec and spec.origin else None
+
+
+def _loads(library: str) -> bool:
+    try:
+        with quiet():
+            ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _cuda_failure(text: str) -> str:
+    """One sentence: CUDA cannot run, the library the loader named, the others, what to do."""
+    named = re.search(r"(\S+\.(?:so|dll)[.\d]*): cannot open shared object file", text)
+    missing = missing_libraries()
+    if named:
+        others = [name for name in missing if name != named.group(1)]
+        also = f" (and {', '.join(others)})" if others else ""
+        return (
+            f"CUDA was asked for, but onnxruntime's CUDA provider cannot load {named.group(1)}"
+            f"{also}: no such file here. Install NVIDIA's driver and the CUDA libraries that this "
+            f"onnxruntime-gpu was built for (pip install onnxruntime-gpu[cuda,cudnn]), or ask for "
+            f"the CPU."
+        )
+    said = [line for line in text.splitlines() if _looks_like_cuda(line)]
+    reason = re.sub(r"^.*?\]\s*", "", said[0]).strip() if said else "onnxruntime gave no reason"
+    also = f"; these libraries are not here: {', '.join(missing)}" if missing else ""
+    return (
+        f"CUDA was asked for, but onnxruntime fell back to another provider: {reason}{also}. "
+        f"Ask for the CPU, or repair the CUDA installation (bnfold doctor)."
+    )
+
+
+# --------------------------------------------------------------------------------------- torch
+
+
+def run_torch(module: torch.nn.Module, inputs: Sequence[Array]) -> list[Array]:
+    """The module's outputs in evaluation mode, float32 without TF32, as numpy arrays.
+
+    inputs: the positional arguments of forward. Tuples, lists and dictionaries of outputs come
+    back flat, in order. The module's training flags are put back.
+    """
+    import torch
+
+    modes = [(part, part.training) for part in module.modules()]
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
+    module.eval()
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+            given = [torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in inputs]
+            result = module(*given)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+        for part, training in modes:
+            part.training = training
+    return [tensor.detach().cpu().numpy() for tensor in _flat(result)]
+
+
+def _flat(result: Any) -> Iterator[torch.Tensor]:
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    if isinstance(result, list | tuple):
+        for item in result:
+            yield from _flat(item)
+    elif result is not None:
+        yield result
+
+
+# -------------------------------------------------------------------------------------- doctor
+
+
+def available() -> dict[str, Any]:
+    """Facts for `bnfold doctor`: versions, providers claimed, providers that really load.
+
+    Keys: versions {package: version or None}, claimed [provider], loads {provider: True or the
+    reason why not}, missing_libraries [name], conflict (two onnxruntime distributions installed:
+    a sentence, or None), torch_cuda {built_for, available, device}.
+    """
+    versions = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu", "onnx",
+                                                  "onnx-ir", "onnxscript", "torch", "numpy",
+                                                  "safetensors")}  # fmt: skip
+    both = versions["onnxruntime"] and versions["onnxruntime-gpu"]
+    facts: dict[str, Any] = {
+        "versions": versions,
+        "conflict": (
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
+            "uninstall both, then install one."
+            if both
+            else None
+        ),
+        "claimed": [],
+        "loads": {},
+        "missing_libraries": missing_libraries(),
+        "torch_cuda": _torch_facts(),
+    }
+    try:
+        facts["claimed"] = list(_onnxruntime().get_available_providers())
+    except RuntimeUnavailableError as error:
+        facts["loads"] = {name: str(error) for name in PROVIDERS.values()}
+        return facts
+    facts["loads"] = {name: _loads_provider(key) for key, name in PROVIDERS.items()}
+    return facts
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _loads_provider(provider: str) -> bool | str:
+    """True, or the sentence of the failure: a model of one convolution is opened and run."""
+    try:
+        session = open_session(_smallest_model(), provider, optimize=False)
+        session.run({"x": np.ones((1, 1, 1, 1), np.float32)})
+    except (RuntimeUnavailableError, InputError) as error:
+        return str(error)
+    return True
+
+
+def _smallest_model() -> onnx.ModelProto:
+    image = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, (1, 1, 1, 1))
+    weight = onnx.numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "w")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "w"], ["y"])],
+        "smallest",
+        [onnx.helper.make_value_info("x", image)],
+        [onnx.helper.make_value_info("y", image)],
+        [weight],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def _torch_facts() -> dict[str, Any]:
+    if importlib.util.find_spec("torch") is None:
+        return {"built_for": None, "available": False, "device": None}
+    import torch
+
+    usable = torch.cuda.is_available()
+    return {
+        "built_for": torch.version.cuda,
+        "available": usable,
+        "device": torch.cuda.get_device_name(0) if usable else None,
+    }
