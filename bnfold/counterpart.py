@@ -1,4 +1,4 @@
-"""Two graphs side by side: what is constant in each, which nodes of one answer to which of the other.
+"""Two graphs side by side: what is constant in each, which nodes answer to which.
 
 For the certificate. `View` reads one graph: producers, and constants together with the rounding of
 the dtype that they are stored in. `Shapes` gives the values of the original concrete shapes.
@@ -181,7 +181,7 @@ class View:
 
     def label(self, node: onnx.NodeProto) -> str:
         """How a message names the node."""
-        return node.name or next((name for name in node.output if name), node.op_type)
+        return str(node.name or next((name for name in node.output if name), node.op_type))
 
 
 def _from_tensor(tensor: TensorProto) -> Constant:

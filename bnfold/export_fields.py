@@ -9,6 +9,7 @@ holds a string has a row here with a test for it; a string in a field without a 
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -34,6 +35,7 @@ def _matches(pattern: re.Pattern[str]) -> Callable[[str], bool]:
     return lambda text: pattern.fullmatch(text) is not None
 
 
+@functools.cache
 def _is_operator(text: str) -> bool:
     """One of torch's own operators on tensors, or of Python's on sizes; none that opens files."""
     import torch
@@ -71,6 +73,7 @@ _POWERS = frozenset(
 )
 
 
+@functools.cache
 def _is_shape_expression(text: str) -> bool:
     """Whether `text` only calls sympy's arithmetic on numbers and symbols such as s0.
 
@@ -241,15 +244,17 @@ def checked_fields(value: Any, field: str) -> Any:
     field: the key that holds it; "program" for models/*.json, "payload" for the configurations
     of weights and constants. Raises RefusedFieldError at the first string that its row refuses.
     """
-    if isinstance(value, dict):
-        if field == "device" or field == "as_device":
-            return {"type": checked_fields(value["type"], "type") and "cpu", "index": None}
-        return {key: _checked_entry(key, item, field) for key, item in value.items()}
     if isinstance(value, list):
         return [checked_fields(item, field) for item in value]
-    if isinstance(value, str) and not (field in _FIELDS and _FIELDS[field](value)):
-        shown = value if len(value) <= 60 else value[:60] + "..."
-        raise RefusedFieldError(f"the field {field} of its graph holds {shown!r}")
+    if isinstance(value, dict) and field in ("device", "as_device"):
+        return {"type": checked_fields(value["type"], "type") and "cpu", "index": None}
+    if isinstance(value, dict) and field not in _FIELDS:
+        return {key: _checked_entry(key, item, field) for key, item in value.items()}
+    harmless = isinstance(value, str) and field in _FIELDS and _FIELDS[field](value)
+    if isinstance(value, str | dict) and not harmless:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+        raise RefusedFieldError(f"the field {field} of its graph holds {shown}")
     return value
 
 

@@ -13,7 +13,6 @@ import io
 import json
 import logging
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from bnfold.errors import InputError, UnsafeInputError, UsageError
 from bnfold.export_fields import RefusedFieldError, checked_fields
+from bnfold.pickled import first_line, without_warnings
 from bnfold.sniff import Kind, refuse_zip_bomb, sniff
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def load_exported_program(path: str | Path) -> ExportedProgram:
         raise UnsafeInputError(f"{path} is not opened: {refusal}. {_AGAIN}.") from refusal
     except Exception as error:  # zip, JSON and pickle readers, on bytes of any kind
         raise InputError(
-            f"{path} is a .pt2 that cannot be read ({_said(error)}): it is damaged, or of a "
+            f"{path} is a .pt2 that cannot be read ({first_line(error)}): it is damaged, or of a "
             f"version that torch {torch.__version__} and bnfold do not know."
         ) from error
     try:
@@ -67,14 +67,9 @@ def load_exported_program(path: str | Path) -> ExportedProgram:
             return torch.export.load(rewritten)
     except Exception as error:
         raise InputError(
-            f"{path} cannot be loaded by torch {torch.__version__}: {_said(error)}. "
+            f"{path} cannot be loaded by torch {torch.__version__}: {first_line(error)}. "
             "Export it again with this version."
         ) from error
-
-
-def _said(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -83,8 +78,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("torch.export")
     disabled, logger.disabled = logger.disabled, True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_warnings():
             yield
     finally:
         logger.disabled = disabled
@@ -131,7 +125,7 @@ def _checked_samples(data: bytes) -> bytes:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             refuse_zip_bomb(_SAMPLES, archive.infolist(), len(data))
     try:
-        with _quiet():
+        with without_warnings():
             samples = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise RefusedFieldError(

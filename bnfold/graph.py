@@ -230,9 +230,22 @@ def export_module(
     return model
 
 
+def export_program(
+    program: torch.export.ExportedProgram, *, opset: int = DEFAULT_OPSET
+) -> ir.Model:
+    """The inference graph of an exported program (.pt2), its batch norms still in place.
+
+    Initializers carry the names of its state_dict. Raises InputError if torch cannot convert it.
+    """
+    try:
+        return _run_exporter(program, None, opset, False, None)
+    except Exception as error:
+        raise InputError(_export_failure(program, error)) from error
+
+
 def _run_exporter(
-    module: nn.Module,
-    example_inputs: tuple[torch.Tensor, ...],
+    module: nn.Module | torch.export.ExportedProgram,
+    example_inputs: tuple[torch.Tensor, ...] | None,
     opset: int,
     dynamic: bool,
     input_names: Sequence[str] | None,
@@ -240,7 +253,7 @@ def _run_exporter(
     import torch
 
     shapes: Any = None
-    if dynamic:
+    if dynamic and example_inputs is not None:
         batch = torch.export.Dim("batch")
         shapes = tuple({0: batch} if x.dim() else {} for x in example_inputs)
     loud = logging.getLogger("torch.onnx")
@@ -255,7 +268,7 @@ def _run_exporter(
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
-                example_inputs,
+                example_inputs or (),
                 dynamo=True,
                 # optimize=True already folds part of the batch norms: nothing left to prove
                 optimize=False,
@@ -270,7 +283,7 @@ def _run_exporter(
     return _tidy_export(program.model)
 
 
-def _export_failure(module: nn.Module, error: Exception) -> str:
+def _export_failure(module: object, error: Exception) -> str:
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__

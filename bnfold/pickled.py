@@ -82,7 +82,7 @@ def _load_safely(path: Path, modules: list[type[nn.Module]]) -> Any:
     # What the user's program registered must outlive the context, which takes its own away.
     new: list[Any] = [cls for cls in modules if cls not in torch.serialization.get_safe_globals()]
     # An open file, because torch.load takes a path ending in .safetensors at its word.
-    with _quiet(), path.open("rb") as file, torch.serialization.safe_globals(new):
+    with without_warnings(), path.open("rb") as file, torch.serialization.safe_globals(new):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -90,17 +90,17 @@ def _load_trusted(path: Path) -> Any:
     import torch
 
     try:
-        with _quiet(), path.open("rb") as file, importable(Path.cwd()):
+        with without_warnings(), path.open("rb") as file, importable(Path.cwd()):
             return torch.load(file, map_location="cpu", weights_only=False)
     except Exception as error:
         hint = ""
         if isinstance(error, ImportError | AttributeError):
             hint = " Run bnfold in the folder from which the file's classes can be imported."
-        raise InputError(f"{path} cannot be unpickled: {_first_line(error)}.{hint}") from error
+        raise InputError(f"{path} cannot be unpickled: {first_line(error)}.{hint}") from error
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Torch warns about pickle protocols and storage classes; the user can change neither."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -125,7 +125,7 @@ def _refusal(path: Path, foreign: list[str], error: Exception) -> InputError:
         )
     return InputError(
         f"{path} begins like a torch checkpoint and cannot be read to its end, so it was cut "
-        f"short or damaged: {_first_line(error)}. Copy it again."
+        f"short or damaged: {first_line(error)}. Copy it again."
     )
 
 
@@ -139,10 +139,11 @@ def _reason(error: Exception) -> str:
     for line in text.splitlines():
         if "WeightsUnpickler error:" in line and line.split("error:", 1)[1].strip():
             return line.split("error:", 1)[1].strip()
-    return _first_line(error)
+    return first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The type of an exception and the first line of what it says, for the inside of a sentence."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,8 @@ class _Float64Evaluator(ReferenceEvaluator):  # type: ignore[misc]
         options["new_ops"] = _OPERATORS
         super().__init__(proto, **options)
 
+    rt_inits_: dict[str, Any]
+
     def _init(self) -> None:
         super()._init()
         self.rt_inits_ = {name: widen(value) for name, value in self.rt_inits_.items()}
@@ -233,6 +235,16 @@ def window_pads(
     return tuple(resolved)
 
 
+def _spatial(index: Iterable[Any]) -> tuple[Any, ...]:
+    """An index of the axes behind batch and channel."""
+    return (slice(None), slice(None), *index)
+
+
+def _last(index: Iterable[Any]) -> tuple[Any, ...]:
+    """An index of the last axes."""
+    return (..., *index)
+
+
 def _pad(x: Array, pads: Pads, value: float) -> Array:
     """x with constant padding on its spatial axes; a negative pad crops."""
     if not any(itertools.chain.from_iterable(pads)):
@@ -242,7 +254,7 @@ def _pad(x: Array, pads: Pads, value: float) -> Array:
         for (low, high), size in zip(pads, x.shape[2:], strict=True)
     )
     grown = tuple((max(low, 0), max(high, 0)) for low, high in pads)
-    return np.pad(x[(..., *crop)], ((0, 0), (0, 0), *grown), constant_values=value)
+    return np.pad(x[_spatial(crop)], ((0, 0), (0, 0), *grown), constant_values=value)
 
 
 def _window_counts(padded: Sequence[int], kernel: Spatial, strides: Spatial, dilations: Spatial,
@@ -307,8 +319,8 @@ def _depthwise(x: Array, weight: Array, y: Array, strides: Spatial, dilations: S
     per_group[...] = 0.0
     ones = (1,) * len(kernel)
     for tap, where in _taps(kernel, y.shape[2:], strides, dilations):
-        factor = per_tap[(..., *tap)].reshape(group, -1, *ones)
-        per_group += x[(slice(None), slice(None), *where)][:, :, None] * factor
+        factor = per_tap[_last(tap)].reshape(group, -1, *ones)
+        per_group += x[_spatial(where)][:, :, None] * factor
 
 
 def _unfolded(x: Array, weight: Array, y: Array, strides: Spatial, dilations: Spatial,
@@ -322,7 +334,7 @@ def _unfolded(x: Array, weight: Array, y: Array, strides: Spatial, dilations: Sp
     for sample, out in zip(x, y, strict=True):
         windows = sliding_window_view(sample, extents, axis=spatial)
         windows = windows[(slice(None), *(slice(None, None, s) for s in strides))]
-        windows = windows[(..., *(slice(None, None, d) for d in dilations))]
+        windows = windows[_last(slice(None, None, d) for d in dilations)]
         for first in range(0, counts[0], rows):
             part = windows[:, first : first + rows]
             order = (0, *(axis + len(kernel) for axis in spatial), *spatial)
@@ -390,9 +402,9 @@ def convolve_transposed(
     taps_last = weight.reshape(group, weight.shape[0] // group, weight.shape[1], *kernel)
     flat = x.reshape(len(x), group, weight.shape[0] // group, -1)
     for tap, where in _taps(kernel, x.shape[2:], strides, dilations):
-        matrix = taps_last[(..., *tap)].swapaxes(1, 2)
+        matrix = taps_last[_last(tap)].swapaxes(1, 2)
         product = (matrix @ flat).reshape(len(x), features, *x.shape[2:])
-        y[(slice(None), slice(None), *where)] += product
+        y[_spatial(where)] += product
     y = _pad(y, tuple((-low, -high) for low, high in pads), 0.0)
     if bias is not None:
         y = y + bias.reshape(-1, *(1,) * len(kernel))
@@ -473,7 +485,7 @@ class AveragePool(OpRun):  # type: ignore[misc]
         padded = _pad(X, grown, 0.0)
         y = np.zeros((*X.shape[:2], *counts))
         for _, where in _taps(kernel, counts, steps, spread):
-            y += padded[(slice(None), slice(None), *where)]
+            y += padded[_spatial(where)]
         for axis, (low, high) in enumerate(around):
             size = X.shape[2 + axis]
             counted = np.zeros(low + size + max(high, grown[axis][1]))
@@ -508,16 +520,16 @@ class MaxPool(OpRun):  # type: ignore[misc]
         padded = _pad(X, grown, lowest)
         y = np.full((*X.shape[:2], *counts), lowest, dtype=X.dtype)
         for _, where in _taps(kernel, counts, steps, spread):
-            np.maximum(y, padded[(slice(None), slice(None), *where)], out=y)
+            np.maximum(y, padded[_spatial(where)], out=y)
         if len(self.output) < 2:
             return (y,)
-        order = "F" if storage_order else "C"
-        each = np.arange(math.prod(X.shape[2:])).reshape(X.shape[2:], order=order)
+        each = np.arange(math.prod(X.shape[2:]))
+        each = each.reshape(X.shape[2:], order="F" if storage_order else "C")
         planes = np.arange(math.prod(X.shape[:2])).reshape(*X.shape[:2], *(1,) * len(kernel))
         places = _pad(each + planes * each.size, grown, -1)
         index = np.full(y.shape, -1, dtype=np.int64)
         for _, where in _taps(kernel, counts, steps, spread):
-            at = (slice(None), slice(None), *where)
+            at = _spatial(where)
             index = np.where((index < 0) & (padded[at] == y), places[at], index)
         return y, index
 

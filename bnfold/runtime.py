@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Provider = Literal["cpu", "cuda"]
-Model = onnx.ModelProto | bytes | str | Path
+Model: TypeAlias = onnx.ModelProto | bytes | str | Path
 
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # float32 means float32 (no TF32), and one algorithm for one shape (EXHAUSTIVE times several)

@@ -1,0 +1,164 @@
+"""What a path becomes: a graph, and behind it a torch module or a state_dict where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from bnfold import graph
+from bnfold.checkpoint import Checkpoint, load_checkpoint
+from bnfold.errors import InputError, UsageError
+from bnfold.factory import build_module
+from bnfold.sniff import Kind, sniff
+from bnfold.weights import check_batchnorm_statistics, load_into
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was read.
+
+    graph: its inference graph, batch norms in place. module: the torch module, in the mode in which
+    it came, if there is one. state_dict: the tensors by name, for every torch source.
+    notes: what was done on the way, a sentence each.
+    """
+
+    path: Path
+    kind: Kind
+    graph: ir.Model
+    module: nn.Module | None = None
+    state_dict: Mapping[str, torch.Tensor] | None = None
+    example: tuple[torch.Tensor, ...] = ()
+    notes: tuple[str, ...] = ()
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_source(
+    path: Path | str,
+    *,
+    model: str | None = None,
+    input_shapes: Shapes | None = None,
+    opset: int = graph.DEFAULT_OPSET,
+    trust_pickle: bool = False,
+    freeze_inputs: bool = False,
+) -> Source:
+    """Read a model file of any kind; the kind is told by its content.
+
+    model: the factory of a checkpoint's network ("pkg.mod:factory", "path.py:factory").
+    input_shapes: name -> shape of each input, "" for a single one; needed for torch modules.
+    freeze_inputs: treat initializers that a caller could override as constants.
+    Raises InputError, UnsafeInputError, UsageError: a sentence about the file and what to do.
+    """
+    path = Path(path)
+    kind = sniff(path)
+    if kind in (Kind.ONNX, Kind.EXPORTED_PROGRAM) and model is not None:
+        raise UsageError(f"{path} is {kind.label}, which needs no factory: leave --model out.")
+    if kind is Kind.ONNX:
+        read = graph.read_onnx(path)
+        return Source(path, kind, graph.freeze_inputs(read) if freeze_inputs else read)
+    if kind is Kind.EXPORTED_PROGRAM:
+        from bnfold.exported import load_exported_program
+
+        program = load_exported_program(path)
+        exported = graph.export_program(program, opset=opset)
+        return Source(path, kind, exported, state_dict=program.state_dict)
+    return _open_checkpoint(path, kind, model, input_shapes or {}, opset, trust_pickle)
+
+
+def _open_checkpoint(
+    path: Path,
+    kind: Kind,
+    model: str | None,
+    shapes: Shapes,
+    opset: int,
+    trust_pickle: bool,
+) -> Source:
+    checkpoint = load_checkpoint(path, trust_pickle=trust_pickle)
+    described = checkpoint.description or {}
+    carried = described.get("graph")
+    if model is None and checkpoint.module is None and carried is not None:
+        if opset != graph.DEFAULT_OPSET:
+            raise UsageError(
+                f"{path} carries a graph of opset {graph.DEFAULT_OPSET}; for another opset pass"
+                " --model."
+            )
+        attached = graph.attach_weights(bytes(carried.numpy().tobytes()), checkpoint.state_dict)
+        return Source(
+            path,
+            kind,
+            attached,
+            state_dict=checkpoint.state_dict,
+            notes=(*checkpoint.notes, "the graph that the checkpoint carries was used"),
+            description=described,
+        )
+    module, notes = network_of(path, checkpoint, model)
+    shapes = shapes or described.get("input") or {}
+    example = example_inputs(path, shapes)
+    if any(child.training for child in module.modules()):
+        notes = (*notes, "the model was in training mode; it is folded as it runs in eval mode")
+    exported = graph.export_module(module, example, opset=opset, input_names=_names(shapes))
+    return Source(
+        path, kind, exported, module, module.state_dict(), example, notes, description=described
+    )
+
+
+def network_of(
+    path: Path, checkpoint: Checkpoint, model: str | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The torch module of a checkpoint, its weights loaded, and notes on how.
+
+    Raises UsageError where nothing says which network it is, InputError where the weights do not
+    fit or hold statistics that no network can run with.
+    """
+    notes = checkpoint.notes
+    if model is not None:
+        module = build_module(model)
+        notes = (*notes, *load_into(module, checkpoint))
+    elif checkpoint.module is not None:
+        module = checkpoint.module
+    else:
+        raise UsageError(
+            f"{path} holds weights alone ({len(checkpoint.state_dict)} tensors). Say which network"
+            " they belong to: --model pkg.mod:factory or --model path/to/file.py:factory."
+        )
+    check_batchnorm_statistics(module)
+    return module, notes
+
+
+def example_inputs(path: Path, shapes: Shapes) -> tuple[torch.Tensor, ...]:
+    """One seeded random tensor per input. Raises UsageError without shapes."""
+    import torch
+
+    if not shapes:
+        raise UsageError(
+            f"{path} does not say what its input looks like: pass --input-shape, for example"
+            " --input-shape 1,3,224,224."
+        )
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(tuple(shape), generator=generator) for shape in shapes.values())
+
+
+def _names(shapes: Shapes) -> list[str] | None:
+    names = [name for name in shapes if name]
+    return names if len(names) == len(shapes) else None
+
+
+def dynamic_inputs(model: ir.Model) -> dict[str, list[int | None]]:
+    """The inputs that a caller must give, with their extents; None where any will do."""
+    found: dict[str, list[int | None]] = {}
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        if value.shape is None:
+            raise InputError(f"The rank of the input '{value.name}' is not known.")
+        found[str(value.name)] = [d if isinstance(d, int) else None for d in value.shape]
+    return found
