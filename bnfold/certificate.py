@@ -232,7 +232,7 @@ class _Proof:
                 records.append(self._constant_output(name))
             else:
                 demanded.add(name)
-        for node in reversed(self.original.graph.node):
+        for node in reversed(self.original.nodes):
             wanted = [name for name in node.output if name in demanded]
             if wanted:
                 record, sources = self._check(node, wanted)
@@ -902,8 +902,8 @@ def _compare_maps(mine: _Map, theirs: _Map, inputs: _Carried, outputs: _Carried
         terms = theirs.size + np.abs(b2) + np.abs(a2 * np.where(x_free, ox, 0.0))
         shifts = np.abs(found - wanted) / (unit * terms + ARITHMETIC * reach)
         checks = {
-            "its factor": np.where(a2 == slope, 0.0, slopes) * ~(x_free | y_known),
-            "its shift": np.where(found == wanted, 0.0, shifts) * ~y_known,
+            "its factor": np.where((a2 == slope) | x_free | y_known, 0.0, slopes),
+            "its shift": np.where((found == wanted) | y_known, 0.0, shifts),
         }
         lost = (a != 0) & ((x_free & ~y_free) | (varies & y_known))
         moved = y_known & ~(np.abs(value - oy) <= ARITHMETIC * size)
@@ -946,10 +946,12 @@ GLOBAL_POOLS = frozenset(("GlobalAveragePool", "GlobalMaxPool"))
 
 def _probe_shapes(proof: _Proof, found: Match) -> dict[str, tuple[int, ...]]:
     """A concrete shape for every source; small where the operator does not look at the size."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in found.sources:
-        known = proof.shapes.of(name)
+        known, integer = proof.shapes.of(name), proof.shapes.integer(name)
         shape = known.shape if known else None
+        if integer is not None:
+            shape = integer.shape
         if shape is None:
             shape = _guess(proof, found, name)
         if shape is None:
@@ -1065,10 +1067,11 @@ def _draw(proof: _Proof, found: Match, shapes: Mapping[str, tuple[int, ...]],
     carried: dict[str, Array] = {}
     for name in found.sources:
         there, gauge = proof.rename(name), proof.gauge(name)
-        known = proof.shapes.of(name)
-        if known is not None and known.elem_type and known.elem_type not in FLOAT_TYPES:
-            originals[name] = _draw_discrete(proof, found, name, shapes[name], known.elem_type, rng)
-            carried[there] = originals[name]
+        discrete = _draw_discrete(proof, found, name, shapes[name], rng)
+        if discrete is not None:
+            if not gauge.is_identity:
+                raise NoReferenceError(f"'{name}' has a gauge, but it is no float")
+            originals[name] = carried[there] = discrete
             continue
         free = rng.standard_normal(shapes[name]) * rng.choice([1.0, 8.0], shapes[name])
         finite = np.isfinite(gauge.scale) & (gauge.scale != 0)
@@ -1086,13 +1089,17 @@ def _draw(proof: _Proof, found: Match, shapes: Mapping[str, tuple[int, ...]],
     return originals, carried
 
 
-def _draw_discrete(proof: _Proof, found: Match, name: str, shape: tuple[int, ...], elem_type: int,
-                   rng: np.random.Generator) -> Array:  # fmt: skip
-    """Integers and booleans: what the shapes fix, every row of a constant table, else 0 and 1."""
-    fixed = proof.shapes.integer(name)
+def _draw_discrete(proof: _Proof, found: Match, name: str, shape: tuple[int, ...],
+                   rng: np.random.Generator) -> Array | None:  # fmt: skip
+    """None for a float; integers and booleans: what the shapes fix, every row of a constant table
+    that is indexed, else 0 and 1.
+    """
+    fixed, known = proof.shapes.integer(name), proof.shapes.of(name)
     if fixed is not None:
         return fixed
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(elem_type)
+    if known is None or not known.elem_type or known.elem_type in FLOAT_TYPES:
+        return None
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(known.elem_type)
     for node in found.original:
         table = node.input[0] if node.op_type == "Gather" else ""
         if table and proof.original.is_constant(table) and node.input[1] == name and shape:

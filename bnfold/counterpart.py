@@ -83,8 +83,10 @@ class View:
         self.functions = functions
         self.outer = outer
         self.overridable = overridable
-        self.order = {id(node): index for index, node in enumerate(graph.node)}
-        self.producers = {name: node for node in graph.node for name in node.output if name}
+        # the wrappers are kept: protobuf makes new ones, with other ids, once they are gone
+        self.nodes = list(graph.node)
+        self.order = {id(node): index for index, node in enumerate(self.nodes)}
+        self.producers = {name: node for node in self.nodes for name in node.output if name}
         self.inputs = [value.name for value in graph.input]
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._fixed: dict[str, bool] = {}
@@ -170,6 +172,8 @@ class View:
                 arguments.append(alter(constant) if alter else constant)
             else:
                 raise NoReferenceError(f"the value '{name}' is not known")
+        if id(node) not in self.order:  # a copy, which will not live long enough to be known by id
+            return NodeReference(node, self.opsets, self.functions)(*arguments)
         if id(node) not in self._evaluators:
             self._evaluators[id(node)] = NodeReference(node, self.opsets, self.functions)
         return self._evaluators[id(node)](*arguments)
@@ -367,7 +371,7 @@ class Shapes:
         """Compute shape arithmetic whose inputs are known and fix it in the skeleton."""
         assert self._types is not None
         fixed = []
-        for node in view.graph.node:
+        for node in view.nodes:
             name = node.output[0] if len(node.output) == 1 else ""
             if not name or name in self._integers or view.is_constant(name):
                 continue

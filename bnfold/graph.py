@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +183,15 @@ def prepare(model: ir.Model) -> ir.Model:
     return model
 
 
+def graph_inputs(model: ir.Model) -> dict[str, ir.Value]:
+    """The inputs that a caller must give, by name: those without a default value."""
+    return {
+        str(value.name): value
+        for value in model.graph.inputs
+        if value.name not in model.graph.initializers
+    }
+
+
 def freeze_inputs(model: ir.Model) -> ir.Model:
     """The same model with every initializer constant: none can be overridden as an input."""
     passes.RemoveInitializersFromInputsPass()(model)
@@ -338,24 +347,22 @@ def _drop_made_up_biases(model: ir.Model, parameters: set[str]) -> None:
 # --- a checkpoint that carries its graph ---------------------------------------------------------
 
 
-def checkpoint_graph(module: nn.Module, example_inputs: Sequence[torch.Tensor]) -> bytes:
-    """The module's graph as ONNX bytes, its parameters left out: data, never code.
+def detach_weights(model: ir.Model, names: Collection[str]) -> bytes:
+    """The graph as ONNX bytes, the initializers of these names left out: data, never code.
 
-    Each parameter or buffer appears as a graph input of its own name; `attach_weights` puts the
-    tensors of a state_dict back.
+    Each of them appears as a graph input of its own name; `attach_weights` puts tensors back.
     """
-    model = export_module(module, example_inputs)
-    state = module.state_dict()
-    for name in list(model.graph.initializers):
-        if name in state:
-            model.graph.inputs.append(model.graph.initializers.pop(name))
-    for value in model.graph.inputs:
+    bare = model.clone()
+    for name in list(bare.graph.initializers):
+        if name in names:
+            bare.graph.inputs.append(bare.graph.initializers.pop(name))
+    for value in bare.graph.inputs:
         value.const_value = None
-    return to_bytes(model)
+    return to_bytes(bare)
 
 
 def attach_weights(graph: bytes, state_dict: Mapping[str, torch.Tensor]) -> ir.Model:
-    """The inverse of `checkpoint_graph`. Raises InputError where graph and tensors disagree."""
+    """The inverse of `detach_weights`. Raises InputError where graph and tensors disagree."""
     model = parse_onnx(graph, "the checkpoint's own graph")
     for value in list(model.graph.inputs):
         tensor = state_dict.get(value.name or "")

@@ -21,6 +21,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from bnfold.errors import RuntimeUnavailableError
+
 Found = TypeVar("Found")
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -121,6 +123,7 @@ class GreenletTask:
     def __init__(self, call: Callable[[], None], library: ModuleType) -> None:
         self._hub = library.getcurrent()
         self._greenlet = library.greenlet(call)
+        self._modes = _modes_now()
 
     def resume(self) -> None:
         """See Task."""
@@ -128,14 +131,12 @@ class GreenletTask:
 
     def pause(self) -> None:
         """See Task. The thread's modes are the caller's meanwhile, and the task's own after."""
-        with _outer_modes():
+        with _as_before(self._modes):
             self._hub.switch()
 
     def abandon(self) -> None:
         """See Task."""
-        while not self._greenlet.dead:
-            if not self._greenlet:  # never started
-                return
+        while self._greenlet:  # started and not ended
             with contextlib.suppress(BaseException):  # what unwinding raises is beside the point
                 self._greenlet.throw(Abandoned)
 
@@ -154,7 +155,7 @@ class ThreadTask:
     def resume(self) -> None:
         """See Task."""
         if not self._thread.ident:
-            self._thread.start()
+            self._start()
         self._go.release()
         self._back.acquire()
         if self._error is not None:
@@ -175,6 +176,15 @@ class ThreadTask:
             self._abandoned = True
             self._go.release()
             self._thread.join()
+
+    def _start(self) -> None:
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise RuntimeUnavailableError(
+                f"The system gives no further thread ({error}): one is needed per batch. Use larger"
+                " batches, or install the package greenlet."
+            ) from error
 
     def _run(self) -> None:
         self._go.acquire()
@@ -208,7 +218,7 @@ def _as_before(modes: _Modes) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        now = dict((device, rest) for device, *rest in _modes_now())
+        now = {device: rest for device, *rest in _modes_now()}
         for device, enabled, dtype in modes:
             if now[device] != [enabled, dtype]:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))

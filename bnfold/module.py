@@ -129,3 +129,15 @@ def take_shape_of(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> 
         elif isinstance(child, _LAYERS) and child.bias is None and f"{prefix}bias" in state_dict:
             bias = state_dict[f"{prefix}bias"]
             child.register_parameter("bias", nn.Parameter(bias.detach().clone()))
+
+
+def scope_of_names(state_dict: Mapping[str, torch.Tensor], graph: ir.Model) -> Scope:
+    """What may change where only names are known: those of a state_dict and its graph."""
+    calls = Counter(name_of(node) for g in graph.graphs() for node in g if _is_norm(node))
+    norms = {name for name, count in calls.items() if count == 1}
+    layers = {name.removesuffix(".weight") for name in state_dict if name.endswith(".weight")}
+    return Scope(
+        frozenset(state_dict),
+        frozenset(layers),
+        frozenset(name for name in norms if f"{name}.running_mean" in state_dict),
+    )

@@ -40,7 +40,7 @@ _MODEL_PARTS = re.compile(
 )
 
 # Packages whose objects training scripts leave in checkpoints.
-_LEFTOVERS = ("argparse.", "pathlib.", "numpy.", "datetime.", "collections.", "omegaconf.", "torch")
+_LEFTOVERS = ("argparse.", "pathlib.", "numpy.", "datetime.", "omegaconf.", "torch.")
 
 _SAVE_WEIGHTS = (
     "Save the weights alone, torch.save(model.state_dict(), 'weights.pt'), in the program that "

@@ -225,20 +225,21 @@ def _is_onnx(path: Path, file: BinaryIO, size: int) -> bool:
         try:
             tag, used = _varint(header, 0)
             field, wire = tag >> 3, tag & 7
-            value, after = _varint(header, used) if wire in (_VARINT, _BYTES) else (0, used)
-        except (IndexError, ValueError):
-            return False
-        if not 0 < field < _NEWEST_FIELD or _MODEL_PROTO.get(field, wire) != wire:
+            value, used = _varint(header, used) if wire in (_VARINT, _BYTES) else (0, used)
+        except IndexError:  # the file ends inside the tag
+            position = size + 1
+            break
+        except ValueError:
             return False
         skip = {_VARINT: 0, _FIXED64: 8, _BYTES: value, _FIXED32: 4}.get(wire)
-        if skip is None:
+        if not 0 < field < _NEWEST_FIELD or _MODEL_PROTO.get(field, wire) != wire or skip is None:
             return False
         seen.add(field)
-        position += after + skip
+        position += used + skip
     if _IR_VERSION in seen and position > size:
         raise InputError(
-            f"{path} looks like an ONNX model that was cut short: it has {size} bytes and its "
-            f"fields need {position}. Copy it again."
+            f"{path} looks like an ONNX model that was cut short: its last field runs past the "
+            f"end of its {size} bytes. Copy it again."
         )
     return {_IR_VERSION, _GRAPH} <= seen and position == size
 

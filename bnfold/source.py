@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from bnfold import graph
 from bnfold.checkpoint import Checkpoint, load_checkpoint
-from bnfold.errors import InputError, UsageError
+from bnfold.errors import UsageError
 from bnfold.factory import build_module
 from bnfold.sniff import Kind, sniff
 from bnfold.weights import check_batchnorm_statistics, load_into
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Shapes = Mapping[str, Sequence[int]]
+Shapes = Sequence[tuple[str, Sequence[int]]]  # (name, or "" where it is not known; shape)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_source(
     """Read a model file of any kind; the kind is told by its content.
 
     model: the factory of a checkpoint's network ("pkg.mod:factory", "path.py:factory").
-    input_shapes: name -> shape of each input, "" for a single one; needed for torch modules.
+    input_shapes: (name or "", shape) of each argument of forward; needed for torch modules.
     freeze_inputs: treat initializers that a caller could override as constants.
     Raises InputError, UnsafeInputError, UsageError: a sentence about the file and what to do.
     """
@@ -71,7 +71,7 @@ def open_source(
         program = load_exported_program(path)
         exported = graph.export_program(program, opset=opset)
         return Source(path, kind, exported, state_dict=program.state_dict)
-    return _open_checkpoint(path, kind, model, input_shapes or {}, opset, trust_pickle)
+    return _open_checkpoint(path, kind, model, input_shapes or (), opset, trust_pickle)
 
 
 def _open_checkpoint(
@@ -101,7 +101,7 @@ def _open_checkpoint(
             description=described,
         )
     module, notes = network_of(path, checkpoint, model)
-    shapes = shapes or described.get("input") or {}
+    shapes = shapes or list((described.get("input") or {}).items())
     example = example_inputs(path, shapes)
     if any(child.training for child in module.modules()):
         notes = (*notes, "the model was in training mode; it is folded as it runs in eval mode")
@@ -144,21 +144,9 @@ def example_inputs(path: Path, shapes: Shapes) -> tuple[torch.Tensor, ...]:
             " --input-shape 1,3,224,224."
         )
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(tuple(shape), generator=generator) for shape in shapes.values())
+    return tuple(torch.randn(tuple(shape), generator=generator) for _, shape in shapes)
 
 
 def _names(shapes: Shapes) -> list[str] | None:
-    names = [name for name in shapes if name]
-    return names if len(names) == len(shapes) else None
-
-
-def dynamic_inputs(model: ir.Model) -> dict[str, list[int | None]]:
-    """The inputs that a caller must give, with their extents; None where any will do."""
-    found: dict[str, list[int | None]] = {}
-    for value in model.graph.inputs:
-        if value.name in model.graph.initializers:
-            continue
-        if value.shape is None:
-            raise InputError(f"The rank of the input '{value.name}' is not known.")
-        found[str(value.name)] = [d if isinstance(d, int) else None for d in value.shape]
-    return found
+    names = [name for name, _ in shapes]
+    return names if all(names) else None

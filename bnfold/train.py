@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfold.batches import ArrayBatches, Data, GivenBatches, describe, labelled
 from bnfold.errors import BnfoldError, InputError, RuntimeUnavailableError, UsageError
+from bnfold.graph import export_module, graph_inputs, replacing
+from bnfold.saving import checkpoint_bytes, write_bytes
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["onecycle", "cosine", "constant"]
@@ -191,26 +191,19 @@ def save_checkpoint(
     Raises InputError where torch cannot export the module or the file could not be loaded safely,
     UsageError for metrics that are not JSON and for a path that cannot be written.
     """
-    from bnfold.graph import checkpoint_graph, parse_onnx, replacing
-
     portable = _copy(module).cpu().eval()
-    state = portable.state_dict()
-    graph = checkpoint_graph(portable, (example_input.detach().cpu(),))
-    inputs = [value for value in parse_onnx(graph).graph.inputs if value.name not in state]
-    content = {
-        "state_dict": state,
-        "bnfold": {
-            "schema": SCHEMA,
-            "kind": "train",
-            "model": model_spec,
-            "input": {str(value.name): list(example_input.shape) for value in inputs},
-            "graph": torch.frombuffer(bytearray(graph), dtype=torch.uint8),
-            "metrics": _as_json(metrics),
-            "created_by": f"bnfold {_version()}",
-        },
-    }
-    with replacing(path) as staged:
-        _save_plain(content, staged)
+    example = example_input.detach().cpu()
+    graph = export_module(portable, (example,))
+    shapes = {name: list(example.shape) for name in graph_inputs(graph)}
+    data = checkpoint_bytes(
+        portable.state_dict(),
+        graph,
+        kind="train",
+        model=model_spec,
+        shapes=shapes,
+        metrics=metrics,
+    )
+    write_bytes(path, data)
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -303,7 +296,6 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write the state of the run. No generator's state: an epoch is seeded by its number."""
-        from bnfold.graph import replacing
 
         content = {
             "bnfold": {"schema": SCHEMA, "kind": "run", "settings": asdict(self.settings)},
@@ -486,20 +478,6 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _as_json(metrics: Mapping[str, Any]) -> Any:
-    """The metrics as plain dicts, lists, numbers and strings, numpy's scalars included."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.generic | np.ndarray | Tensor):
-            return value.tolist()
-        raise TypeError(f"a value of type {type(value).__name__}")
-
-    try:
-        return json.loads(json.dumps(dict(metrics), default=plain))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"The metrics of a checkpoint are JSON; found {error}.") from error
-
-
 def _save_plain(content: Mapping[str, Any], path: Path) -> None:
     """Write tensors and plain values, and prove that they load as such. Raises InputError."""
     try:
@@ -521,10 +499,3 @@ def _load_plain(path: Path) -> Any:
         raise InputError(f"There is no file {path}.") from error
     except Exception as error:  # pickle, zip and torch each raise types of their own
         raise InputError(f"{path} cannot be read as a checkpoint: {_one_line(error)}") from error
-
-
-def _version() -> str:
-    try:
-        return metadata.version("bnfold")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"

@@ -52,7 +52,7 @@ def load_into(module: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
     missing = [key for key in result.missing_keys if not _is_counter(key)]
     if missing or result.unexpected_keys:
         raise InputError(_mismatch(module, missing, result.unexpected_keys, found))
-    if counters := len(result.missing_keys):
+    if counters := len([key for key in wanted.keys() - renamed.keys() if renamed]):
         notes.append(f"{counters} {_COUNTER} counters are not in the file (inference needs none)")
     return tuple(notes)
 

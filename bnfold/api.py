@@ -1,0 +1,248 @@
+"""The verbs as functions: fold, inspect, export. Pure: a model in, a result back, nothing printed.
+
+result = bnfold.fold(module, example_inputs=torch.zeros(1, 3, 32, 32))
+result.verify().raise_for_failure()
+deploy(result.model)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from bnfold import graph
+from bnfold.apply import Folded, apply
+from bnfold.errors import UsageError
+from bnfold.plan import FoldPlan, Scope, plan
+from bnfold.record import FoldedNorm, FoldRecord, record_of
+from bnfold.sniff import Kind
+from bnfold.source import Source, open_source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from bnfold.verify import VerifyReport
+
+
+@dataclass(frozen=True)
+class KeptNorm:
+    """A batch norm that stays, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What a fold gives.
+
+    model: the folded network, of the type that came in (a path gives the type of what it holds).
+    original, graph: the ONNX graphs before and after. folded, kept: what became of each batch norm.
+    record: what verifies, undoes and re-adapts the fold. state_dict: for torch sources, the folded
+    tensors by name.
+    """
+
+    model: Any
+    original: ir.Model
+    graph: ir.Model
+    folded: tuple[FoldedNorm, ...]
+    kept: tuple[KeptNorm, ...]
+    record: FoldRecord
+    state_dict: Mapping[str, torch.Tensor] | None = None
+    modules: tuple[nn.Module, nn.Module] | None = None
+    notes: tuple[str, ...] = ()
+
+    def verify(
+        self,
+        inputs: Mapping[str, np.ndarray] | None = None,
+        *,
+        providers: Sequence[str] = ("cpu",),
+        seed: int = 0,
+    ) -> VerifyReport:
+        """Gates A, B and C of this fold; see `bnfold.verify`."""
+        from bnfold.verify import verify
+
+        return verify(
+            graph.to_proto(self.original),
+            graph.to_proto(self.graph),
+            gauges=self.record.gauges,
+            aliases=self.record.aliases,
+            inputs=inputs,
+            providers=tuple(providers),
+            seed=seed,
+            torch_modules=self.modules,
+        )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a fold would do: each batch norm's way, and the operators before."""
+
+    folded: tuple[FoldedNorm, ...]
+    kept: tuple[KeptNorm, ...]
+    operators: Mapping[str, int]
+
+
+def fold(
+    model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    *,
+    opset: int = graph.DEFAULT_OPSET,
+    freeze_inputs: bool = False,
+    factory: str | None = None,
+) -> FoldResult:
+    """Fold every batch norm that folds exactly into the neighbouring weights.
+
+    model: an nn.Module (with `example_inputs`, one tensor per argument of forward), an onnx_ir or
+    onnx model, or the path of a model file. It is not changed; a module comes back as a copy of its
+    own class in eval mode. factory: the network of a checkpoint path ("path.py:name").
+    freeze_inputs: treat initializers that a caller could override as constants.
+    Raises BnfoldError with a sentence: an unreadable or unsupported model, impossible statistics.
+    """
+    return fold_source(_source(model, example_inputs, opset, freeze_inputs, factory), model)
+
+
+def inspect(
+    model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    *,
+    freeze_inputs: bool = False,
+    factory: str | None = None,
+) -> Inspection:
+    """Where each batch norm would go, or why it would stay; arguments as for `fold`."""
+    source = _source(model, example_inputs, graph.DEFAULT_OPSET, freeze_inputs, factory)
+    result = fold_source(source)
+    return Inspection(result.folded, result.kept, count_operators(source.graph))
+
+
+def export(
+    module: nn.Module,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    path: Path | str | None = None,
+    *,
+    opset: int = graph.DEFAULT_OPSET,
+    dynamic_batch: bool = True,
+) -> ir.Model:
+    """The inference graph of a torch module, batch norms in place; written to `path` if given."""
+    exported = graph.export_module(
+        module, _tensors(example_inputs), opset=opset, dynamic_batch=dynamic_batch
+    )
+    if path is not None:
+        graph.write_onnx(exported, path)
+    return exported
+
+
+def fold_source(source: Source, given: object = None) -> FoldResult:
+    """Fold a source that was read; `given` is what the caller passed, whose type comes back."""
+    chosen = plan(source.graph, _scope(source))
+    folded = apply(chosen)
+    record = record_of(chosen, folded)
+    state_dict, modules = _torch_side(source, chosen, folded)
+    result: object = folded.model
+    if modules is not None:
+        result = modules[1]
+    elif isinstance(given, onnx.ModelProto):
+        result = graph.to_proto(folded.model)
+    return FoldResult(
+        model=result,
+        original=source.graph,
+        graph=folded.model,
+        folded=record.norms,
+        kept=tuple(KeptNorm(kept.name, kept.reason) for kept in chosen.kept),
+        record=record,
+        state_dict=state_dict,
+        modules=modules,
+        notes=source.notes,
+    )
+
+
+def count_operators(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator the model has, most frequent first."""
+    return dict(Counter(node.op_type for g in model.graphs() for node in g).most_common())
+
+
+def _scope(source: Source) -> Scope | None:
+    if source.module is not None:
+        from bnfold.module import scope_of
+
+        return scope_of(source.module, source.graph)
+    if source.state_dict is not None:
+        from bnfold.module import scope_of_names
+
+        return scope_of_names(source.state_dict, source.graph)
+    return None
+
+
+def _torch_side(
+    source: Source, chosen: FoldPlan, folded: Folded
+) -> tuple[Mapping[str, torch.Tensor] | None, tuple[nn.Module, nn.Module] | None]:
+    if source.module is None and source.state_dict is None:
+        return None, None
+    from bnfold.module import folded_state, write_back
+
+    if source.module is not None:
+        module = write_back(source.module, chosen, folded)
+        return module.state_dict(), (source.module, module)
+    assert source.state_dict is not None
+    return folded_state(source.state_dict, chosen, folded), None
+
+
+def _source(
+    model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None,
+    opset: int,
+    freeze_inputs: bool,
+    factory: str | None,
+) -> Source:
+    """Whatever the caller passed, as a source."""
+    if isinstance(model, str | Path):
+        shapes = None
+        if example_inputs is not None:
+            shapes = [("", tuple(x.shape)) for x in _tensors(example_inputs)]
+        return open_source(
+            model, model=factory, input_shapes=shapes, opset=opset, freeze_inputs=freeze_inputs
+        )
+    if isinstance(model, onnx.ModelProto):
+        read = graph.parse_onnx(model.SerializeToString())
+        read = graph.freeze_inputs(read) if freeze_inputs else read
+        return Source(Path("the model"), Kind.ONNX, read)
+    if isinstance(model, ir.Model):
+        read = graph.prepare(model.clone())
+        read = graph.freeze_inputs(read) if freeze_inputs else read
+        return Source(Path("the model"), Kind.ONNX, read)
+    from torch import nn
+
+    from bnfold.weights import check_batchnorm_statistics
+
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"bnfold folds an nn.Module, an ONNX model or a path; this is a {type(model).__name__}."
+        )
+    if example_inputs is None:
+        raise UsageError(
+            "An nn.Module needs example_inputs, such as torch.zeros(1, 3, 224, 224), to be traced."
+        )
+    check_batchnorm_statistics(model)
+    tensors = _tensors(example_inputs)
+    exported = graph.export_module(model, tensors, opset=opset)
+    return Source(
+        Path(type(model).__name__), Kind.CHECKPOINT, exported, model, model.state_dict(), tensors
+    )
+
+
+def _tensors(
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,)
+    return tuple(example_inputs)
