@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,7 @@ from bnfold.counterpart import (
     attributes_equal,
     coarsest,
     match,
+    replaceable_inputs,
     same_constant,
 )
 from bnfold.reference import NoReferenceError, window_pads
@@ -128,8 +129,12 @@ def certify(
     Never raises on a wrong fold: what cannot be proved is a failed record.
     """
     shapes = Shapes(original, dict(input_shapes or {}))
-    proof = _Proof(View.of(original), View.of(folded), gauges, aliases, shapes)
-    records = _interface(original, folded, proof)
+    # an input with a default is data where it can still be given, a constant where it was frozen
+    replaceable = replaceable_inputs(folded)
+    proof = _Proof(
+        View.of(original, replaceable), View.of(folded, replaceable), gauges, aliases, shapes
+    )
+    records = _interface(original, folded, proof, replaceable)
     if all(record.passed for record in records):
         records += proof.walk([value.name for value in original.graph.output])
     return Certificate(tuple(records))
@@ -138,37 +143,55 @@ def certify(
 # ---------------------------------------------------------------------------------- interface
 
 
-def _interface(original: onnx.ModelProto, folded: onnx.ModelProto, proof: _Proof
-               ) -> list[NodeRecord]:  # fmt: skip
+def _interface(
+    original: onnx.ModelProto, folded: onnx.ModelProto, proof: _Proof, replaceable: frozenset[str]
+) -> list[NodeRecord]:
     """Names, types, shapes and order of inputs and outputs, and the operators' versions."""
-
-    def record(passed: bool, sentence: str) -> NodeRecord:
-        return NodeRecord("graph", "graph", "interface", 0.0, passed, sentence)
-
-    failures = []
-    for kind in ("input", "output"):
-        before = [_signature(value) for value in getattr(original.graph, kind)]
-        after = [_signature(value) for value in getattr(folded.graph, kind)]
-        if before != after:
-            failures.append(f"the graph's {kind}s were {before} and are {after}")
-    ours = {entry.domain: entry.version for entry in original.opset_import}
-    theirs = {entry.domain: entry.version for entry in folded.opset_import}
-    if any(theirs.get(domain, version) != version for domain, version in ours.items()):
-        failures.append(f"the operator sets were {ours} and are {theirs}")
-    functions = [function.SerializeToString(deterministic=True) for function in original.functions]
-    if functions != [f.SerializeToString(deterministic=True) for f in folded.functions]:
-        failures.append("the model's local functions are not the same")
+    failures = [
+        *_different_borders(original, folded),
+        *_different_versions(original, folded),
+        *(_changed_default(name, original, proof) for name in sorted(replaceable)),
+    ]
     for value in (*original.graph.input, *original.graph.output):
         if proof.rename(value.name) != value.name or not proof.gauge(value.name).is_identity:
             failures.append(f"'{value.name}' of the graph's interface is carried as another value")
-    for name in proof.original.initializers:
-        if name in proof.original.inputs and not proof.original.is_constant(name):
-            kept = name in proof.folded.initializers
-            if not kept or not same_constant(name, proof.original, name, proof.folded):
-                failures.append(f"the default of the input '{name}' was changed")
-    if failures:
-        return [record(False, f"{sentence}.") for sentence in failures]
-    return [record(True, "inputs, outputs and operator sets are the same.")]
+    sentences = [f"{failure}." for failure in failures if failure]
+    if sentences:
+        return [NodeRecord("graph", "graph", "interface", 0.0, False, text) for text in sentences]
+    text = "inputs, outputs and operator sets are the same."
+    return [NodeRecord("graph", "graph", "interface", 0.0, True, text)]
+
+
+def _different_borders(original: onnx.ModelProto, folded: onnx.ModelProto) -> Iterator[str]:
+    for kind in ("input", "output"):
+        before, after = (
+            [
+                _signature(value)
+                for value in getattr(model.graph, kind)
+                if kind == "output" or value.name not in {t.name for t in model.graph.initializer}
+            ]
+            for model in (original, folded)
+        )
+        if before != after:
+            yield f"the graph's {kind}s were {before} and are {after}"
+
+
+def _different_versions(original: onnx.ModelProto, folded: onnx.ModelProto) -> Iterator[str]:
+    ours = {entry.domain: entry.version for entry in original.opset_import}
+    theirs = {entry.domain: entry.version for entry in folded.opset_import}
+    if any(theirs.get(domain, version) != version for domain, version in ours.items()):
+        yield f"the operator sets were {ours} and are {theirs}"
+    functions = [function.SerializeToString(deterministic=True) for function in original.functions]
+    if functions != [f.SerializeToString(deterministic=True) for f in folded.functions]:
+        yield "the model's local functions are not the same"
+
+
+def _changed_default(name: str, original: onnx.ModelProto, proof: _Proof) -> str:
+    """Empty where an input that a caller may give still has the default that it had."""
+    if name not in replaceable_inputs(original):
+        return f"the constant '{name}' has become an input"
+    same = same_constant(name, proof.original, name, proof.folded)
+    return "" if same else f"the default of the input '{name}' was changed"
 
 
 def _signature(value: onnx.ValueInfoProto) -> tuple[Any, ...]:

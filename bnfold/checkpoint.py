@@ -32,6 +32,7 @@ _AVERAGES = (
     *("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema", "ema"),
     "shadow",
 )
+_DEEPEST = 8
 _OPTIMIZERS = ("optim", "sched", "scaler", "amp", "rng", DESCRIPTION_KEY)
 
 # What DataParallel and torch.compile put before every name.
@@ -86,8 +87,10 @@ def load_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> Checkpoi
 def _load_torch(path: Path, trust_pickle: bool) -> Checkpoint:
     from torch import nn
 
-    loaded = load_pickled(path, trust_pickle=trust_pickle)
+    loaded, unpickled = load_pickled(path, trust_pickle=trust_pickle)
     notes: list[str] = []
+    if unpickled:
+        notes.append("the file was unpickled on trust, which ran whatever it says")
     keys, weights = _find_weights(loaded, path)
     if keys:
         notes.append(f"weights found under {' / '.join(repr(key) for key in keys)}")
@@ -129,7 +132,7 @@ def _load_safetensors(path: Path) -> Checkpoint:
 
 def _find_weights(loaded: Any, path: Path) -> tuple[tuple[str, ...], Any]:
     """The keys that lead to the weights, and there a mapping with tensors or a module."""
-    found = _search(loaded, ())
+    found = _search(loaded, (), set())
     if len(found) == 1:
         return found[0]
     if found:
@@ -145,20 +148,21 @@ def _find_weights(loaded: Any, path: Path) -> tuple[tuple[str, ...], Any]:
     raise InputError(f"{path} holds {what} and no weights; save model.state_dict().")
 
 
-def _search(value: Any, keys: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any]]:
+def _search(value: Any, keys: tuple[str, ...], met: set[int]) -> list[tuple[tuple[str, ...], Any]]:
     from torch import Tensor, nn
 
     if isinstance(value, nn.Module):
         return [(keys, value)]
-    if not isinstance(value, Mapping) or len(keys) > 4:
+    if not isinstance(value, Mapping) or id(value) in met or len(keys) > _DEEPEST:
         return []
+    met.add(id(value))
     for key in (*_WRAPPERS, *_AVERAGES):
-        if key in value and (found := _search(value[key], (*keys, key))):
+        if key in value and (found := _search(value[key], (*keys, key), met)):
             return found
     if any(isinstance(item, Tensor) for item in value.values()):
         return [(keys, value)]
     named = [key for key in value if isinstance(key, str) and not key.startswith(_OPTIMIZERS)]
-    return [hit for key in named for hit in _search(value[key], (*keys, key))]
+    return [hit for key in named for hit in _search(value[key], (*keys, key), met)]
 
 
 def _without_shells(state_dict: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

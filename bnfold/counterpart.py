@@ -30,6 +30,17 @@ INFERENCE_ROUNDS = 6
 SMALL_TENSOR = 1024  # elements up to which a constant may steer shapes
 
 
+def replaceable_inputs(model: onnx.ModelProto) -> frozenset[str]:
+    """Initializers that are inputs too, so that a caller may give another value.
+
+    Before IR 4 every initializer had to be listed as an input, which says nothing.
+    """
+    if model.ir_version < 4:
+        return frozenset()
+    names = {tensor.name for tensor in model.graph.initializer}
+    return frozenset(value.name for value in model.graph.input if value.name in names)
+
+
 class Rounding(NamedTuple):
     """Rounding to nearest: |fl(x) - x| <= unit * |x|, or tiny where x is subnormal."""
 
@@ -75,14 +86,14 @@ class View:
         opsets: Mapping[str, int],
         functions: Sequence[onnx.FunctionProto] = (),
         *,
-        overridable: bool = True,
+        replaceable: frozenset[str] = frozenset(),
         outer: View | None = None,
     ):
         self.graph = graph
         self.opsets = opsets
         self.functions = functions
         self.outer = outer
-        self.overridable = overridable
+        self.replaceable = replaceable
         # the wrappers are kept: protobuf makes new ones, with other ids, once they are gone
         self.nodes = list(graph.node)
         self.order = {id(node): index for index, node in enumerate(self.nodes)}
@@ -94,16 +105,14 @@ class View:
         self._evaluators: dict[int, NodeReference] = {}
 
     @staticmethod
-    def of(model: onnx.ModelProto) -> View:
-        """The main graph of a model. Before IR 4 every initializer had to be listed as an input;
-        later such a listing says that a caller may replace it, so it is no constant.
-        """
+    def of(model: onnx.ModelProto, replaceable: frozenset[str] = frozenset()) -> View:
+        """The main graph of a model; `replaceable` initializers are inputs, not constants."""
         opsets = {entry.domain: entry.version for entry in model.opset_import}
-        return View(model.graph, opsets, model.functions, overridable=model.ir_version >= 4)
+        return View(model.graph, opsets, model.functions, replaceable=replaceable)
 
     def body(self, graph: onnx.GraphProto) -> View:
         """A subgraph of one of this graph's nodes, which sees this graph's values."""
-        return View(graph, self.opsets, self.functions, overridable=False, outer=self)
+        return View(graph, self.opsets, self.functions, outer=self)
 
     def knows(self, name: str) -> bool:
         """True when a value of this name exists here or in an enclosing graph."""
@@ -118,7 +127,7 @@ class View:
 
     def _is_fixed(self, name: str) -> bool:
         if name in self.initializers:
-            return not (self.overridable and name in self.inputs)
+            return name not in self.replaceable
         node = self.producers.get(name)
         if node is None:
             return name not in self.inputs and bool(self.outer and self.outer.is_constant(name))

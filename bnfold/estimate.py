@@ -63,25 +63,33 @@ class Estimate:
 
 
 class Progress:
-    """Counts steps of work and tells the caller's function (done, total)."""
+    """Counts steps, one per batch and stretch of the network, and tells (done, total)."""
 
-    def __init__(self, tell: Callable[[int, int | None], None] | None) -> None:
-        self._tell = tell
-        self._done = 0
-        self.total: int | None = None
+    def __init__(
+        self,
+        tell: Callable[[int, int | None], None] | None,
+        feed: Feed,
+        stretches: int,
+        diagnose: bool,
+    ) -> None:
+        self._tell, self._feed, self._done = tell, feed, 0
+        self._per_batch = stretches + diagnose
 
     def step(self) -> None:
         """One batch got one layer further."""
         self._done += 1
         if self._tell is not None:
-            total = self.total
+            total = self._total()
             self._tell(self._done if total is None else min(self._done, total), total)
 
     def finish(self) -> None:
         """All is done, whatever was expected."""
         if self._tell is not None:
-            total = self._done if self.total is None else self.total
+            total = self._total() or self._done
             self._tell(total, total)
+
+    def _total(self) -> int | None:
+        return None if self._feed.batches is None else self._feed.batches * self._per_batch
 
 
 # --- measuring ----------------------------------------------------------------------------------
@@ -309,26 +317,19 @@ def exact(
     round before, the other layers exactly, until nothing moves any more.
     """
     reused: dict[str, ImageMoments] = {}
-    by_passes, passes, change = False, 0, 0.0
-    for rounds in range(1, MAX_ROUNDS + 1):
+    by_passes, passes, rounds, change = False, 0, 0, float("inf")
+    while change > TOLERANCE and rounds < MAX_ROUNDS:
         run = _Round(net, layers, feed, frozenset(reused), progress, max_bytes, tasks)
         run.run(by_passes)
-        by_passes, passes = run.passes > 0, passes + run.passes
-        if not run.extra:
-            change = 0.0
-            break
-        change = 0.0
+        by_passes, passes, rounds = run.passes > 0, passes + run.passes, rounds + 1
+        change = 0.0  # where each layer is used once, one round is all
         for name, tally in run.extra.items():
             settled = run.settled.pop(name, None)
             now = tally.total() if settled is None else settled.merge(tally.total())
             change = max(change, _change(reused.get(name), now, layers[name]))
             write_pooled(layers[name], name, now)
             reused[name] = now
-        if change < TOLERANCE:
-            break
-    return Estimate(
-        {**run.settled, **reused}, run.excess, rounds, passes, tuple(reused), float(change)
-    )
+    return Estimate({**run.settled, **reused}, run.excess, rounds, passes, tuple(reused), change)
 
 
 def _change(before: ImageMoments | None, now: ImageMoments, layer: nn.Module) -> float:

@@ -133,18 +133,22 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
 
 def write_onnx(model: ir.Model, path: Path | str) -> None:
     """Write the model, whole or not at all: one file, beyond 2 GB with `.data` beside it."""
-    path = Path(path)
+    with replacing(path) as staged:
+        save_onnx(model, staged)
+
+
+def save_onnx(model: ir.Model, path: Path) -> None:
+    """Write the model in place: one file, beyond 2 GB with `.data` beside it."""
     size = sum(
         value.const_value.nbytes
         for graph in model.graphs()
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    with replacing(path) as staged:
-        if size > ONE_FILE_LIMIT:
-            ir.save(model, staged, external_data=f"{path.name}.data")
-        else:
-            staged.write_bytes(to_bytes(model))
+    if size > ONE_FILE_LIMIT:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        path.write_bytes(to_bytes(model))
 
 
 def to_bytes(model: ir.Model) -> bytes:

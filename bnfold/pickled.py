@@ -39,6 +39,10 @@ _MODEL_PARTS = re.compile(
     r"|torch\.(storage\.)?\w*Storage|torch\.(Size|device)|torch\.[a-z]+\d*"
 )
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+_MOST_LAYERS = 20_000
+_DEEPEST_LAYER = 100
+
 # Packages whose objects training scripts leave in checkpoints.
 _LEFTOVERS = ("argparse.", "pathlib.", "numpy.", "datetime.", "omegaconf.", "torch.")
 
@@ -48,8 +52,8 @@ _SAVE_WEIGHTS = (
 )
 
 
-def load_pickled(path: Path, *, trust_pickle: bool = False) -> Any:
-    """What torch.save wrote to `path`, on the CPU.
+def load_pickled(path: Path, *, trust_pickle: bool = False) -> tuple[Any, bool]:
+    """What torch.save wrote to `path`, on the CPU, and whether pickle itself had to run.
 
     Raises UnsafeInputError, naming the classes and functions, when the file asks for anything
     but tensors, plain containers and layers of torch.nn.modules; InputError when it is damaged.
@@ -58,10 +62,10 @@ def load_pickled(path: Path, *, trust_pickle: bool = False) -> Any:
     named = globals_in_file(path)
     modules, foreign = _split(named)
     try:
-        return _load_safely(path, modules)
+        return _load_safely(path, modules), False
     except Exception as error:  # the reader raises whatever the file makes it raise
         if trust_pickle:
-            return _load_trusted(path)
+            return _load_trusted(path), True
         raise _refusal(path, foreign, error) from error
 
 
@@ -158,13 +162,14 @@ def globals_in_file(path: Path) -> set[str]:
     """
     names: set[tuple[str, str]] = set()
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
-        if zipfile.is_zipfile(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
+        file = stack.enter_context(path.open("rb"))
+        if file.read(4) == b"PK\x03\x04":  # as torch decides
+            archive = stack.enter_context(zipfile.ZipFile(file))
             for entry in archive.namelist():
                 if entry.lower().endswith("data.pkl"):  # torch finds members in any case
                     names |= _globals_in_pickle(io.BytesIO(archive.read(entry)))
         else:
-            file = stack.enter_context(path.open("rb"))
+            file.seek(0)
             for _ in range(_LEGACY_PICKLES):
                 names |= _globals_in_pickle(file)
     return {f"{module}.{name}" for module, name in names}
@@ -232,61 +237,73 @@ def check_plain_module(module: nn.Module, path: Path) -> None:
     The safe reader lets a file set any attribute of a layer to anything it may build, so a file
     can hang one of the listed functions in as a hook or in the place of a method.
     """
-    try:
-        fault = _fault(module, "", ())
-    except RecursionError:
-        fault = "its layers are nested without end"
-    if fault:
+    if fault := _fault(module):
         raise UnsafeInputError(
             f"{path} holds a model of torch layers that torch itself would not have written: "
             f"{fault}. {_SAVE_WEIGHTS}."
         )
 
 
-def _fault(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> str | None:
-    here = f"layer {name!r}" if name else "the model"
-    if any(module is ancestor for ancestor in above):
-        return f"{here} contains itself"
-    if type(module) not in plain_module_classes().values():
-        return f"{here} is a {type(module).__name__}"
-    state = vars(module)
+def _fault(root: nn.Module) -> str | None:
+    """What is wrong with the model, layer by layer, each as often as state_dict() meets it."""
+    from torch import nn
+
+    waiting: list[tuple[object, str, int]] = [(root, "", 0)]
+    for _ in range(_MOST_LAYERS):
+        if not waiting:
+            return None
+        layer, name, depth = waiting.pop()
+        here = f"layer {name!r}" if name else "the model"
+        if not isinstance(layer, nn.Module):
+            return f"{here} is a {type(layer).__name__}"
+        if depth > _DEEPEST_LAYER:
+            return "its layers are nested without end"
+        if fault := _fault_of_layer(layer, here):
+            return fault
+        children = vars(layer)["_modules"].items()
+        waiting += [
+            (child, f"{name}.{key}" if name else str(key), depth + 1)
+            for key, child in children
+            if child is not None
+        ]
+    return f"it has more than {_MOST_LAYERS} layers"
+
+
+def _fault_of_layer(layer: nn.Module, here: str) -> str | None:
+    if type(layer) not in plain_module_classes().values():
+        return f"{here} is a {type(layer).__name__}"
+    state = vars(layer)
     for key, value in state.items():
-        if key == "_modules":
-            continue
-        if callable(getattr(type(module), key, None)):
+        if callable(getattr(type(layer), key, None)):
             return f"{here} replaces the method {key}"
         if isinstance(value, dict) and "hook" in key and value:
             return f"{here} has entries in {key}"
-        if not _is_data(value):
-            return f"attribute {key} of {here} holds a {type(value).__name__}"
-    tables = [state.get(table) for table in ("_parameters", "_buffers", "_modules")]
-    if not all(isinstance(table, dict) for table in tables):
+        if key != "_modules" and not _is_data(value):
+            return f"attribute {key} of {here} holds more than data"
+    if not all(isinstance(state.get(table), dict) for table in _TABLES):
         return f"{here} was never initialised"
-    for key, child in state["_modules"].items():
-        inner = f"{name}.{key}" if name else str(key)
-        if child is not None and (fault := _fault_of_child(child, inner, (*above, module))):
-            return fault
     return None
-
-
-def _fault_of_child(child: object, name: str, above: tuple[nn.Module, ...]) -> str | None:
-    from torch import nn
-
-    if not isinstance(child, nn.Module):
-        return f"layer {name!r} is a {type(child).__name__}"
-    return _fault(child, name, above)
 
 
 def _is_data(value: object) -> bool:
     import torch
 
-    if isinstance(value, dict):
-        return all(_is_data(key) and _is_data(item) for key, item in value.items())
-    if isinstance(value, list | tuple | set):
-        return all(_is_data(item) for item in value)
-    if isinstance(value, weakref.ref):  # torch's RNN layers make these of their weights
-        return isinstance(value(), torch.Tensor)
-    return value is None or type(value) in (
-        *(bool, int, float, complex, str, bytes, torch.Tensor, torch.nn.Parameter),
+    leaves = (
+        *(bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.nn.Parameter),
         *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     )
+    waiting, met = [value], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, weakref.ref):  # torch's RNN layers make these of their weights
+            item = item()
+        if type(item) in leaves or id(item) in met:
+            continue
+        met.add(id(item))
+        if isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple | set):
+            waiting += item
+        else:
+            return False
+    return True

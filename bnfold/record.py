@@ -52,6 +52,11 @@ class FoldRecord:
 
     def save(self, path: Path | str) -> None:
         """Write the record as safetensors, whole or not at all."""
+        with replacing(path) as staged:
+            self.write(staged)
+
+    def write(self, path: Path) -> None:
+        """Write the record in place."""
         from safetensors.numpy import save
 
         tensors: dict[str, np.ndarray] = {}
@@ -77,8 +82,7 @@ class FoldRecord:
             "aliases": dict(self.aliases),
             "files": dict(self.files),
         }
-        with replacing(path) as staged:
-            staged.write_bytes(save(tensors, metadata={"bnfold": json.dumps(names)}))
+        path.write_bytes(save(tensors, metadata={"bnfold": json.dumps(names)}))
 
 
 def record_of(plan: FoldPlan, folded: Folded, files: Mapping[str, str] | None = None) -> FoldRecord:

@@ -172,6 +172,12 @@ def _kind_of_zip(path: Path, size: int) -> Kind:
         raise InputError(
             f"{path} is a zip archive that was cut short or damaged ({error}): copy it again."
         ) from error
+    # A directory found behind other data belongs to an archive stored inside this one.
+    if entries and min(entry.header_offset for entry in entries) > 0:
+        raise InputError(
+            f"{path} is a zip archive that was cut short or damaged (its directory is missing): "
+            "copy it again."
+        )
     refuse_zip_bomb(str(path), entries, size)
     names = [entry.filename for entry in entries]
     inner = {name.partition("/")[2] for name in names}  # torch puts all under one folder

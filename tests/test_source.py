@@ -26,15 +26,10 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+from bnfold.checkpoint import Checkpoint, load_checkpoint
 from bnfold.errors import InputError, UnsafeInputError, UsageError
-from bnfold.source import (
-    Checkpoint,
-    Kind,
-    check_batchnorm_statistics,
-    load_checkpoint,
-    load_into,
-    sniff,
-)
+from bnfold.sniff import Kind, sniff
+from bnfold.weights import check_batchnorm_statistics, load_into
 
 REAL_CHECKPOINTS = {
     "cifar10/resnet20-12fca82f.th": 19,
@@ -290,6 +285,7 @@ def test_only_trust_lets_pickle_run(tmp_path):
     checkpoint = load_checkpoint(tmp_path / "m.pt", trust_pickle=True)
     assert path.exists()
     assert list(checkpoint.state_dict) == ["w"]
+    assert "the file was unpickled on trust, which ran whatever it says" in checkpoint.notes
 
 
 @pytest.mark.parametrize(
@@ -375,6 +371,11 @@ def with_itself(model):
     model[2].add_module("again", model)
 
 
+def with_a_forest(model):
+    for _ in range(40):  # 40 layers, which state_dict() would meet 2**40 times
+        model[2] = nn.Sequential(model[2], model[2])
+
+
 def with_something_that_is_no_layer(model):
     model._modules["3"] = torch.ones(1)
 
@@ -388,8 +389,9 @@ def without_tables(model):
     [
         (with_hook, "layer '2' has entries in _forward_hooks"),
         (with_another_forward, "layer '2' replaces the method forward"),
-        (with_a_callable, "attribute note of layer '2' holds a list"),
-        (with_itself, "layer '2.again' contains itself"),
+        (with_a_callable, "attribute note of layer '2' holds more than data"),
+        (with_itself, "its layers are nested without end"),
+        (with_a_forest, "more than 20000 layers"),
         (with_something_that_is_no_layer, "layer '3' is a Tensor"),
         (without_tables, "layer '3' was never initialised"),
     ],
@@ -454,6 +456,24 @@ def test_weights_are_found_under_their_wrapper(tmp_path, keys):
 )
 def test_a_file_without_one_set_of_weights_is_refused(tmp_path, content, sentence):
     assert sentence in refused(saved(tmp_path / "m.pt", content))
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path):
+    content = {}
+    content.update({str(number): content for number in range(99)})
+    assert "no weights" in refused(saved(tmp_path / "m.pt", content))
+    # a pickle of 5000 dictionaries, each the only item of the one around it
+    nested = b"\x80\x02" + b"}X\x01\x00\x00\x00k" * 5000 + b"}" + b"s" * 5000 + b"."
+    with zipfile.ZipFile(tmp_path / "deep.pt", "w") as archive:
+        archive.writestr("deep/data.pkl", nested)
+        archive.writestr("deep/version", "3\n")
+    assert "no weights" in refused(tmp_path / "deep.pt")
+    shared = [[]]
+    for _ in range(60):
+        shared = [shared, shared]
+    model = plain_model()
+    model[2].note = shared
+    assert load_checkpoint(saved(tmp_path / "m.pt", model)).module is not None
 
 
 def test_averaged_weights_are_a_second_choice(tmp_path):
@@ -696,9 +716,9 @@ def test_a_variance_of_zero_needs_its_eps():
     check_batchnorm_statistics(nn.BatchNorm2d(3, track_running_stats=False, affine=False))
 
 
-def test_importing_source_imports_no_framework():
-    code = "import sys, bnfold.source; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert not {"torch", "onnx", "onnxruntime", "safetensors"} & set(loaded.stdout.split())
+def test_reading_modules_import_no_framework():
+    modules = "sniff, bnfold.checkpoint, bnfold.exported, bnfold.factory, bnfold.weights"
+    code = f"import sys, bnfold.{modules}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    frameworks = {"torch", "onnx", "onnxruntime", "safetensors", "numpy"}
+    assert not frameworks & set(loaded.stdout.decode().split())

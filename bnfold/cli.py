@@ -1,0 +1,290 @@
+"""The command line: arguments in, one report on stdout, progress and notes on stderr.
+
+Nothing heavy is imported until a verb runs, so that `bnfold --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bnfold.errors import BnfoldError, UsageError
+
+EXIT_CODES = """exit codes:
+  0  good (nothing to fold included)      4  a runtime that was asked for cannot run here
+  1  a gate failed: not the same function 5  nothing was compared
+  2  wrong usage                          130  interrupted
+  3  input unreadable, unsupported or unsafe
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message} (bnfold {self.prog.removeprefix('bnfold ')} --help)")
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """`1,3,224,224` or `name:1,3,224,224`."""
+    name, _, numbers = text.rpartition(":")
+    try:
+        shape = tuple(int(number) for number in numbers.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or any(number < 1 for number in shape):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a shape; write 1,3,224,224 or name:1,3,224,224"
+        )
+    return name, shape
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """`0.485,0.456,0.406`."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers") from None
+
+
+def _size(text: str) -> tuple[int, ...]:
+    """`224` or `224,320` (height, width)."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size") from None
+
+
+def _add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
+    parser.add_argument(
+        name, type=Path, metavar=name.upper(), help=".onnx, .pt2, .pt/.pth/.th or .safetensors"
+    )
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the model file is")
+    group.add_argument(
+        "--model",
+        dest="factory",
+        metavar="SPEC",
+        help="factory of a checkpoint's network: pkg.mod:name, path.py:name, torchvision:NAME,"
+        " timm:NAME",
+    )
+    group.add_argument(
+        "--input-shape",
+        dest="shapes",
+        type=_shape,
+        action="append",
+        metavar="[NAME:]N,C,H,W",
+        help="shape of an input; repeat for several",
+    )
+    group.add_argument("--opset", type=int, default=20, help="opset of an export (default 20)")
+    group.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="run the code in a pickled model; only for files you made yourself",
+    )
+    group.add_argument(
+        "--freeze-inputs",
+        action="store_true",
+        help="treat initializers that a caller could override as constants",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser, name: str, what: str, *, required: bool) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        name,
+        dest="data",
+        required=required,
+        metavar="DATA",
+        help=f"{what}: .npy, .npz, a folder of images, path.py:factory, or 'digits'",
+    )
+    group.add_argument("--batch-size", type=int, default=64, metavar="N")
+    group.add_argument("--samples", type=int, metavar="N", help="use N samples of the data")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--mean", type=_numbers, metavar="M,M,M", help="subtracted per channel")
+    group.add_argument("--std", type=_numbers, metavar="S,S,S", help="divided by per channel")
+    group.add_argument("--resize", type=_size, metavar="H[,W]", help="bilinear resize")
+    group.add_argument(
+        "--input-scale",
+        type=float,
+        metavar="F",
+        help="factor on the raw numbers (default 1/255 for bytes, else 1)",
+    )
+    group.add_argument(
+        "--preprocess", metavar="path.py:fn", help="your function, raw image -> input array"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o",
+        "--output",
+        dest="outputs",
+        type=Path,
+        action="append",
+        metavar="OUT",
+        help=f"{what}; repeat for several",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("report")
+    group.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    group.add_argument(
+        "--report", type=Path, metavar="FILE", help="also write it (.md, .json, .txt)"
+    )
+    group.add_argument("-v", "--verbose", action="store_true", help="every table in full")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress, no notes")
+
+
+def _add_proof(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("proof")
+    group.add_argument(
+        "--provider",
+        dest="providers",
+        action="append",
+        choices=("cpu", "cuda"),
+        help="onnxruntime provider to compare on (default cpu); repeat for several",
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="bnfold",
+        description="Fold batch normalization into the neighbouring weights, adapt its statistics"
+        " to a target domain, export ONNX, and prove that nothing changed.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="the versions in use")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+
+    fold = verbs.add_parser("fold", help="fold a model's batch norms, prove it, write it")
+    _add_model(fold)
+    _add_output(fold, "folded model: .onnx, .pt or .safetensors (default beside the input)")
+    fold.add_argument(
+        "--record", type=Path, metavar="FILE", help="fold record (default beside OUT)"
+    )
+    fold.add_argument("--no-verify", action="store_true", help="write without proof")
+    fold.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
+    _add_source(fold)
+    _add_proof(fold)
+    _add_report(fold)
+
+    adapt = verbs.add_parser("adapt", help="re-estimate the statistics on a target domain")
+    _add_model(adapt)
+    _add_data(adapt, "--target-data", "samples of the target domain", required=True)
+    adapt.add_argument(
+        "--method",
+        choices=("exact", "fast"),
+        default="exact",
+        help="exact: each layer behind adapted ones, over the whole set; fast: one pass",
+    )
+    _add_output(adapt, "adapted checkpoint, .pt (default beside the input)")
+    _add_source(adapt)
+    _add_report(adapt)
+
+    export = verbs.add_parser("export", help="export a torch model to ONNX, unfolded, and prove it")
+    _add_model(export)
+    _add_output(export, "the ONNX file (default beside the input)")
+    export.add_argument("--no-verify", action="store_true", help="write without proof")
+    _add_source(export)
+    _add_proof(export)
+    _add_report(export)
+
+    verify = verbs.add_parser("verify", help="prove that two models are the same function")
+    _add_model(verify, "original")
+    _add_model(verify, "folded")
+    verify.add_argument("--record", type=Path, metavar="FILE", help="fold record (default beside)")
+    _add_data(verify, "--data", "inputs to compare on (default: drawn)", required=False)
+    _add_source(verify)
+    _add_proof(verify)
+    _add_report(verify)
+
+    inspect = verbs.add_parser("inspect", help="where each batch norm would go, or why it stays")
+    _add_model(inspect)
+    _add_source(inspect)
+    _add_report(inspect)
+
+    _add_train(verbs.add_parser("train", help="train a network with batch normalization"))
+
+    doctor = verbs.add_parser("doctor", help="what is installed, and which providers really load")
+    _add_report(doctor)
+    return parser
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    train.add_argument("factory", metavar="SPEC", help="path.py:name or pkg.mod:name of a network")
+    _add_data(train, "--data", "training samples with labels (.npz with x and y)", required=True)
+    train.add_argument("--test-data", metavar="DATA", help="samples to measure the accuracy on")
+    train.add_argument("--epochs", type=int, default=10, metavar="N")
+    train.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
+    train.add_argument("--schedule", choices=("onecycle", "cosine", "constant"), default="onecycle")
+    train.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate")
+    train.add_argument("--weight-decay", type=float, metavar="W")
+    train.add_argument("--device", default="cpu", help="cpu or cuda")
+    train.add_argument("--checkpoint", type=Path, metavar="FILE", help="run state after each epoch")
+    train.add_argument("--resume", type=Path, metavar="FILE", help="continue from a run state")
+    _add_output(train, "checkpoint, .pt (default NAME.pt here)")
+    _add_report(train)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code comes back. Bad input gives a sentence, no traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    try:
+        args = build_parser().parse_args(arguments)
+        return _run(args)
+    except BnfoldError as error:
+        _tell_failure(error, as_json)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("bnfold: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of stdout went away, which is its right; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.version:
+        from bnfold.report import versions
+
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        return 0
+    if args.verb is None:
+        build_parser().print_help()
+        return 2
+    from bnfold import commands, report
+
+    result = commands.VERBS[args.verb](args)
+    if args.report is not None:
+        commands.write_text(args.report, report.render(result, args.report))
+    print(report.to_json(result) if args.json else report.to_text(result, verbose=args.verbose))
+    sys.stdout.flush()
+    return int(result["exit_code"])
+
+
+def _tell_failure(error: BnfoldError, as_json: bool) -> None:
+    print(f"bnfold: {error}", file=sys.stderr)
+    if as_json:
+        from bnfold.report import to_json
+
+        kind = type(error).__name__
+        document: Mapping[str, Any] = {
+            "error": {"type": kind, "message": str(error), "exit_code": error.exit_code}
+        }
+        print(to_json(document))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
