@@ -33,8 +33,8 @@ def canonical(array: Array) -> Array:
     """The same array with size 1 along every axis along which it is constant (NaN equals NaN)."""
     for axis, size in enumerate(array.shape):
         if size > 1:
-            first = np.take(array, [0], axis=axis)
-            if np.array_equal(np.broadcast_to(first, array.shape), array, equal_nan=True):
+            first = array[(slice(None),) * axis + (slice(0, 1),)]
+            if identical(first, array):
                 array = first
     return array
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from bnfold.affine import Gauge
+from bnfold.affine import ChannelAffine, Gauge
 from bnfold.rules import relations_of
-from bnfold.rules.normalization import bypass
+from bnfold.rules.normalization import bypass, normalization_map
 from bnfold.rules.relations import Relations
 
 
@@ -28,12 +28,22 @@ class Network:
     def __post_init__(self) -> None:
         self.nodes = [node for graph in self.model.graphs() for node in graph]
         self._relations: dict[ir.Node, Relations] = {}
+        self._maps: dict[ir.Node, ChannelAffine] = {}
 
     def relations(self, node: ir.Node) -> Relations:
         """What a node asks of the gauges around it; a batch norm that goes asks as a bypass."""
         if node not in self._relations:
-            self._relations[node] = bypass(node) if node in self.gone else relations_of(node)
+            self._relations[node] = self._bypass(node) if node in self.gone else relations_of(node)
         return self._relations[node]
+
+    def _bypass(self, node: ir.Node) -> Relations:
+        return bypass(node, self.map_of(node))
+
+    def map_of(self, node: ir.Node) -> ChannelAffine:
+        """The affine map of a batch norm that has one."""
+        if node not in self._maps:
+            self._maps[node] = normalization_map(node)
+        return self._maps[node]
 
     def try_without(self, node: ir.Node) -> None:
         """Treat a batch norm as gone."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -116,7 +117,7 @@ class _Trial:
     scales: Wave
     origins: Wave
 
-    @property
+    @cached_property
     def touched(self) -> list[ir.Value]:
         return list(dict.fromkeys((*self.scales.touched(), *self.origins.touched())))
 
@@ -129,7 +130,7 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
     if scope is not None and name_of(node) not in scope.norms:
         return "it is not a batch norm module of its own, called once, that could be taken out"
     network.try_without(node)
-    found: list[_Trial] = []
+    best: _Trial | None = None
     failures: dict[str, str] = {}
     for side, numbers in _scale_ways(network, node):
         try:
@@ -139,25 +140,26 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
             failures.setdefault(side, str(conflict))
             continue
         for origin_side in ("x", "y"):
+            if best is not None and len(scales.touched()) >= len(best.touched):
+                break
             try:
                 trial = _Trial(scales, _move_origin(network, node, scales, origin_side))
                 if scope is not None:
                     _check_scope(network, trial, scope)
-                found.append(trial)
+                if best is None or len(trial.touched) < len(best.touched):
+                    best = trial
             except Conflict as conflict:
                 failures.setdefault(origin_side, str(conflict))
-    if not found:
+    if best is None:
         network.put_back(node)
         return _reason(failures)
-    best = min(found, key=lambda trial: len(trial.touched))
-    touched = best.touched
-    network.gauges.update({value: best.gauge(value) for value in touched})
-    return _takers(network, touched)
+    network.gauges.update({value: best.gauge(value) for value in best.touched})
+    return _takers(network, best.touched)
 
 
 def _scale_ways(network: Network, node: ir.Node) -> Iterator[tuple[str, dict[ir.Value, Array]]]:
     """The new scales at x and y to try, each with the side that takes the size; NaN: as it is."""
-    s = normalization_map(node).scale
+    s = network.map_of(node).scale
     x, y = input_of(node, 0), node.outputs[0]
     zero = s == 0
     scale_x, scale_y = network.gauge(x).scale, network.gauge(y).scale
@@ -179,15 +181,15 @@ def _scale_ways(network: Network, node: ir.Node) -> Iterator[tuple[str, dict[ir.
 def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wave:
     """The origins, given the scales, if one side of the batch norm moves. Raises Conflict."""
     x, y = input_of(node, 0), node.outputs[0]
-    wave = Wave(network, scales)
+    wave, m = Wave(network, scales), network.map_of(node)
     tie = network.relations(node).origins[0]
     if side == "x":
         value, moved = x, tie.backward(wave.before(y), scales.now)
     else:
         value, moved = y, tie.forward(wave.before(x), scales.now)
     assert moved is not None  # a bypass answers for every channel
-    numbers = {value: np.where(normalization_map(node).scale != 0, moved, np.nan)}
-    for place, array in constants_of_bypass(node, scales.now, wave.now).items():
+    numbers = {value: np.where(m.scale != 0, moved, np.nan)}
+    for place, array in constants_of_bypass(node, m, scales.now, wave.now).items():
         before = numbers.get(place, np.nan)
         numbers[place] = np.where(np.isnan(array), before, array)
     wave.start(tie, numbers, node)
@@ -195,7 +197,9 @@ def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wa
         for other in network.around(touched):
             if other in network.gone and other is not node:
                 # gamma = 0 in a batch norm that is gone already: its constant follows the scale
-                for place, array in constants_of_bypass(other, scales.now, wave.now).items():
+                for place, array in constants_of_bypass(
+                    other, network.map_of(other), scales.now, wave.now
+                ).items():
                     wave.put(place, array, other)
     wave = wave.settle()
     for touched in scales.touched():

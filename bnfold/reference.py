@@ -95,9 +95,13 @@ class Float64Reference:
         if missing:
             raise InputError(f"the model's input '{missing[0]}' was not given a value.")
         values.update({name: widen(np.asarray(value)) for name, value in inputs.items()})
+        waiting = set(wanted) - set(values)
         with np.errstate(all="ignore"):
             for index, node in enumerate(self._evaluator.rt_nodes_):
+                if not waiting:
+                    break
                 self._run_node(node, values)
+                waiting.difference_update(node.output)
                 for name in self._last_use.get(index, ()):
                     if name not in wanted:
                         values.pop(name, None)

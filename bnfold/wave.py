@@ -37,6 +37,7 @@ class Wave:
         self.scales = scales
         self.layer: Layer = "scale" if scales is None else "origin"
         self.new: dict[ir.Value, Array] = {}
+        self._now: dict[ir.Value, Array] = {}
         self._queue: deque[ir.Node] = deque()
         self._undecided: dict[tuple[ir.Node, Sum], None] = {}
         # where an elementwise tie or a sum has itself derived one side from the others
@@ -60,6 +61,8 @@ class Wave:
             return gauge.scale
         # on channels that have only now become constants an earlier origin means nothing
         now = self.scales.now(value)
+        if now is gauge.scale:
+            return gauge.origin
         special = (now == 0) | np.isinf(now)
         was = (gauge.scale == 0) | np.isinf(gauge.scale)
         return np.where(special & ~was, 0.0, gauge.origin)
@@ -71,8 +74,11 @@ class Wave:
 
     def now(self, value: ir.Value) -> Array:
         """The number at a value as this wave leaves it."""
-        old, new = self.before(value), self.new.get(value)
-        return old if new is None else canonical(np.where(np.isnan(new), old, new))
+        if value not in self._now:
+            old, new = self.before(value), self.new.get(value)
+            merged = old if new is None else canonical(np.where(np.isnan(new), old, new))
+            self._now[value] = merged
+        return self._now[value]
 
     def scale_now(self, value: ir.Value) -> Array:
         """The scale at a value, whichever of the two this wave is about."""
@@ -104,6 +110,7 @@ class Wave:
         if np.any(clash):
             raise self._clash(value, clash)
         self.new[value] = canonical(np.where(np.isnan(had), array, had))
+        self._now.pop(value, None)
         if not np.any(~np.isnan(array) & (array != self.before(value)) & np.isnan(had)):
             return
         self._came_by.setdefault(value, by)

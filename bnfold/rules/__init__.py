@@ -32,7 +32,6 @@ from bnfold.rules.linear import (
     matmul_rewrite,
 )
 from bnfold.rules.moves import (
-    average_pooled,
     depth_to_space,
     expanded,
     gathered,
@@ -47,6 +46,7 @@ from bnfold.rules.moves import (
 from bnfold.rules.node import Opaque
 from bnfold.rules.normalization import normalization_relations, normalization_rewrite
 from bnfold.rules.passing import (
+    average_pool_rule,
     cast_rule,
     dropout_rule,
     free,
@@ -88,7 +88,7 @@ RULES: dict[str, Rule] = {
     "ReduceMax": monotone(reduced),
     "ReduceMin": monotone(reduced),
     # averaging: any gauge
-    "AveragePool": structural(average_pooled),
+    "AveragePool": average_pool_rule(),
     "GlobalAveragePool": structural(pooled),
     "ReduceMean": structural(reduced),
     "Resize": structural(resized),

@@ -13,7 +13,6 @@ from bnfold.constants import constant
 from bnfold.layout import Dim
 from bnfold.rules.node import (
     Opaque,
-    auto_padded,
     dims,
     indices,
     input_of,
@@ -67,15 +66,6 @@ def resized(x: ir.Value, y: ir.Value, node: ir.Node) -> Moves:
     before, after = dims(x), dims(y)
     if len(before) != len(after) or not isinstance(before[1], int) or before[1] != after[1]:
         raise Opaque("its channels may be resized")
-    return pooled(x, y, node)
-
-
-def average_pooled(x: ir.Value, y: ir.Value, node: ir.Node) -> Moves:
-    """AveragePool that counts no padded zeros."""
-    counted = integer(node, "count_include_pad", 0)
-    ceil = integer(node, "ceil_mode", 0)
-    if counted and (ceil or any(integers(node, "pads") or ()) or auto_padded(node)):
-        raise Opaque("it counts padded zeros")
     return pooled(x, y, node)
 
 

@@ -13,8 +13,18 @@ import onnx_ir as ir
 
 from bnfold.affine import Array, canonical
 from bnfold.constants import FLOATS, constant
-from bnfold.rules.moves import padded, same
-from bnfold.rules.node import Opaque, input_of, label, real, string, weights
+from bnfold.rules.moves import padded, pooled, same
+from bnfold.rules.node import (
+    Opaque,
+    auto_padded,
+    input_of,
+    integer,
+    integers,
+    label,
+    real,
+    string,
+    weights,
+)
 from bnfold.rules.relations import (
     Moves,
     Relations,
@@ -143,6 +153,18 @@ def pad_rule() -> Rule:
         if value != 0:
             raise Opaque("it pads with a number that is not 0")
         return zeros.relations(node)
+
+    return Rule(relations)
+
+
+def average_pool_rule() -> Rule:
+    """AveragePool averages what is there; where it counts padded zeros too, no shift passes."""
+    plain, counting = structural(pooled), summing(pooled)
+
+    def relations(node: ir.Node) -> Relations:
+        padded = any(integers(node, "pads") or ()) or auto_padded(node)
+        counts = integer(node, "count_include_pad", 0) and (padded or integer(node, "ceil_mode", 0))
+        return (counting if counts else plain).relations(node)
 
     return Rule(relations)
 

@@ -1,0 +1,607 @@
+"""Are two networks the same function? Three gates, and the first layer where they part.
+
+A, the algebra: every constant of the folded graph against the exact one, without data
+   (certificate.py). It needs the plan's gauges; without them it is not run, and the report says so.
+B, the network: on onnxruntime's CPU, without its graph optimization,
+       R = error of the folded network / max(error of the original, 4u),
+   both errors relative 2-norms against a float64 evaluation of the original, u the rounding of the
+   model's dtype. A right fold has R near 1 whatever the network's conditioning; R <= 4 passes.
+   Besides, no element of a sample may be further off than ten times the original's worst element.
+C, the runtime: every backend that was asked for, with its own optimization, by the same ratio.
+
+An original that is itself far from its float64 evaluation (an operator that the runtime and the
+reference read differently, a threshold that rounding crosses) proves nothing: that fails too, and
+so does a model that the float64 reference cannot run. What could not be compared never passes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from bnfold.certificate import Certificate, Gauge, certify
+from bnfold.counterpart import ROUNDINGS
+from bnfold.divergence import Divergence, explain, first_divergence
+from bnfold.draws import InputSet, drawn_inputs, given_inputs
+from bnfold.errors import (
+    BnfoldError,
+    InputError,
+    NothingComparedError,
+    UsageError,
+    VerificationError,
+)
+from bnfold.reference import Float64Reference, NoReferenceError
+from bnfold.runtime import Session, open_session, run_torch
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Values = Mapping[str, Any]
+Progress = Callable[[int, int | None], None]
+
+R_LIMIT = 4.0
+ELEMENT_LIMIT = 10.0
+FLOOR = 4.0  # roundings below which an error of the original is luck
+FLIPS = 1e-3  # share of a discrete output that may differ where the original's does not
+UNRELIABLE = 2.0**17  # roundings: an original further off than this (0.8 % in float32)
+TENSOR_CORE = (2.0**8, 2.0**14)  # ratios that TF32 and float16 products leave
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One comparison: the gate (A, B or C), what was compared, and the verdict as a sentence.
+
+    name: what kind of figure `value` is; subject: the node, output or backend it is about.
+    """
+
+    gate: str
+    name: str
+    subject: str
+    value: float
+    limit: float
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The gates' results; `passed` is true when all ran that could be asked for, and all passed.
+
+    samples: rows compared. sets: the kinds of inputs. noise: backend -> relative difference of two
+    runs of one session. backends: backend -> where its nodes ran (provider -> operator -> count).
+    """
+
+    gates: tuple[GateResult, ...]
+    seed: int
+    samples: int
+    sets: tuple[str, ...]
+    noise: Mapping[str, float] = field(default_factory=dict)
+    backends: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    certificate: Certificate | None = None
+    first_divergence: Divergence | None = None
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """True when the network gate compared something and no gate failed."""
+        compared = any(result.gate == "B" for result in self.gates)
+        return compared and all(result.passed for result in self.gates)
+
+    @property
+    def failures(self) -> tuple[GateResult, ...]:
+        """The results that did not pass, gate A first."""
+        return tuple(result for result in self.gates if not result.passed)
+
+    @property
+    def r(self) -> float:
+        """The worst ratio of gate B (NaN where it could not be computed)."""
+        ratios = [result.value for result in self.gates if result.name == "error ratio"]
+        return float(np.max([r for r in ratios])) if ratios else math.nan
+
+    def raise_for_failure(self) -> None:
+        """Raise VerificationError with the first failure, or NothingComparedError."""
+        if self.failures:
+            first = self.failures[0]
+            more = f" ({len(self.failures)} checks failed.)" if len(self.failures) > 1 else ""
+            where = f" {self.notes[-1]}" if self.notes else ""
+            raise VerificationError(f"Gate {first.gate}: {first.sentence}{more}{where}")
+        if not self.passed:
+            raise NothingComparedError("no output of the two networks was compared.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it; infinities and NaN as strings."""
+        parting = self.first_divergence
+        certificate = self.certificate
+        return _jsonable(
+            {
+                "passed": self.passed,
+                "r": self.r,
+                "gates": [vars(result) for result in self.gates],
+                "seed": self.seed,
+                "samples": self.samples,
+                "inputs": list(self.sets),
+                "noise": dict(self.noise),
+                "backends": {
+                    name: {k: dict(v) for k, v in placed.items()}
+                    for name, placed in self.backends.items()
+                },
+                "nodes": [vars(record) for record in certificate.records] if certificate else None,
+                "first_divergence": vars(parting) if parting else None,
+                "notes": list(self.notes),
+                "seconds": self.seconds,
+            }
+        )
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+# --------------------------------------------------------------------------------- the gates
+
+
+def verify(
+    original: onnx.ModelProto | bytes | str | Path,
+    folded: onnx.ModelProto | bytes | str | Path,
+    *,
+    gauges: Mapping[str, Gauge] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Array] | None = None,
+    providers: Sequence[str] = ("cpu",),
+    seed: int = 0,
+    samples: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    torch_modules: tuple[torch.nn.Module, torch.nn.Module] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare `folded` with `original` and report; a failed gate is no exception.
+
+    original, folded: a ModelProto, the bytes of a file, or a path. gauges, aliases: the plan's, by
+    value name of the original (certificate.certify). inputs: arrays by input name, all rows are
+    compared; default: draws (draws.drawn_inputs) from `seed`. providers: "cpu", "cuda", for gate C.
+    torch_modules: the original and the folded module, compared as backends of gate C; their
+    forward takes the model's inputs in order.
+
+    Raises RuntimeUnavailableError when a provider cannot run here (never a pass),
+    NothingComparedError when there is no output or no sample, InputError for unreadable models or
+    unfit inputs, UsageError for no provider at all.
+    """
+    begun = time.perf_counter()
+    if not providers:
+        raise UsageError("no provider was given to compare on; use cpu, cuda or both.")
+    before, after = _load(original, "original"), _load(folded, "folded")
+    if not before.graph.output:
+        raise NothingComparedError("the original model has no outputs, so nothing can be compared.")
+    backends = _Backends.open(original, folded, providers, torch_modules, threads)
+    gates: list[GateResult] = []
+    certificate = None
+    notes = []
+    if gauges is None:
+        notes.append("Gate A was not run: the plan of this fold is not known.")
+    else:
+        certificate = certify(before, after, gauges, aliases or {}, input_shapes=input_shapes)
+        gates += _algebra(certificate)
+    comparison = _Comparison.of(before, after, backends, seed, samples, input_shapes, inputs)
+    gates += comparison.judge(progress)
+    parting, where = None, ""
+    if not all(result.passed for result in gates) and comparison.reference is not None:
+        parting, where = _where(before, after, comparison, gauges, aliases)
+        notes.append(where)
+    return VerifyReport(
+        gates=tuple(gates),
+        seed=seed,
+        samples=comparison.samples,
+        sets=tuple(group.name for group in comparison.sets),
+        noise=comparison.noise,
+        backends=backends.placement,
+        certificate=certificate,
+        first_divergence=parting,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _load(model: onnx.ModelProto | bytes | str | Path, role: str) -> onnx.ModelProto:
+    if isinstance(model, onnx.ModelProto):
+        return model
+    try:
+        if isinstance(model, bytes):
+            return onnx.load_from_string(model)
+        return onnx.load(str(model))
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the {role} model cannot be read as ONNX: {first}") from error
+
+
+def _algebra(certificate: Certificate) -> list[GateResult]:
+    """Gate A: every failure, or one line for all that held."""
+    if certificate.passed:
+        worst = certificate.worst
+        ulps = worst.ulps if worst else 0.0
+        count = len(certificate.records)
+        sentence = f"{count} checks hold; the worst constant is {ulps:.2g} roundings off."
+        return [GateResult("A", "roundings", "every node", ulps, 1.0, True, sentence)]
+    return [
+        GateResult("A", record.check, record.node, record.ulps, 1.0, False, record.sentence)
+        for record in certificate.failures
+    ]
+
+
+def _where(before: onnx.ModelProto, after: onnx.ModelProto, comparison: _Comparison,
+           gauges: Mapping[str, Gauge] | None, aliases: Mapping[str, str] | None
+           ) -> tuple[Divergence | None, str]:  # fmt: skip
+    parting, problem = None, None
+    try:
+        parting = first_divergence(before, after, comparison.example, gauges=gauges,
+                                   aliases=aliases, unit=comparison.unit)  # fmt: skip
+    except BnfoldError as error:
+        problem = error
+    return parting, explain(parting, problem)
+
+
+# ------------------------------------------------------------------------------- the backends
+
+
+@dataclass(frozen=True)
+class _Backend:
+    """Something that maps inputs to outputs by name; gate B or C, and whose network it runs."""
+
+    name: str
+    gate: str
+    run: Callable[[Mapping[str, Array]], Values]
+    session: Session | None = None
+
+
+@dataclass(frozen=True)
+class _Backends:
+    original: _Backend
+    compared: tuple[_Backend, ...]
+
+    @staticmethod
+    def open(original: Any, folded: Any, providers: Sequence[str],
+             modules: tuple[torch.nn.Module, torch.nn.Module] | None, threads: int | None
+             ) -> _Backends:  # fmt: skip
+        """Every session that will be needed, before any time is spent on arithmetic."""
+        optimized = [
+            _of_session(
+                f"onnxruntime {provider}, optimized", "C",
+                open_session(folded, provider, optimize=True, threads=threads),
+            )
+            for provider in dict.fromkeys(providers)
+        ]  # fmt: skip
+        first = open_session(original, "cpu", optimize=False, threads=threads)
+        second = open_session(folded, "cpu", optimize=False, threads=threads)
+        compared = [_of_session("onnxruntime cpu", "B", second), *optimized]
+        if modules is not None:
+            names = first.input_names
+            for role, module in zip(("original", "folded"), modules, strict=True):
+                name = f"torch, {role} module"
+                run = _torch_runner(module, names, first.output_names, name)
+                compared.append(_Backend(name, "C", run))
+        return _Backends(_of_session("original", "B", first), tuple(compared))
+
+    @property
+    def placement(self) -> dict[str, Mapping[str, Mapping[str, int]]]:
+        """Where onnxruntime says that the nodes ran."""
+        return {b.name: b.session.assignment for b in self.compared if b.session is not None}
+
+
+def _of_session(name: str, gate: str, session: Session) -> _Backend:
+    return _Backend(name, gate, session.run, session)
+
+
+def _torch_runner(module: torch.nn.Module, inputs: Sequence[str], outputs: Sequence[str], name: str
+                  ) -> Callable[[Mapping[str, Array]], Values]:  # fmt: skip
+    def run(feeds: Mapping[str, Array]) -> Values:
+        try:
+            values = run_torch(module, [feeds[key] for key in inputs])
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{name} cannot run on the model's inputs: {first}") from error
+        if len(values) != len(outputs):
+            raise InputError(f"{name} has {len(values)} outputs, the model has {len(outputs)}.")
+        return dict(zip(outputs, values, strict=True))
+
+    return run
+
+
+# ------------------------------------------------------------------------------ the comparison
+
+
+@dataclass
+class _Tally:
+    """Error of one output against the reference over the batches of one input set."""
+
+    error: float = 0.0  # sum of squares
+    size: float = 0.0  # sum of squares of the reference
+    elements: int = 0
+    flips: int = 0
+    discrete: bool = False
+    worst: float = 0.0  # largest element over what the original's largest allows, per sample
+    trouble: str = ""
+
+    def add(self, value: Any, exact: Array, allowed: Array | None) -> None:
+        """Count one batch. allowed: per sample, the largest error that is granted."""
+        problem = _unlike(value, exact)
+        self.trouble = self.trouble or problem
+        if problem:
+            return
+        self.elements += exact.size
+        if exact.dtype.kind not in "fc":
+            self.discrete = True
+            self.flips += int(np.count_nonzero(value != exact))
+            return
+        difference = _difference(value, exact)
+        self.error += float(np.sum(difference**2))
+        self.size += float(np.sum(np.where(np.isfinite(exact), exact, 0.0) ** 2))
+        if allowed is not None:
+            peaks = _peaks(difference)
+            with np.errstate(all="ignore"):
+                use = np.where(peaks == 0, 0.0, peaks / allowed)
+            self.worst = max(self.worst, float(np.max(use, initial=0.0)))
+
+
+def _unlike(value: Any, exact: Any) -> str:
+    """Why two results cannot be compared element by element; empty when they can."""
+    if not isinstance(value, np.ndarray) or not isinstance(exact, np.ndarray):
+        return "it is no tensor"
+    if value.shape != exact.shape:
+        return f"its shape is {value.shape}, and should be {exact.shape}"
+    if (value.dtype.kind in "biu") != (exact.dtype.kind in "biu"):
+        return f"its type is {value.dtype}"
+    if exact.dtype.kind == "f":
+        got = value.astype(np.float64)
+        wrong = ~((np.isfinite(got) & np.isfinite(exact)) | (np.isnan(got) & np.isnan(exact))
+                  | (got == exact))  # fmt: skip
+        if wrong.any():
+            return f"{int(wrong.sum())} of {wrong.size} elements are NaN or infinite"
+    return ""
+
+
+def _difference(value: Array, exact: Array) -> Array:
+    with np.errstate(all="ignore"):
+        difference = value.astype(np.float64) - exact
+    return np.where(np.isfinite(difference), difference, 0.0)
+
+
+def _peaks(values: Array) -> Array:
+    """Largest magnitude per sample (first axis)."""
+    flat = np.abs(values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1))
+    return np.max(flat, axis=1, initial=0.0)
+
+
+@dataclass
+class _Comparison:
+    """The runs of all backends on all inputs, and what they come to."""
+
+    backends: _Backends
+    reference: Float64Reference | None
+    refusal: str
+    sets: list[InputSet]
+    outputs: list[str]
+    unit: float
+    noise: dict[str, float] = field(default_factory=dict)
+    tallies: dict[tuple[str, str, str], _Tally] = field(default_factory=dict)
+    trouble: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(before: onnx.ModelProto, after: onnx.ModelProto, backends: _Backends, seed: int,
+           samples: int | None, input_shapes: Mapping[str, Sequence[int]] | None,
+           inputs: Mapping[str, Array] | None) -> _Comparison:  # fmt: skip
+        """Prepare the reference and the inputs."""
+        reference, refusal = None, ""
+        try:
+            reference = Float64Reference(before)
+        except NoReferenceError as error:
+            refusal = str(error)
+        if inputs is not None:
+            sets = given_inputs(before, inputs)
+        else:
+            sets = drawn_inputs(before, reference, seed=seed, samples=samples,
+                                input_shapes=input_shapes)  # fmt: skip
+        names = [value.name for value in before.graph.output]
+        if names != [value.name for value in after.graph.output]:
+            refusal = refusal or "the two models have other outputs"
+        return _Comparison(backends, reference, refusal, sets, names, _unit(before))
+
+    @property
+    def samples(self) -> int:
+        """Rows compared."""
+        return sum(group.samples if group.batches[0] else 1 for group in self.sets)
+
+    @property
+    def example(self) -> Mapping[str, Array]:
+        """A small batch for looking inside."""
+        return min((batch for group in self.sets[:1] for batch in group.batches),
+                   key=lambda batch: sum(array.size for array in batch.values()))  # fmt: skip
+
+    def judge(self, progress: Progress | None) -> list[GateResult]:
+        """Gates B and C."""
+        if self.refusal or self.reference is None:
+            return [self._not_run(self.refusal)]
+        total = sum(len(group.batches) for group in self.sets)
+        done = 0
+        try:
+            for group in self.sets:
+                for feeds in group.batches:
+                    self._run(group.name, feeds)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+        except NoReferenceError as error:
+            return [self._not_run(str(error))]
+        if not any(tally.elements or tally.trouble for tally in self.tallies.values()):
+            raise NothingComparedError("every output is empty, so nothing was compared.")
+        return list(self._results())
+
+    def _not_run(self, reason: str) -> GateResult:
+        sentence = f"not run, so the fold is not proved: {reason.rstrip('.')}."
+        return GateResult("B", "not run", "the network", math.nan, R_LIMIT, False, sentence)
+
+    def _run(self, group: str, feeds: Mapping[str, Array]) -> None:
+        assert self.reference is not None
+        exact = self.reference.run(feeds, self.outputs)
+        base = self.backends.original.run(feeds)
+        for name in self.outputs:
+            self._tally("original", group, name).add(base[name], exact[name], None)
+        for backend in self.backends.compared:
+            if backend.name in self.trouble:
+                continue
+            try:
+                values = backend.run(feeds)
+                if backend.name not in self.noise and backend.gate == "C":
+                    self.noise[backend.name] = _noise(values, backend.run(feeds), exact)
+            except InputError as error:
+                self.trouble[backend.name] = str(error)
+                continue
+            for name in self.outputs:
+                granted = _granted(base[name], exact[name], self.unit)
+                self._tally(backend.name, group, name).add(values.get(name), exact[name], granted)
+
+    def _tally(self, backend: str, group: str, output: str) -> _Tally:
+        return self.tallies.setdefault((backend, group, output), _Tally())
+
+    # ------------------------------------------------------------------------------- verdicts
+
+    def _results(self) -> Iterator[GateResult]:
+        for output in self.outputs:
+            yield from self._reliable(output)
+        for backend in self.backends.compared:
+            if backend.name in self.trouble:
+                sentence = self.trouble[backend.name]
+                yield GateResult(backend.gate, "not run", backend.name, math.inf, R_LIMIT, False,
+                                 sentence)  # fmt: skip
+                continue
+            for output in self.outputs:
+                yield from self._judge_output(backend, output)
+
+    def _reliable(self, output: str) -> Iterator[GateResult]:
+        """A failure where the original itself is too far from its float64 evaluation."""
+        limit = min(UNRELIABLE * self.unit, 0.25)
+        for group in self.sets:
+            tally = self.tallies["original", group.name, output]
+            error = self._relative(tally, output)
+            if tally.trouble or not error <= limit:
+                why = tally.trouble or f"it is {error:.2g} of its size away"
+                sentence = (
+                    f"the original's own output '{output}' on onnxruntime does not match its "
+                    f"float64 evaluation ({why}, on '{group.name}' inputs), so nothing can be said "
+                    f"about the folded one."
+                )
+                yield GateResult("B", "original", output, error, limit, False, sentence)
+                return
+
+    def _judge_output(self, backend: _Backend, output: str) -> Iterator[GateResult]:
+        ratios, peaks = [], []
+        for group in self.sets:
+            base = self.tallies["original", group.name, output]
+            tally = self.tallies[backend.name, group.name, output]
+            if tally.trouble:
+                sentence = (
+                    f"{backend.name}: the output '{output}' cannot be compared on '{group.name}' "
+                    f"inputs: {tally.trouble}."
+                )
+                yield GateResult(backend.gate, _ratio_name(backend), f"{output}, {backend.name}",
+                                 math.inf, R_LIMIT, False, sentence)  # fmt: skip
+                return
+            ratios.append((self._ratio(backend, base, tally, output), group.name))
+            peaks.append((tally.worst, group.name))
+        ratio, where = max(ratios)
+        passed = ratio <= R_LIMIT
+        sentence = (
+            f"{backend.name}: the error of '{output}' is {ratio:.3g} times the original's "
+            f"(worst on '{where}' inputs; at most {R_LIMIT:g} passes)."
+        )
+        yield GateResult(backend.gate, _ratio_name(backend), f"{output}, {backend.name}", ratio,
+                         R_LIMIT, passed, sentence + _diagnosis(backend, ratio))  # fmt: skip
+        peak, where = max(peaks)
+        if backend.gate == "B":
+            sentence = (
+                f"{backend.name}: the largest error of an element of '{output}' is {peak:.3g} "
+                f"times the original's (worst on '{where}' inputs; at most {ELEMENT_LIMIT:g} "
+                f"passes)."
+            )
+            yield GateResult("B", "largest element", f"{output}, {backend.name}", peak,
+                             ELEMENT_LIMIT, peak <= ELEMENT_LIMIT, sentence)  # fmt: skip
+
+    def _ratio(self, backend: _Backend, base: _Tally, tally: _Tally, output: str) -> float:
+        if tally.discrete:
+            return tally.flips / max(base.flips, FLIPS * tally.elements, 1e-9)
+        error = max(self._relative(tally, output) - self.noise.get(backend.name, 0.0), 0.0)
+        return error / max(self._relative(base, output), FLOOR * self.unit)
+
+    def _relative(self, tally: _Tally, output: str) -> float:
+        """Error over size; where the exact output is 0, over the output's size on other inputs."""
+        if tally.discrete or tally.error == 0:
+            return 0.0
+        size = tally.size
+        if size == 0:
+            typical = max(
+                other.size / max(other.elements, 1)
+                for (_, _, name), other in self.tallies.items()
+                if name == output
+            )
+            size = typical * tally.elements
+        return math.sqrt(tally.error / size) if size else math.inf
+
+
+def _ratio_name(backend: _Backend) -> str:
+    return "error ratio" if backend.gate == "B" else "backend ratio"
+
+
+def _diagnosis(backend: _Backend, ratio: float) -> str:
+    """A likely cause, where the size of the ratio names one."""
+    low, high = TENSOR_CORE
+    if backend.gate == "C" and "cuda" in backend.name and low < ratio < high:
+        return (
+            " It looks like TF32 or float16 products: set NVIDIA_TF32_OVERRIDE=0 before the "
+            "process starts."
+        )
+    return ""
+
+
+def _granted(base: Any, exact: Any, unit: float) -> Array | None:
+    """Per sample, the error of the original's worst element, at least FLOOR roundings."""
+    if _unlike(base, exact) or exact.dtype.kind != "f":
+        return None
+    finite = np.where(np.isfinite(exact), exact, 0.0)
+    return np.maximum(_peaks(_difference(base, exact)), FLOOR * unit * _peaks(finite))
+
+
+def _noise(first: Values, second: Values, exact: Values) -> float:
+    """Worst relative difference of two runs of one session."""
+    worst = 0.0
+    for name, value in exact.items():
+        a, b = first.get(name), second.get(name)
+        if _unlike(a, value) or _unlike(b, value) or value.dtype.kind != "f":
+            continue
+        assert a is not None and b is not None
+        size = float(np.linalg.norm(np.where(np.isfinite(value), value, 0.0).ravel()))
+        distance = float(np.linalg.norm(_difference(a, b.astype(np.float64)).ravel()))
+        worst = max(worst, distance / size if size else 0.0)
+    return worst
+
+
+def _unit(model: onnx.ModelProto) -> float:
+    """Rounding of the dtype that the model computes in: the coarsest of its float tensors."""
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in model.graph.input}
+    types |= {value.type.tensor_type.elem_type for value in model.graph.output}
+    units = [ROUNDINGS[kind].unit for kind in types if kind in ROUNDINGS]
+    return max(units, default=ROUNDINGS[onnx.TensorProto.FLOAT].unit)

@@ -1,0 +1,644 @@
+"""Random ONNX graphs for the fuzz: every operator of the table, shapes mostly square.
+
+A graph grows from its inputs: each step draws an operator and the values it reads, biased to the
+newest value and to a batch norm behind it. Everything is drawn through one `draw`, so hypothesis
+can shrink a graph that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Pick = Callable[[int], int]  # a number below n
+
+
+@dataclass(frozen=True)
+class Live:
+    """A float value of the growing graph and its shape at run time."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+@dataclass
+class Builder:
+    """The growing graph. dyadic: only numbers with which small graphs are exact in float64."""
+
+    pick: Pick
+    rng: np.random.Generator
+    dyadic: bool
+    values: list[Live] = field(default_factory=list)
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    inputs: list[tuple[Live, bool]] = field(default_factory=list)
+
+    # --- choices
+
+    def one_of(self, choices: Sequence[Any]) -> Any:
+        return choices[self.pick(len(choices))]
+
+    def flag(self, once_in: int = 2) -> bool:
+        """False is what hypothesis shrinks to."""
+        return self.pick(once_in) == once_in - 1
+
+    def value(self, fits: Callable[[Live], bool] = lambda _v: True) -> Live | None:
+        """A value that fits, most often the newest."""
+        found = [v for v in self.values if fits(v)]
+        if not found:
+            return None
+        return found[-1 - self.pick(len(found))] if self.flag(3) else found[-1]
+
+    # --- constants
+
+    def constant(self, array: np.ndarray, *, may_share: bool = True) -> str:
+        """An initializer; now and then an earlier one of the same shape and type instead."""
+        same = [
+            name
+            for name, held in self.constants.items()
+            if held.shape == array.shape and held.dtype == array.dtype
+        ]
+        if may_share and same and array.dtype == np.float32 and self.flag(8):
+            return str(self.one_of(same))
+        name = f"k{len(self.constants)}"
+        self.constants[name] = array
+        return name
+
+    def numbers(self, *shape: int, fan_in: int = 1) -> np.ndarray:
+        if self.dyadic:
+            return self.rng.integers(-2, 3, shape).astype(np.float32)
+        return (self.rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    def factors(self, *shape: int) -> np.ndarray:
+        """Numbers to multiply or divide by: never 0, of both signs."""
+        if self.dyadic:
+            return self.rng.choice([1, 2, 0.5, -1], shape).astype(np.float32)
+        return (self.rng.uniform(0.5, 2, shape) * self.rng.choice([1, 1, -1], shape)).astype(
+            np.float32
+        )
+
+    # --- nodes
+
+    def node(
+        self, op: str, reads: Sequence[str], *shapes: Sequence[int], **attributes: Any
+    ) -> list[Live]:
+        outs = [
+            Live(f"v{len(self.values) + i}", tuple(int(n) for n in s)) for i, s in enumerate(shapes)
+        ]
+        self.nodes.append(helper.make_node(op, list(reads), [v.name for v in outs], **attributes))
+        self.values.extend(outs)
+        return outs
+
+    def hidden(self, op: str, reads: Sequence[str], **attributes: Any) -> str:
+        """A node whose output the other operators do not draw."""
+        name = f"h{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(reads), [name], **attributes))
+        return name
+
+    def integers(self, numbers: Sequence[int]) -> str:
+        return self.constant(np.array(numbers, np.int64))
+
+
+Operator = Callable[[Builder], object]
+OPERATORS: list[Operator] = []
+
+
+def operator(times: int = 1) -> Callable[[Operator], Operator]:
+    """Register an operator, `times` as likely as the rest."""
+
+    def register(function: Operator) -> Operator:
+        OPERATORS.extend([function] * times)
+        return function
+
+    return register
+
+
+# --- batch norm and the operators with constants ---------------------------------------------------
+
+
+def gammas(b: Builder, channels: int) -> np.ndarray:
+    """Positive, mixed signs, some or all zero, one."""
+    kind = b.pick(6)
+    size = b.factors(channels)
+    if kind in (0, 1):
+        return np.abs(size)
+    if kind == 2:
+        return size
+    if kind == 3:
+        return size * b.rng.choice([0, 1], channels).astype(np.float32)
+    if kind == 4:
+        return np.ones(channels, np.float32)
+    return -np.abs(size) if b.flag() else np.zeros(channels, np.float32)
+
+
+@operator(times=6)
+def batch_norm(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 2)
+    if x is None:
+        return None
+    channels = x.shape[1]
+    shift = 0 if b.flag(4) else 1
+    gamma, beta, mean = gammas(b, channels), b.numbers(channels), b.numbers(channels)
+    if b.dyadic:
+        eps, var = 0.25, b.rng.choice([0.75, 3.75, 0], channels).astype(np.float32)
+    else:
+        eps, var = 1e-3, b.rng.uniform(0.3, 3, channels).astype(np.float32)
+    if b.flag(4):
+        gamma, var = np.ones(channels, np.float32), np.full(channels, 1 - eps, np.float32)
+    # the variance is never shared: another constant could be negative
+    reads = [b.constant(a) for a in (gamma, shift * beta, shift * mean)]
+    reads.append(b.constant(var, may_share=False))
+    return b.node("BatchNormalization", [x.name, *reads], x.shape, epsilon=eps)
+
+
+def _out_size(size: int, kernel: int, stride: int, dilation: int, pads: tuple[int, int]) -> int:
+    return (size + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@operator(times=6)
+def conv(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 3 and v.shape[1] > 0)
+    if x is None:
+        return None
+    spatial, channels = x.shape[2:], x.shape[1]
+    groups = b.one_of([1, 1, *(g for g in (2, channels) if channels % g == 0)])
+    outs = groups * b.one_of([n for n in (channels // groups, 1, 2)])
+    kernel = [b.one_of([1, *(k for k in (2, 3) if k <= n)]) for n in spatial]
+    weight = b.numbers(outs, channels // groups, *kernel, fan_in=channels * int(np.prod(kernel)))
+    reads = [x.name, b.constant(weight)]
+    if b.flag():
+        reads.append(b.constant(b.numbers(outs)))
+    kind = b.pick(4)
+    if kind == 3:
+        mode = b.one_of(["SAME_UPPER", "SAME_LOWER"])
+        return b.node("Conv", reads, (x.shape[0], outs, *spatial), group=groups, auto_pad=mode)
+    pad = 1 if kind == 2 else 0
+    stride = b.one_of([1, 1, 2])
+    sizes = [_out_size(n, k, stride, 1, (pad, pad)) for n, k in zip(spatial, kernel, strict=True)]
+    rank = len(spatial)
+    return b.node(
+        "Conv", reads, (x.shape[0], outs, *sizes),
+        group=groups, pads=[pad] * 2 * rank, strides=[stride] * rank,
+    )  # fmt: skip
+
+
+@operator()
+def conv_transpose(b: Builder) -> object:
+    x = b.value(lambda v: v.rank in (3, 4) and max(v.shape[2:]) <= 6)
+    if x is None:
+        return None
+    spatial, channels = x.shape[2:], x.shape[1]
+    groups = b.one_of([1, *(g for g in (2, channels) if channels % g == 0)])
+    outs = b.one_of([channels // groups, 1, 2])
+    kernel, stride = [b.one_of([1, 2, 3]) for _ in spatial], b.one_of([1, 2])
+    weight = b.numbers(channels, outs, *kernel, fan_in=channels)
+    reads = [x.name, b.constant(weight)]
+    if b.flag():
+        reads.append(b.constant(b.numbers(outs * groups)))
+    sizes = [stride * (n - 1) + k for n, k in zip(spatial, kernel, strict=True)]
+    return b.node(
+        "ConvTranspose", reads, (x.shape[0], outs * groups, *sizes),
+        group=groups, strides=[stride] * len(spatial),
+    )  # fmt: skip
+
+
+@operator(times=2)
+def gemm(b: Builder) -> object:
+    x = b.value(lambda v: v.rank == 2)
+    if x is None:
+        return None
+    flip_a, flip_b = int(b.flag(3)), int(b.flag())
+    rows, ins = x.shape[::-1] if flip_a else x.shape
+    outs = b.one_of([ins, 2, 3])
+    weight = b.numbers(outs, ins, fan_in=ins) if flip_b else b.numbers(ins, outs, fan_in=ins)
+    reads = [x.name, b.constant(weight)]
+    shape = b.one_of([None, (outs,), (1, outs), (rows, 1), (rows, outs), (1,), ()])
+    if shape is not None:
+        reads.append(b.constant(b.numbers(*shape)))
+    alpha, beta = b.one_of([1.0, 2.0, 0.5]), b.one_of([1.0, 2.0, 0.5])
+    return b.node(
+        "Gemm", reads, (rows, outs), alpha=alpha, beta=beta, transA=flip_a, transB=flip_b
+    )
+
+
+@operator(times=3)
+def matmul(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 2)
+    if x is None:
+        return None
+    left = b.flag(4)
+    ins = x.shape[-2] if left else x.shape[-1]
+    outs = b.one_of([ins, 2, 3])
+    front = x.shape[:-2] if b.flag(4) else ()
+    shape = (*front, outs, ins) if left else (*front, ins, outs)
+    weight = b.constant(b.numbers(*shape, fan_in=ins))
+    if left:
+        return b.node("MatMul", [weight, x.name], (*x.shape[:-2], outs, x.shape[-1]))
+    return b.node("MatMul", [x.name, weight], (*x.shape[:-1], outs))
+
+
+def _against(b: Builder, x: Live) -> tuple[int, ...]:
+    """The shape of a constant that broadcasts against a value."""
+    shape = [n if b.flag(3) else 1 for n in x.shape]
+    if x.rank >= 2 and b.flag():
+        shape[1] = x.shape[1]
+    drop = b.pick(x.rank + 1) if b.flag() else 0
+    while drop and shape and shape[0] == 1:
+        shape, drop = shape[1:], drop - 1
+    return tuple(shape)
+
+
+@operator(times=4)
+def with_constant(b: Builder) -> object:
+    """Add, Sub, Mul, Div of a value and a constant, either order."""
+    x = b.value()
+    if x is None:
+        return None
+    op, shape = b.one_of(["Add", "Mul", "Sub", "Div"]), _against(b, x)
+    array = b.factors(*shape) if op in ("Mul", "Div") else b.numbers(*shape)
+    if op == "Mul" and b.flag(6):
+        array = array * b.rng.choice([0, 1], shape).astype(np.float32)
+    # a divisor is never shared: another constant could hold a 0
+    name = b.constant(np.asarray(array, np.float32), may_share=op != "Div")
+    swapped = op != "Div" and b.flag(3)
+    return b.node(op, [name, x.name] if swapped else [x.name, name], x.shape)
+
+
+# --- several values --------------------------------------------------------------------------------
+
+
+@operator(times=6)
+def sum_of(b: Builder) -> object:
+    """Add, Sub or Sum of values of one shape, or of one that broadcasts."""
+    x = b.value()
+    if x is None:
+        return None
+
+    def fits(v: Live) -> bool:
+        return v is not x and v.rank == x.rank and all(
+            n in (1, m) for n, m in zip(v.shape, x.shape, strict=True)
+        )  # fmt: skip
+
+    other = b.value(fits)
+    if other is None:
+        return None
+    op = b.one_of(["Add", "Add", "Sub", "Sum"])
+    reads = [other.name, x.name] if b.flag() else [x.name, other.name]
+    if op == "Sum" and b.flag():
+        reads.append(reads[0] if b.flag(4) else reads[-1])
+        third = b.value(lambda v: v.shape == x.shape and v.name not in reads)
+        reads = reads[:2] if third is None else [*reads[:2], third.name]
+    return b.node(op, reads, x.shape)
+
+
+@operator()
+def product(b: Builder) -> object:
+    x = b.value()
+    other = b.value(lambda v: x is not None and v.shape == x.shape)
+    if x is None or other is None:
+        return None
+    return b.node("Mul", [x.name, other.name], x.shape)
+
+
+@operator(times=2)
+def concat(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 1)
+    if x is None:
+        return None
+    axis = b.one_of([min(1, x.rank - 1), *range(x.rank)])
+
+    def fits(v: Live) -> bool:
+        return v.rank == x.rank and all(
+            m == n for i, (m, n) in enumerate(zip(v.shape, x.shape, strict=True)) if i != axis
+        )
+
+    parts = [x, *(v for v in (b.value(fits), b.value(fits)) if v is not None)]
+    if b.flag(4):
+        shape = list(x.shape)
+        shape[axis] = 1
+        parts.append(Live(b.constant(b.numbers(*shape)), tuple(shape)))
+    total = sum(v.shape[axis] for v in parts)
+    if total > 12:
+        return None
+    shape = [*x.shape[:axis], total, *x.shape[axis + 1 :]]
+    return b.node("Concat", [v.name for v in parts], shape, axis=axis - x.rank * int(b.flag(4)))
+
+
+@operator(times=2)
+def split(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 1 and max(v.shape) >= 2)
+    if x is None:
+        return None
+    axes = [axis for axis, n in enumerate(x.shape) if n >= 2]
+    axis = 1 if 1 in axes and b.flag() else b.one_of(axes)
+    first = 1 + b.pick(x.shape[axis] - 1)
+    sizes = (first, x.shape[axis] - first)
+    shapes = [(*x.shape[:axis], n, *x.shape[axis + 1 :]) for n in sizes]
+    return b.node("Split", [x.name, b.integers(sizes)], *shapes, axis=axis)
+
+
+# --- passing ---------------------------------------------------------------------------------------
+
+
+@operator(times=4)
+def pointwise(b: Builder) -> object:
+    x = b.value()
+    if x is None:
+        return None
+    op = b.one_of(["Relu", "Relu", "LeakyRelu", "Abs", "Identity", "Dropout", "PRelu", "Sigmoid"])
+    if op == "LeakyRelu":
+        return b.node(op, [x.name], x.shape, alpha=b.one_of([0.25, 0.0, -0.5]))
+    if op == "PRelu":
+        return b.node(op, [x.name, b.constant(b.numbers(*_against(b, x)))], x.shape)
+    return b.node(op, [x.name], x.shape)
+
+
+@operator()
+def cast(b: Builder) -> object:
+    x = b.value()
+    if x is None:
+        return None
+    wide = b.hidden("Cast", [x.name], to=TensorProto.DOUBLE)
+    return b.node("Cast", [wide], x.shape, to=TensorProto.FLOAT)
+
+
+@operator(times=2)
+def pool(b: Builder) -> object:
+    x = b.value(lambda v: v.rank in (3, 4) and min(v.shape[2:]) >= 2)
+    if x is None:
+        return None
+    op = b.one_of(["AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool"])
+    rank = x.rank - 2
+    if op.startswith("Global"):
+        return b.node(op, [x.name], (*x.shape[:2], *(1,) * rank))
+    pad, stride = int(b.flag(3)), b.one_of([1, 2])
+    sizes = [_out_size(n, 2, stride, 1, (pad, pad)) for n in x.shape[2:]]
+    extra = {"count_include_pad": int(b.flag())} if op == "AveragePool" else {}
+    return b.node(
+        op, [x.name], (*x.shape[:2], *sizes),
+        kernel_shape=[2] * rank, pads=[pad] * 2 * rank, strides=[stride] * rank, **extra,
+    )  # fmt: skip
+
+
+@operator(times=2)
+def reduce(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 2)
+    if x is None:
+        return None
+    op = b.one_of(["ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"])
+    axes = [axis for axis in range(x.rank) if b.flag()] or [x.rank - 1]
+    keep = int(b.flag())
+    shape = [1 if i in axes else n for i, n in enumerate(x.shape) if keep or i not in axes]
+    named = [axis - x.rank if b.flag(3) else axis for axis in axes]
+    return b.node(op, [x.name, b.integers(named)], shape, keepdims=keep)
+
+
+@operator()
+def resize(b: Builder) -> object:
+    x = b.value(lambda v: v.rank == 4 and v.shape[2] * v.shape[3] <= 16)
+    if x is None:
+        return None
+    scales = b.constant(np.array([1, 1, 2, 2], np.float32), may_share=False)
+    mode = b.one_of(["nearest", "linear"])
+    how = b.one_of(["asymmetric", "half_pixel", "align_corners"])
+    shape = (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    return b.node(
+        "Resize", [x.name, "", scales], shape, mode=mode, coordinate_transformation_mode=how
+    )
+
+
+# --- structural ------------------------------------------------------------------------------------
+
+
+def _factored(b: Builder, shape: tuple[int, ...]) -> list[int]:
+    """Another shape of as many elements: merge neighbours, split axes, put in ones."""
+    dims = list(shape)
+    for _ in range(1 + b.pick(3)):
+        kind = b.pick(3)
+        if kind == 0 and len(dims) >= 2:
+            at = b.pick(len(dims) - 1)
+            dims[at : at + 2] = [dims[at] * dims[at + 1]]
+        elif kind == 1 and dims and len(dims) < 5:
+            at = b.pick(len(dims))
+            fits = [k for k in (2, 3, 4) if dims[at] % k == 0]
+            if fits:
+                k = b.one_of(fits)
+                dims[at : at + 1] = [k, dims[at] // k] if b.flag() else [dims[at] // k, k]
+        elif kind == 2 and len(dims) < 5:
+            dims.insert(b.pick(len(dims) + 1), 1)
+    return dims
+
+
+@operator(times=3)
+def reshape(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 1)
+    if x is None:
+        return None
+    shape = _factored(b, x.shape)
+    if b.flag(4):
+        shape = list(x.shape)
+        b.rng.shuffle(shape)  # the square trap: same extents, other meaning
+    asked = list(shape)
+    for axis in range(min(len(shape), x.rank)):
+        if shape[axis] == x.shape[axis] and b.flag(3):
+            asked[axis] = 0
+    if asked and b.flag():
+        asked[b.pick(len(asked))] = -1
+    if b.flag(6):
+        asked, shape = list(x.shape), list(x.shape)
+        return b.node("Reshape", [x.name, b.hidden("Shape", [x.name])], shape)
+    return b.node("Reshape", [x.name, b.integers(asked)], shape)
+
+
+@operator()
+def flatten(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 1)
+    if x is None:
+        return None
+    axis = b.one_of([1, *range(x.rank + 1)])
+    shape = (int(np.prod(x.shape[:axis])), int(np.prod(x.shape[axis:])))
+    return b.node("Flatten", [x.name], shape, axis=axis)
+
+
+@operator()
+def squeeze(b: Builder) -> object:
+    """Squeeze where there is an axis of 1, Unsqueeze where not."""
+    x = b.value()
+    if x is None:
+        return None
+    ones = [axis for axis, n in enumerate(x.shape) if n == 1]
+    if ones and x.rank > 2:
+        axis = b.one_of(ones)
+        shape = [n for i, n in enumerate(x.shape) if i != axis]
+        return b.node("Squeeze", [x.name, b.integers([axis])], shape)
+    if x.rank > 4:
+        return None
+    axis = b.pick(x.rank + 1)
+    shape = [*x.shape[:axis], 1, *x.shape[axis:]]
+    return b.node("Unsqueeze", [x.name, b.integers([axis])], shape)
+
+
+@operator(times=3)
+def transpose(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 2)
+    if x is None:
+        return None
+    perm = list(range(x.rank))
+    for _ in range(1 + b.pick(2)):
+        i, j = b.pick(x.rank), b.pick(x.rank)
+        perm[i], perm[j] = perm[j], perm[i]
+    return b.node("Transpose", [x.name], [x.shape[axis] for axis in perm], perm=perm)
+
+
+@operator()
+def expand(b: Builder) -> object:
+    x = b.value(lambda v: v.rank < 5 and int(np.prod(v.shape)) <= 64)
+    if x is None:
+        return None
+    shape = [b.one_of([2, 3]) if n == 1 and b.flag() else n for n in x.shape]
+    if b.flag(3):
+        shape = [b.one_of([1, 2]), *shape]
+    return b.node("Expand", [x.name, b.integers(shape)], shape)
+
+
+@operator(times=2)
+def slice_(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 1 and max(v.shape) >= 2)
+    if x is None:
+        return None
+    axis = b.one_of([axis for axis, n in enumerate(x.shape) if n >= 2])
+    size = x.shape[axis]
+    start, stop, step = b.one_of(
+        [(0, 1, 1), (1, size, 1), (0, 2**62, 2), (-1, -(2**62), -1), (size - 1, -size - 1, -2),
+         (0, -1, 1), (1, 2**31 - 1, 1)]
+    )  # fmt: skip
+    cut = slice(start, None if step < 0 else min(stop, size), step)
+    length = len(range(size)[cut])
+    shape = [*x.shape[:axis], length, *x.shape[axis + 1 :]]
+    reads = [b.integers([n]) for n in (start, stop, axis - x.rank * int(b.flag(3)), step)]
+    return b.node("Slice", [x.name, *reads], shape)
+
+
+@operator(times=2)
+def gather(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 1 and v.rank < 5)
+    if x is None:
+        return None
+    axis = b.one_of([min(1, x.rank - 1), *range(x.rank)])
+    size = x.shape[axis]
+    index = b.one_of(
+        [np.arange(size)[::-1], np.array([0]), np.array(0), np.array([[0], [size - 1]]),
+         np.array([-1, 0, 0])]
+    )  # fmt: skip
+    if index.ndim == 0 and x.rank < 2:
+        return None
+    name = b.constant(np.array(index, np.int64))
+    return b.node("Gather", [x.name, name], [*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]], axis=axis)
+
+
+@operator(times=2)
+def blocks(b: Builder) -> object:
+    """DepthToSpace where the channels allow it, else SpaceToDepth."""
+    x = b.value(lambda v: v.rank == 4 and (v.shape[1] % 4 == 0 or all(n % 2 == 0 for n in v.shape[2:])))
+    if x is None:
+        return None
+    n, c, h, w = x.shape
+    if c % 4 == 0 and b.flag():
+        mode = b.one_of(["DCR", "CRD"])
+        return b.node("DepthToSpace", [x.name], (n, c // 4, 2 * h, 2 * w), blocksize=2, mode=mode)
+    if h % 2 or w % 2 or c > 4:
+        return None
+    return b.node("SpaceToDepth", [x.name], (n, 4 * c, h // 2, w // 2), blocksize=2)
+
+
+@operator(times=2)
+def pad(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 2 and v.shape[-1] >= 2 and int(np.prod(v.shape)) <= 256)
+    if x is None:
+        return None
+    mode = b.one_of(["constant", "reflect", "edge"])
+    axis = b.one_of([x.rank - 1, *([a for a in range(x.rank) if x.shape[a] >= 2])])
+    pads = [0] * (2 * x.rank)
+    pads[axis], pads[axis + x.rank] = 1, b.pick(2)
+    shape = [n + pads[i] + pads[i + x.rank] for i, n in enumerate(x.shape)]
+    reads = [x.name, b.integers(pads)]
+    if mode == "constant" and b.flag():
+        reads.append(b.constant(np.array(b.one_of([0, 2]), np.float32), may_share=False))
+    return b.node("Pad", reads, shape, mode=mode)
+
+
+# --- whole graphs ----------------------------------------------------------------------------------
+
+
+def _add_input(b: Builder) -> None:
+    rank = b.one_of([4, 4, 3, 2])
+    side = b.one_of([4, 2])
+    shape = [side] * rank
+    if b.flag(4):
+        shape = [b.one_of([2, 1, 3, 4, 6]) for _ in range(rank)]
+    live = Live(f"x{len(b.inputs)}", tuple(shape))
+    b.inputs.append((live, b.flag(3)))
+    b.values.append(live)
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A model, and inputs for it."""
+
+    proto: onnx.ModelProto
+    feeds: dict[str, np.ndarray]
+
+
+def random_model(pick: Pick, seed: int, *, dyadic: bool, steps: int) -> RandomModel:
+    """A model of about `steps` operators; `pick(n)` draws a number below n."""
+    b = Builder(pick, np.random.default_rng(seed), dyadic)
+    for _ in range(1 + int(b.flag(4))):
+        _add_input(b)
+    for _ in range(steps):
+        operator = b.one_of(OPERATORS)
+        if operator(b) is not None and b.flag(3):
+            batch_norm(b)
+    return RandomModel(_finish(b), _feeds(b))
+
+
+def _feeds(b: Builder) -> dict[str, np.ndarray]:
+    return {
+        v.name: (
+            b.rng.integers(-3, 4, v.shape) if b.dyadic else b.rng.standard_normal(v.shape)
+        ).astype(np.float32)
+        for v, _ in b.inputs
+    }
+
+
+def _finish(b: Builder) -> onnx.ModelProto:
+    read = {name for node in b.nodes for name in node.input}
+    inputs = {live.name for live, _ in b.inputs}
+    made = [v for v in b.values if v.name not in inputs]
+    outputs = [v for v in made if v.name not in read or b.flag(16)] or [
+        b.node("Identity", [b.values[0].name], b.values[0].shape)[0]
+    ]
+
+    def info(live: Live, shape: Sequence[int | str | None]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(live.name, TensorProto.FLOAT, shape)
+
+    graph = helper.make_graph(
+        b.nodes,
+        "random",
+        [info(v, ["N", *v.shape[1:]] if dynamic else v.shape) for v, dynamic in b.inputs],
+        [info(v, [None] * v.rank) for v in outputs],
+        [numpy_helper.from_array(array, name) for name, array in b.constants.items()],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10, producer_name="fuzz"
+    )
+    model.metadata_props.add(key="author", value="fuzz")
+    return model
