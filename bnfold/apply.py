@@ -145,6 +145,7 @@ class _Writer:
             first = writes[0].held.as_root(writes[0].array) if _same_shape(writes[0]) else None
             agreed = (
                 first is not None
+                and writes[0].held.in_place
                 and len(writes) == len(readers(root))
                 and not root.is_graph_output()
                 and all(

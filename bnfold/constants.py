@@ -33,10 +33,10 @@ class Constant:
     @cached_property
     def array(self) -> Array:
         """The operand's elements, as the operator sees them, in float64."""
-        array = self.tensor.numpy().astype(np.float64)
+        array = self.tensor.numpy()
         for view in self.views:
             array = _forward(view, array)
-        return array
+        return array.astype(np.float64)
 
     def as_root(self, array: Array) -> Array:
         """An array in the operand's layout, brought back to the layout of the root."""
@@ -54,8 +54,16 @@ class Constant:
 
     @property
     def dtype(self) -> ir.DataType:
-        """The type in which the root is stored, and to which a new value is rounded."""
-        return self.tensor.dtype
+        """The operand's type, to which a new value is rounded."""
+        types = [
+            ir.DataType(v.attributes["to"].as_int()) for v in self.views if v.op_type == "Cast"
+        ]
+        return types[-1] if types else self.tensor.dtype
+
+    @property
+    def in_place(self) -> bool:
+        """True where the root can hold any new value of the operand: no Cast on the way."""
+        return all(view.op_type != "Cast" for view in self.views)
 
 
 def _perm(view: ir.Node, rank: int) -> list[int]:
@@ -66,7 +74,9 @@ def _perm(view: ir.Node, rank: int) -> list[int]:
 def _forward(view: ir.Node, array: np.ndarray) -> np.ndarray:
     if view.op_type == "Transpose":
         return np.transpose(array, _perm(view, array.ndim))
-    if view.op_type in ("Identity", "Cast"):
+    if view.op_type == "Cast":
+        return array.astype(ir.DataType(view.attributes["to"].as_int()).numpy())
+    if view.op_type == "Identity":
         return array
     shape = view.outputs[0].shape
     assert shape is not None

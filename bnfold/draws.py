@@ -191,7 +191,7 @@ def _default_samples(elements: int) -> int:
 def _shape(spec: InputSpec, given: Sequence[int] | None) -> tuple[int, ...]:
     if given is not None and len(given) != len(spec.dims):
         raise InputError(
-            f"the input '{spec.name}' has {len(spec.dims)} axes; the shape {tuple(given)} was given."
+            f"the input '{spec.name}' has {len(spec.dims)} axes; {tuple(given)} was given for it."
         )
     rest = {4: 224, 5: 32}.get(len(spec.dims), 64)
     sizes = []

@@ -80,13 +80,11 @@ def _split(named: set[str]) -> tuple[list[type[nn.Module]], list[str]]:
     return ([] if foreign else [plain[name] for name in refused]), foreign
 
 
-def _load_safely(path: Path, modules: list[type[nn.Module]]) -> Any:
+def _load_safely(path: Path, allowed: list[Any]) -> Any:
     import torch
 
-    # What the user's program registered must outlive the context, which takes its own away.
-    new: list[Any] = [cls for cls in modules if cls not in torch.serialization.get_safe_globals()]
     # An open file, because torch.load takes a path ending in .safetensors at its word.
-    with without_warnings(), path.open("rb") as file, torch.serialization.safe_globals(new):
+    with without_warnings(), path.open("rb") as file, torch.serialization.safe_globals(allowed):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

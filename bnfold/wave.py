@@ -92,10 +92,14 @@ class Wave:
 
     def start(self, tie: Tie, numbers: dict[ir.Value, Array], by: ir.Node) -> None:
         """Put the first numbers at the sides of a tie that is thereby settled; let them spread."""
-        masks = np.broadcast_arrays(*(~np.isnan(array) for array in numbers.values()))
-        self._settled[tie] = np.logical_or.reduce(masks)
-        for value, array in numbers.items():
-            self.put(value, canonical(array), by)
+        unset = np.full((1,), np.nan)
+        a, b = numbers.get(tie.a, unset), numbers.get(tie.b, unset)
+        self._settled[tie] = ~np.isnan(a) | ~np.isnan(b)
+        # the side that is not asked for is held where it is, unless the other says nothing about it
+        ahead, back = tie.forward(a, self.scale_now), tie.backward(b, self.scale_now)
+        for value, array, implied in ((tie.a, a, back), (tie.b, b, ahead)):
+            held = np.isnan(array) & ~np.isnan(np.nan if implied is None else implied)
+            self.put(value, canonical(np.where(held, self.before(value), array)), by)
         self._run()
 
     def put(self, value: ir.Value, array: Array | None, by: ir.Node) -> None:
@@ -117,6 +121,8 @@ class Wave:
         if value.is_graph_input() or value.is_graph_output():
             side = "an input" if value.is_graph_input() else "an output"
             raise Conflict(f"'{value.name}' is {side} of the network and must keep its values")
+        if value.producer() is None:
+            raise Conflict(f"'{value.name}' is a constant that is used as data and stays as it is")
         self.check_demands(value)
         self._queue.extend(node for node in self.network.around(value) if node is not by)
 
@@ -266,11 +272,25 @@ class Wave:
                 continue
             trial = self._fork()
             try:
+                trial._hold(total, position, where, node)
                 trial._give(total, position, residue, where, node)
                 return trial.settle()
             except Conflict as conflict:
                 failure = failure or conflict
         raise failure or Conflict(f"no branch of {label(node)} takes the shift")
+
+    def _hold(self, total: Sum, taker: int, where: Mask, node: ir.Node) -> None:
+        """Keep everything but the taker as it is where the taker settles the sum."""
+        for position in range(len(total.terms) + 1):
+            if position == taker:
+                continue
+            if position == 0:
+                now = self.now(total.result)
+                self.put(total.result, canonical(np.where(where, now, np.nan)), node)
+            else:
+                term = total.terms[position - 1]
+                now = np.where(where, term.lift(self.now(term.value)), np.nan)
+                self.put(term.value, term.lower(canonical(now)), node)
 
     def _reluctance(self, total: Sum, position: int) -> int:
         """0 for a branch whose producer leaves its origin free, 1 for the result, 2 otherwise."""

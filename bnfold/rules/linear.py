@@ -119,8 +119,8 @@ def gemm_relations(node: ir.Node) -> Relations:
     weights(node, 1)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         weights(node, 2)
-        if real(node, "beta", 1.0) == 0:
-            raise Opaque("its beta is 0")
+    if real(node, "beta", 1.0) == 0:
+        raise Opaque("its beta is 0")
     x, y = input_of(node, 0), node.outputs[0]
     return absorbs(node, (x, 0 if integer(node, "transA", 0) else 1), (y, 1))
 
@@ -135,11 +135,7 @@ def gemm_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
     scale, origin = along(y.scale, outs), along(y.origin, outs)
     new = along(x.read_scale, ins)[:, None] * weight * scale
     bias = beta * _bias(node, 2, outs) + alpha * (along(x.origin, ins) @ weight)
-    has_c = len(node.inputs) > 2 and node.inputs[2] is not None
-    return {
-        1: new.T if flip else new,
-        2: shifted(bias, scale, origin) / (beta if has_c else 1.0),
-    }
+    return {1: new.T if flip else new, 2: shifted(bias, scale, origin) / beta}
 
 
 def matmul_operand(node: ir.Node) -> tuple[int, Array]:
@@ -170,5 +166,5 @@ def matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
     new = along(x.read_scale, ins)[:, None] * weight * scale
     bias = shifted(along(x.origin, ins) @ weight, scale, origin)
     if slot == 1:
-        return {1: new, 2: bias}
+        return {1: new, 2: bias[..., None, :] if weight.ndim > 2 else bias}
     return {0: np.swapaxes(new, -1, -2), 2: bias[..., None]}

@@ -90,11 +90,11 @@ def bypass(node: ir.Node, m: ChannelAffine) -> Relations:
             ahead = scale / s
         return np.where(np.isinf(ahead), np.inf, np.where((s == 0) & (scale == 0), np.nan, ahead))
 
-    def scale_back(scale: Array, scales: Scales) -> Array:
+    def scale_back(scale: Array, _scales: Scales) -> Array:
         with np.errstate(invalid="ignore"):
             back = s * scale
-        # s = 0: x keeps its own scale under a known constant, and stays written if it was
-        return np.where((s == 0) & ~((scales(x) == 0) & np.isfinite(scale)), np.nan, back)
+        # s = 0: under a known constant x keeps its own scale, else the constant must be written
+        return np.where((s == 0) & np.isinf(scale), np.nan, np.where(np.isinf(back), np.inf, back))
 
     def origin_ahead(origin: Array, scales: Scales) -> Array:
         written_x, written_y = scales(x) == 0, scales(y) == 0

@@ -34,6 +34,7 @@ from bnfold.rules.relations import (
     no_shift,
     not_negative,
     positive,
+    writable,
 )
 
 
@@ -76,7 +77,11 @@ def monotone(moves: Callable[[ir.Value, ir.Value, ir.Node], Moves] = same) -> Ru
     def relations(node: ir.Node) -> Relations:
         x, y = input_of(node, 0), node.outputs[0]
         tie = connect(x, y, moves(x, y, node))
-        return Relations((tie,), (tie,), (), (not_negative(x, node), not_negative(y, node)))
+        demands = [not_negative(x, node), not_negative(y, node)]
+        if any(other.uses() or other.is_graph_output() for other in node.outputs[1:]):
+            # the places of the maxima are read too: they need the data itself
+            demands += [positive(x, node), writable(x, node)]
+        return Relations((tie,), (tie,), (), tuple(demands))
 
     return Rule(relations)
 
