@@ -51,6 +51,9 @@ def apply(plan: FoldPlan) -> Folded:
             writer.rewrite(nodes[node], _constants(node, plan))
     writer.flush()
     aliases = _bypass_all([nodes[removed.node] for removed in plan.removed], writer)
+    for graph in model.graphs():
+        for value, shape in zip(graph.outputs, graph.meta.get("output_shapes", ()), strict=False):
+            value.shape = shape  # as declared, not as inferred for the plan
     return Folded(model, aliases, writer.biases)
 
 

@@ -174,9 +174,12 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def prepare(model: ir.Model) -> ir.Model:
-    """The same model with what planning needs: inferred shapes, the IR version on each graph."""
+    """The same model with what planning needs, in place: inferred shapes, and on each graph the IR
+    version and the outputs' shapes as declared.
+    """
     for graph in model.graphs():
         graph.meta["ir_version"] = model.ir_version
+        graph.meta["output_shapes"] = [value.shape for value in graph.outputs]
     known = all(
         output.shape is not None for graph in model.graphs() for n in graph for output in n.outputs
     )

@@ -199,6 +199,8 @@ def _session_options(runtime: Any, optimize: bool, threads: int | None) -> Any:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # an idle pool would spin on the cores that the float64 reference needs next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

@@ -124,7 +124,7 @@ class Wave:
         if value.producer() is None:
             raise Conflict(f"'{value.name}' is a constant that is used as data and stays as it is")
         self.check_demands(value)
-        self._queue.extend(node for node in self.network.around(value) if node is not by)
+        self._queue.extend(self.network.around(value))
 
     def check_demands(self, value: ir.Value) -> None:
         """Hold the numbers at a value against what its nodes demand. Raises Conflict."""

@@ -102,9 +102,12 @@ def conv_rule(*, transposed: bool) -> Rule:
         scale = along(y.scale, outs)
         read = along(x.read_scale, ins).reshape(groups, 1, -1, *ones)
         shift = along(x.origin, ins).reshape(groups, 1, -1, *ones)
-        reduced = tuple(range(2, split.ndim))
-        bias = _bias(node, 2, outs) + (split * shift).sum(axis=reduced).reshape(outs)
-        new = scale.reshape(groups, -1, 1, *ones) * split * read
+        bias = _bias(node, 2, outs)
+        if np.any(shift):
+            bias = bias + (split * shift).sum(axis=tuple(range(2, split.ndim))).reshape(outs)
+        new = scale.reshape(groups, -1, 1, *ones) * split
+        if np.any(read != 1):
+            new *= read
         new = np.swapaxes(new, 1, 2) if transposed else new
         return {
             1: new.reshape(weight.shape),

@@ -59,9 +59,9 @@ def integers(node: ir.Node, name: str) -> list[int] | None:
 
 
 def real(node: ir.Node, name: str, default: float) -> float:
-    """A float attribute."""
+    """A float attribute, as a file holds it: in float32."""
     attribute = node.attributes.get(name)
-    return attribute.as_float() if attribute is not None else default
+    return float(np.float32(attribute.as_float() if attribute is not None else default))
 
 
 def string(node: ir.Node, name: str, default: str) -> str:
