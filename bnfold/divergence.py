@@ -53,8 +53,8 @@ def first_divergence(
     """The first value whose error jumps, or None where the two agree in float64.
 
     With gauges, every value is held against scale * (x - origin). Without, values are compared by
-    name, and the first one counts after which nothing agrees any more (a fold may change what a
-    name holds). unit: rounding of the weights' dtype. Raises BnfoldError where a model cannot run.
+    name, as far as both graphs have it. unit: rounding of the weights' dtype. Raises BnfoldError
+    where a model cannot be run in float64.
     """
     view = View.of(original)
     names = [
@@ -73,31 +73,56 @@ def first_divergence(
         name: _error(before[name], after[there[name]], (gauges or {}).get(name)) for name in names
     }
     limit = NOISE * unit
-    name = _first_jump(view, errors, limit) if gauges is not None else _last_parting(errors, limit)
+    name = _origin(view, [value.name for value in original.graph.output], errors, NOISE * unit)
     if name is None:
         return None
     node = view.producers[name]
     return Divergence(name, view.label(node), node.op_type, errors[name])
 
 
-def _first_jump(view: View, errors: Mapping[str, float], limit: float) -> str | None:
-    for name, error in errors.items():
-        sources = view.sources(view.producers[name])
-        inherited = max((errors.get(source, 0.0) for source in sources), default=0.0)
-        if error > limit and not error <= JUMP * inherited:
-            return name
-    return None
+def _origin(
+    view: View, outputs: list[str], errors: Mapping[str, float], limit: float
+) -> str | None:
+    """Back from the wrong outputs through wrong values to the first whose sources are right.
+
+    So a value that a fold carries otherwise, with right values behind it, is not taken for a fault.
+    """
+    pending = [name for name in outputs if errors.get(name, 0.0) > limit]
+    seen: set[str] = set()
+    found: list[str] = []
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        error = errors[name]
+        inherited = [
+            source
+            for source in _compared_sources(view, name, errors)
+            if errors[source] > limit and not error > JUMP * errors[source]
+        ]
+        pending.extend(inherited)
+        if not inherited:
+            found.append(name)
+    order = {name: index for index, name in enumerate(errors)}
+    return min(found, key=order.__getitem__, default=None)
 
 
-def _last_parting(errors: Mapping[str, float], limit: float) -> str | None:
-    """The first value behind the last one that agrees."""
-    parting = None
-    for name, error in errors.items():
-        if error <= limit:
-            parting = None
-        elif parting is None:
-            parting = name
-    return parting
+def _compared_sources(view: View, name: str, errors: Mapping[str, float]) -> list[str]:
+    """The nearest values behind this one that were compared."""
+    nearest: list[str] = []
+    pending = view.sources(view.producers[name])
+    seen: set[str] = set()
+    while pending:
+        source = pending.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        if source in errors:
+            nearest.append(source)
+        elif source in view.producers:
+            pending.extend(view.sources(view.producers[source]))
+    return nearest
 
 
 def _error(x: Any, z: Any, gauge: Gauge | None) -> float:

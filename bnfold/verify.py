@@ -379,6 +379,15 @@ def _unlike(value: Any, exact: Any) -> str:
     return ""
 
 
+def _peak_share(tally: _Tally) -> float:
+    """Root mean square over samples of the largest error over the largest element."""
+    if not tally.peaks:
+        return 0.0
+    with np.errstate(all="ignore"):
+        shares = np.concatenate(tally.peaks) / np.concatenate(tally.sizes)
+    return float(np.sqrt(np.mean(np.nan_to_num(shares, posinf=0.0) ** 2)))
+
+
 def _difference(value: Array, exact: Array) -> Array:
     with np.errstate(all="ignore"):
         difference = value.astype(np.float64) - exact
@@ -420,11 +429,13 @@ class _Comparison:
             reference = Float64Reference(before)
         except NoReferenceError as error:
             refusal = str(error)
-        if inputs is not None:
-            sets = given_inputs(before, inputs)
-        else:
-            sets = drawn_inputs(before, reference, seed=seed, samples=samples,
-                                input_shapes=input_shapes)  # fmt: skip
+        sets = [] if inputs is None else given_inputs(before, inputs)
+        if inputs is None or _few(sets, backends.original):
+            shapes = dict(input_shapes or {})
+            if inputs is not None:
+                shapes |= {name: np.shape(value) for name, value in inputs.items()}
+            drawn = drawn_inputs(before, reference, seed=seed, samples=samples, input_shapes=shapes)
+            sets += drawn if inputs is None else drawn[:1]
         names = [value.name for value in before.graph.output]
         if names != [value.name for value in after.graph.output]:
             refusal = refusal or "the two models have other outputs"
@@ -553,9 +564,8 @@ class _Comparison:
         base = self.tallies["original", group, output]
         if tally.discrete:
             return tally.flips / max(base.flips, FLIPS * tally.elements, 1e-9)
-        usual = max(self._relative(self.tallies["original", name, output], output)
-                    for name in self._ordinary)  # fmt: skip
         error = max(self._relative(tally, output) - self.noise.get(backend.name, 0.0), 0.0)
+        usual = self._usual(lambda other: self._relative(other, output), output)
         return error / max(self._relative(base, output), usual, FLOOR * self.unit)
 
     def _peak(self, group: str, tally: _Tally, output: str) -> float:
@@ -563,20 +573,22 @@ class _Comparison:
         base = self.tallies["original", group, output]
         if tally.discrete or not tally.peaks:
             return 0.0
-        ordinary = [self.tallies["original", name, output] for name in self._ordinary]
+        usual = self._usual(_peak_share, output)
+        sizes, peaks = np.concatenate(tally.sizes), np.concatenate(tally.peaks)
+        allowed = np.maximum(np.concatenate(base.peaks), sizes * max(usual, FLOOR * self.unit))
         with np.errstate(all="ignore"):
-            shares = np.concatenate([np.concatenate(t.peaks) / np.concatenate(t.sizes)
-                                     for t in ordinary])  # fmt: skip
-            usual = float(np.sqrt(np.mean(np.nan_to_num(shares, posinf=0.0) ** 2)))
-            sizes = np.concatenate(tally.sizes)
-            allowed = np.maximum(np.concatenate(base.peaks), sizes * max(usual, FLOOR * self.unit))
-            peaks = np.concatenate(tally.peaks)
             return float(np.max(np.where(peaks == 0, 0.0, peaks / allowed), initial=0.0))
 
-    @property
-    def _ordinary(self) -> list[str]:
-        """The input sets that show what error is usual: many rows, nothing degenerate."""
-        return [group.name for group in self.sets if group.name in ORDINARY] or [self.sets[0].name]
+    def _usual(self, measure: Callable[[_Tally], float], output: str) -> float:
+        """What the original's error comes to on ordinary inputs, or on half of all input sets.
+
+        A single number can come out right by luck; a ratio to luck says nothing.
+        """
+        measured = {
+            group.name: measure(self.tallies["original", group.name, output]) for group in self.sets
+        }
+        ordinary = [error for name, error in measured.items() if name in ORDINARY]
+        return max([*ordinary, float(np.median(list(measured.values())))])
 
     def _relative(self, tally: _Tally, output: str) -> float:
         """Error over size; where the exact output is 0, over the output's size on other inputs.
@@ -622,6 +634,15 @@ def _noise(first: Values, second: Values, exact: Values) -> float:
         distance = float(np.linalg.norm(_difference(a, b.astype(np.float64)).ravel()))
         worst = max(worst, distance / size if size else 0.0)
     return worst
+
+
+def _few(sets: Sequence[InputSet], original: _Backend) -> bool:
+    """True when the given inputs lead to so few numbers that their errors may all be luck."""
+    batch = sets[0].batches[0]
+    rows = sets[0].samples / max(len(next(iter(batch.values()), [0])), 1) if batch else 1
+    values = original.run(batch).values()
+    smallest = min((v.size for v in values if isinstance(v, np.ndarray)), default=0)
+    return smallest * rows < FEW
 
 
 def _unit(model: onnx.ModelProto) -> float:
