@@ -183,12 +183,16 @@ def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wa
     x, y = input_of(node, 0), node.outputs[0]
     wave, m = Wave(network, scales), network.map_of(node)
     tie = network.relations(node).origins[0]
-    if side == "x":
-        value, moved = x, tie.backward(wave.before(y), scales.now)
-    else:
-        value, moved = y, tie.forward(wave.before(x), scales.now)
-    assert moved is not None  # a bypass answers for every channel
-    numbers = {value: np.where(m.scale != 0, moved, np.nan)}
+    to_x = tie.backward(wave.before(y), scales.now)
+    to_y = tie.forward(wave.before(x), scales.now)
+    assert to_x is not None  # a bypass answers for every channel
+    assert to_y is not None
+    # what is known of x is a fact; only y can follow
+    moves_y = np.isinf(scales.now(x)) if side == "x" else np.True_
+    numbers = {
+        x: np.where((m.scale != 0) & ~moves_y, to_x, np.nan),
+        y: np.where((m.scale != 0) & moves_y, to_y, np.nan),
+    }
     for place, array in constants_of_bypass(node, m, scales.now, wave.now).items():
         before = numbers.get(place, np.nan)
         numbers[place] = np.where(np.isnan(array), before, array)
@@ -216,7 +220,7 @@ def _check_scope(network: Network, trial: _Trial, scope: Scope) -> None:
             held = constant(node.inputs[slot]) if slot < len(node.inputs) else None
             if held is None:
                 layer = _layer_name(node, slots[0])
-                if np.any(array) and layer not in scope.layers:
+                if np.any(array) and (layer not in scope.layers or array.ndim != 1):
                     raise Conflict(f"'{layer}' is no module that could be given a bias")
             elif not np.array_equal(array, held.array):
                 if held.root.name not in scope.parameters:

@@ -115,6 +115,7 @@ class Wave:
             raise self._clash(value, clash)
         self.new[value] = canonical(np.where(np.isnan(had), array, had))
         self._now.pop(value, None)
+        self._check_facts(value)
         if not np.any(~np.isnan(array) & (array != self.before(value)) & np.isnan(had)):
             return
         self._came_by.setdefault(value, by)
@@ -134,6 +135,14 @@ class Wave:
                     held = demand.holds(self.scale_now(value), self.now(value))
                     if not np.all(held):
                         raise Conflict(demand.sentence + _channels(~held) + self._path(value))
+
+    def _check_facts(self, value: ir.Value) -> None:
+        """A channel that was known to be a constant and still is keeps that constant."""
+        if self.scales is not None:
+            gauge = self.network.gauge(value)
+            known = np.isinf(gauge.scale) & np.isinf(self.scales.now(value))
+            if np.any(known & (self.now(value) != gauge.origin)):
+                raise Conflict(f"some channels of '{value.name}' are known to be constants")
 
     def _check_place(self, value: ir.Value, array: Array) -> None:
         if value.shape is None:

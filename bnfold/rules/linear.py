@@ -153,10 +153,16 @@ def matmul_operand(node: ir.Node) -> tuple[int, Array]:
 
 
 def matmul_relations(node: ir.Node) -> Relations:
-    """MatMul with one constant operand absorbs every gauge along the other one's channels."""
+    """MatMul with one constant operand absorbs every gauge along the other one's channels.
+
+    The bias that it may need is an Add behind it, which takes a shift along any axis.
+    """
     slot, _ = matmul_operand(node)
     axis = -1 if slot == 1 else -2
-    return absorbs(node, (input_of(node, 1 - slot), axis), (node.outputs[0], axis))
+    x, y = input_of(node, 1 - slot), node.outputs[0]
+    scale_only, _ = only_along(y, axis, node)
+    demands = (*only_along(x, axis, node), scale_only, readable(x, node), writable(y, node))
+    return Relations(demands=demands)
 
 
 def matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
@@ -165,9 +171,11 @@ def matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
     x, y = gauges(input_of(node, 1 - slot)), gauges(node.outputs[0])
     weight = weight if slot == 1 else np.swapaxes(weight, -1, -2)
     ins, outs = weight.shape[-2:]
-    scale, origin = along(y.scale, outs), along(y.origin, outs)
-    new = along(x.read_scale, ins)[:, None] * weight * scale
-    bias = shifted(along(x.origin, ins) @ weight, scale, origin)
-    if slot == 1:
-        return {1: new, 2: bias[..., None, :] if weight.ndim > 2 else bias}
-    return {0: np.swapaxes(new, -1, -2), 2: bias[..., None]}
+    new = along(x.read_scale, ins)[:, None] * weight * along(y.scale, outs)
+    moved = (along(x.origin, ins) @ weight)[..., None, :]
+    if slot == 0:
+        new, moved = np.swapaxes(new, -1, -2), np.swapaxes(moved, -1, -2)
+    bias = shifted(moved, y.scale, y.origin)
+    while bias.ndim > 1 and bias.shape[0] == 1:
+        bias = bias[0]
+    return {slot: new, 2: bias}
