@@ -1,1 +1,43 @@
-"""bnfold: fold, adapt, export and prove networks with batch normalization."""
+"""bnfold: fold, adapt, export and prove networks with batch normalization.
+
+Each name is imported when it is first used, so that `import bnfold` is instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnfold.adapt import AdaptResult as AdaptResult
+    from bnfold.adapt import adapt as adapt
+    from bnfold.api import FoldResult as FoldResult
+    from bnfold.api import export as export
+    from bnfold.api import fold as fold
+    from bnfold.api import inspect as inspect
+    from bnfold.errors import BnfoldError as BnfoldError
+    from bnfold.module import load_folded as load_folded
+    from bnfold.verify import VerifyReport as VerifyReport
+    from bnfold.verify import verify as verify
+
+_HOMES = {
+    "AdaptResult": "bnfold.adapt",
+    "BnfoldError": "bnfold.errors",
+    "FoldResult": "bnfold.api",
+    "VerifyReport": "bnfold.verify",
+    "adapt": "bnfold.adapt",
+    "export": "bnfold.api",
+    "fold": "bnfold.api",
+    "inspect": "bnfold.api",
+    "load_folded": "bnfold.module",
+    "verify": "bnfold.verify",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bnfold' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

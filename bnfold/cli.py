@@ -275,7 +275,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _tell_failure(error: BnfoldError, as_json: bool) -> None:
-    print(f"bnfold: {error}", file=sys.stderr)
+    # a message may quote names from a file, which may hold anything
+    text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(error))
+    print(f"bnfold: {text}", file=sys.stderr)
     if as_json:
         from bnfold.report import to_json
 

@@ -20,7 +20,7 @@ from bnfold.reference import Float64Reference
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NOISE = 16  # roundings of the weights' dtype that a value may carry without being suspected
-JUMP = 8  # a value is where they part if its error is this many times its sources'
+JUMP = 1000  # an error this many times that of its sources is not inherited from them
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def first_divergence(
     errors = {
         name: _error(before[name], after[there[name]], (gauges or {}).get(name)) for name in names
     }
-    limit = NOISE * unit
     name = _origin(view, [value.name for value in original.graph.output], errors, NOISE * unit)
     if name is None:
         return None

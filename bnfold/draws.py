@@ -23,6 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BATCH_ELEMENTS = 1 << 20  # elements of one input that are run at a time
 IMPLIED_SCALES = (1e-3, 1e3)  # outside: the first normalization says nothing about the input
 PIXELS = 256
+SMALL_INPUT = 1 << 14  # elements of a row, up to which many rows cost little
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +180,16 @@ def drawn_inputs(
         sets.append(InputSet("one row", ({n: a[:1].copy() for n, a in normal[0].items()},)))
     sets.append(InputSet("zeros", (draw(1, "constant", 0.0),)))
     sets.append(InputSet("constant", (draw(1, "constant", scale),)))
-    sets.append(InputSet("ten times", (draw(1, "normal", 10 * scale),)))
+    again = max(1, count // 2) if largest <= SMALL_INPUT else 1
+    large = draw(again, "normal", 10 * scale) if any_batch else None
+    tens = [large] if large else [draw(1, "normal", 10 * scale) for _ in range(again)]
+    sets.append(InputSet("ten times", tuple(tens)))
     return sets
 
 
 def _default_samples(elements: int) -> int:
     """16 rows of at most 2^14 elements, 8 of 2^16, else 4: the float64 reference is the cost."""
-    return 16 if elements <= 1 << 14 else 8 if elements <= 1 << 16 else 4
+    return 16 if elements <= SMALL_INPUT else 8 if elements <= 1 << 16 else 4
 
 
 def _shape(spec: InputSpec, given: Sequence[int] | None) -> tuple[int, ...]:

@@ -62,26 +62,40 @@ def load_exported_program(path: str | Path) -> ExportedProgram:
             f"{path} is a .pt2 that cannot be read ({first_line(error)}): it is damaged, or of a "
             f"version that torch {torch.__version__} and bnfold do not know."
         ) from error
-    try:
-        with _quiet():
+    with _listening() as logged:
+        try:
             return torch.export.load(rewritten)
-    except Exception as error:
-        raise InputError(
-            f"{path} cannot be loaded by torch {torch.__version__}: {first_line(error)}. "
-            "Export it again with this version."
-        ) from error
+        except Exception as error:
+            reason = _root(logged[-1] if logged else error)
+            raise InputError(
+                f"{path} cannot be loaded by torch {torch.__version__}: "
+                f"{first_line(reason)[:300]}. Export it again with this version."
+            ) from error
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export logs the traceback of what it then raises again."""
+def _listening() -> Iterator[list[BaseException]]:
+    """torch.export prints why it failed as a traceback, and raises something else: keep the why."""
+    logged: list[BaseException] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1]:
+            logged.append(record.exc_info[1])
+        return False
+
     logger = logging.getLogger("torch.export")
-    disabled, logger.disabled = logger.disabled, True
+    logger.addFilter(keep)
     try:
         with without_warnings():
-            yield
+            yield logged
     finally:
-        logger.disabled = disabled
+        logger.removeFilter(keep)
 
 
 def _rewrite(path: Path) -> io.BytesIO:
@@ -91,9 +105,9 @@ def _rewrite(path: Path) -> io.BytesIO:
         seen: set[str] = set()
         for entry in archive.infolist():
             name = entry.filename.partition("/")[2] or entry.filename
-            if name.lower() in seen:  # torch's reader does not tell case apart
+            if name in seen:
                 raise RefusedFieldError(f"it holds the member {name} twice")
-            seen.add(name.lower())
+            seen.add(name)
             if not _LEFT_OUT.fullmatch(name) or name == ".data/version":
                 output.writestr(f"model/{name}", _checked(name, archive.read(entry)))
     if _MODEL not in seen:

@@ -89,7 +89,7 @@ class Steps(Generic[Found]):
                     del self._waiting[index]
                     self._step(index)
         finally:
-            for task in self._tasks:
+            for self.current, task in enumerate(self._tasks):
                 task.abandon()
             self._waiting.clear()
 

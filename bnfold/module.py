@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from bnfold.apply import Folded
+from bnfold.checkpoint import load_checkpoint
 from bnfold.errors import InputError
 from bnfold.plan import FoldPlan, Scope
 from bnfold.rules.node import name_of
+from bnfold.weights import load_into
 
 # Their forward is the batch norm and nothing else; a subclass may add to it.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -125,10 +128,22 @@ def take_shape_of(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> 
         owned = [key for key in state_dict if key.startswith(prefix)]
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and name and not owned:
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, nn.Identity())
+            setattr(module.get_submodule(parent), leaf, nn.Identity().train(child.training))
         elif isinstance(child, _LAYERS) and child.bias is None and f"{prefix}bias" in state_dict:
             bias = state_dict[f"{prefix}bias"]
             child.register_parameter("bias", nn.Parameter(bias.detach().clone()))
+
+
+def load_folded(module: nn.Module, path: Path | str) -> nn.Module:
+    """Load a folded checkpoint into a freshly built module of the original class, in place.
+
+    The module's folded batch norms become Identity, and layers get the biases that the file holds.
+    Raises InputError where file and module do not belong together.
+    """
+    checkpoint = load_checkpoint(path)
+    take_shape_of(module, checkpoint.state_dict)
+    load_into(module, checkpoint)
+    return module.eval()
 
 
 def scope_of_names(state_dict: Mapping[str, torch.Tensor], graph: ir.Model) -> Scope:

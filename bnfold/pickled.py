@@ -113,11 +113,11 @@ def _refusal(path: Path, foreign: list[str], error: Exception) -> InputError:
     """Why the safe reader could not read the file, and what to do."""
     if foreign:
         shown = ", ".join(foreign[:6]) + (f" and {len(foreign) - 6} more" * (len(foreign) > 6))
-        what = "classes or functions of its own"
+        what = "more than tensors and torch's own layers"
         if all(name.startswith(_LEFTOVERS) for name in foreign):
             what = "objects beside its weights"
         return UnsafeInputError(
-            f"{path} holds {what}, and loading them can run code: {shown}. {_SAVE_WEIGHTS}; or, "
+            f"{path} holds {what}, and loading that can run code: {shown}. {_SAVE_WEIGHTS}; or, "
             "if you trust whoever made the file, pass --trust-pickle."
         )
     if isinstance(error, pickle.UnpicklingError):

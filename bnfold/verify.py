@@ -575,7 +575,9 @@ class _Comparison:
             return 0.0
         usual = self._usual(_peak_share, output)
         sizes, peaks = np.concatenate(tally.sizes), np.concatenate(tally.peaks)
-        allowed = np.maximum(np.concatenate(base.peaks), sizes * max(usual, FLOOR * self.unit))
+        own = np.concatenate(base.peaks)
+        alike = np.sqrt(np.mean(own**2))  # an element can cross zero, and its error come out right
+        allowed = np.maximum(np.maximum(own, alike), sizes * max(usual, FLOOR * self.unit))
         with np.errstate(all="ignore"):
             return float(np.max(np.where(peaks == 0, 0.0, peaks / allowed), initial=0.0))
 

@@ -40,6 +40,7 @@ class Builder:
     values: list[Live] = field(default_factory=list)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
     inputs: list[tuple[Live, bool]] = field(default_factory=list)
 
     # --- choices
@@ -62,15 +63,14 @@ class Builder:
 
     def constant(self, array: np.ndarray, *, may_share: bool = True) -> str:
         """An initializer; now and then an earlier one of the same shape and type instead."""
-        same = [
-            name
-            for name, held in self.constants.items()
-            if held.shape == array.shape and held.dtype == array.dtype
-        ]
-        if may_share and same and array.dtype == np.float32 and self.flag(8):
+        may_share = may_share and array.dtype == np.float32
+        same = [name for name in self.shared if self.constants[name].shape == array.shape]
+        if may_share and same and self.flag(8):
             return str(self.one_of(same))
         name = f"k{len(self.constants)}"
         self.constants[name] = array
+        if may_share:
+            self.shared.append(name)
         return name
 
     def numbers(self, *shape: int, fan_in: int = 1) -> np.ndarray:

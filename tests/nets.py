@@ -1,0 +1,59 @@
+"""Small networks and realistic statistics for the tests."""
+
+import torch
+from torch import nn
+
+
+def with_statistics(module: nn.Module, *, seed: int = 0, positive: bool = False) -> nn.Module:
+    """The module in eval mode with statistics and affine parameters as training leaves them.
+
+    Without `positive`, gammas of both signs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            n = child.num_features
+            child.running_mean.copy_(torch.randn(n, generator=generator) * 0.5)
+            child.running_var.copy_(torch.rand(n, generator=generator) * 1.5 + 0.5)
+            if child.affine:
+                gamma = torch.randn(n, generator=generator) * 0.5 + 0.6
+                child.weight.data.copy_(gamma.abs() + 0.05 if positive else gamma)
+                child.bias.data.copy_(torch.randn(n, generator=generator) * 0.5)
+    return module.eval()
+
+
+class Tokens(nn.Module):
+    """A Linear on tokens, then BN1d over its features: MatMul -> Reshape -> BN -> Reshape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6, bias=False)
+        self.bn = nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return self.bn(y.flatten(0, 1)).reshape_as(y)
+
+
+class Reused(nn.Module):
+    """One convolution before two batch norms: one parameter that would need two values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.bn2(self.conv(torch.sigmoid(self.bn1(self.conv(x))))))
+
+
+class CalledTwice(nn.Module):
+    """One batch norm called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.b(torch.relu(self.bn(self.a(x)))))

@@ -1,0 +1,116 @@
+"""Folds written back into torch modules: same class, same parameters' names, same outputs."""
+
+import copy
+
+import pytest
+import torch
+from nets import CalledTwice, Reused, Tokens, with_statistics
+from torch import nn
+
+import bnfold
+from bnfold.errors import InputError, UsageError
+from bnfold.module import take_shape_of
+from models.digits import digits_cnn
+from models.preact_resnet import preact_resnet20
+from models.resnet_cifar import resnet20
+
+
+def norms(module):
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def agree(module, folded, x):
+    with torch.no_grad():
+        exact = copy.deepcopy(module).double()(x.double())
+        error = (folded(x).double() - exact).abs().max() / exact.abs().max()
+        own = (module(x).double() - exact).abs().max() / exact.abs().max()
+    return error <= 4 * max(own, 4 * 2.0**-24)
+
+
+@pytest.mark.parametrize(
+    ("factory", "shape"),
+    [(resnet20, (2, 3, 32, 32)), (digits_cnn, (2, 1, 8, 8)), (Tokens, (3, 5, 6))],
+)
+def test_every_batch_norm_goes_and_the_class_stays(factory, shape):
+    module, x = with_statistics(factory(), positive=True), torch.randn(shape)
+    before = copy.deepcopy(module.state_dict())
+    result = bnfold.fold(module, x)
+    assert not result.kept
+    assert type(result.model) is type(module)
+    assert norms(module)
+    assert not norms(result.model)
+    assert agree(module, result.model, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_stream_of_positive_gammas_telescopes_away():
+    module, x = with_statistics(preact_resnet20(), positive=True), torch.randn(2, 3, 32, 32)
+    result = bnfold.fold(module, x)
+    assert not result.kept
+    assert agree(module, result.model, x)
+
+
+def test_a_stream_of_mixed_signs_names_the_channels_that_disagree():
+    module, x = with_statistics(preact_resnet20()), torch.randn(2, 3, 32, 32)
+    result = bnfold.fold(module, x)
+    assert result.kept
+    assert all("channel" in kept.reason for kept in result.kept)
+    assert any("needs the other sign" in kept.reason for kept in result.kept)
+    assert agree(module, result.model, x)
+    assert {name for name, m in result.model.named_modules() if m in norms(result.model)} == {
+        kept.name for kept in result.kept
+    }
+
+
+def test_a_parameter_used_twice_is_not_given_two_values():
+    module, x = with_statistics(Reused()), torch.randn(2, 4, 6, 6)
+    result = bnfold.fold(module, x)
+    assert [kept.name for kept in result.kept] == ["bn1", "bn2"]
+    assert "conv.weight" in result.kept[0].reason
+    assert agree(module, result.model, x)
+
+
+def test_a_batch_norm_called_twice_is_not_taken_out():
+    module, x = with_statistics(CalledTwice()), torch.randn(2, 3, 6, 6)
+    result = bnfold.fold(module, x)
+    assert len(result.kept) == 2
+    assert agree(module, result.model, x)
+
+
+def test_a_hooked_layer_is_left_alone():
+    module, x = with_statistics(digits_cnn(), positive=True), torch.randn(2, 1, 8, 8)
+    first = norms(module)[0]
+    first.register_forward_hook(lambda _m, _i, output: output * 2)
+    result = bnfold.fold(module, x)
+    assert len(result.kept) == 1
+    assert agree(module, result.model, x)
+
+
+def test_training_mode_is_as_before_and_the_result_is_in_eval_mode():
+    module = with_statistics(digits_cnn(), positive=True).train()
+    norms(module)[1].eval()
+    modes = [m.training for m in module.modules()]
+    result = bnfold.fold(module, torch.randn(2, 1, 8, 8))
+    assert [m.training for m in module.modules()] == modes
+    assert not any(m.training for m in result.model.modules())
+
+
+def test_a_folded_state_dict_loads_into_the_users_class():
+    module, x = with_statistics(digits_cnn(), positive=True), torch.randn(2, 1, 8, 8)
+    result = bnfold.fold(module, x)
+    fresh = digits_cnn().eval()
+    take_shape_of(fresh, result.state_dict)
+    fresh.load_state_dict(result.state_dict)
+    assert torch.equal(fresh(x), result.model(x))
+
+
+def test_impossible_statistics_are_refused_by_name():
+    module = with_statistics(digits_cnn())
+    norms(module)[0].running_var[3] = -1.0
+    with pytest.raises(InputError, match="running_var"):
+        bnfold.fold(module, torch.randn(2, 1, 8, 8))
+
+
+def test_a_module_without_example_inputs_is_a_usage_error():
+    with pytest.raises(UsageError, match="example_inputs"):
+        bnfold.fold(digits_cnn())
