@@ -89,9 +89,15 @@ class Steps(Generic[Found]):
                     del self._waiting[index]
                     self._step(index)
         finally:
-            for self.current, task in enumerate(self._tasks):
-                task.abandon()
-            self._waiting.clear()
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Unwind all tasks; first the one that an interrupt may have left running."""
+        for index in (self.current, *range(self.started)):
+            if index < self.started:
+                self.current = index
+                self._tasks[index].abandon()
+        self._waiting.clear()
 
     def _step(self, index: int) -> None:
         self.current = index

@@ -23,6 +23,7 @@ from bnfold.rules.relations import Sum, Tie
 Layer = Literal["scale", "origin"]
 # far above what any network needs; a plan that needs more is given up, never wrong
 _MAX_CHOICES = 64
+_NOWHERE = np.zeros((), dtype=bool)
 
 
 class Conflict(Exception):  # noqa: N818 - the normal end of a trial, not an error
@@ -215,7 +216,7 @@ class Wave:
             raise Conflict(f"{label(node)} multiplies a shifted channel by 0")
         a, b, ahead, back = np.broadcast_arrays(a, b, ahead, back)
         has_a, has_b = ~np.isnan(a), ~np.isnan(b)
-        done = np.broadcast_to(self._settled.get(tie, np.zeros((1,) * a.ndim, bool)), a.shape)
+        done = self._settled.get(tie, _NOWHERE)
         silent = np.isnan(ahead) & np.isnan(back)
         wrong = has_a & has_b & ~done & (ahead != b) & (back != a) & ~silent
         if np.any(wrong):
@@ -244,9 +245,7 @@ class Wave:
         """The last unknown of a sum is implied; with two or more unknown, a choice is left open."""
         masks, residue = self._state(total)
         unknown = _count_unknown(masks)
-        done = np.broadcast_to(
-            self._settled.get(total, np.zeros((1,) * residue.ndim, bool)), residue.shape
-        )
+        done = self._settled.get(total, _NOWHERE)
         wrong = (residue != 0) & ~done
         if np.any(wrong & (unknown == 0)):
             raise self._clash(total.result, wrong & (unknown == 0))
@@ -259,7 +258,7 @@ class Wave:
 
     def _give(self, total: Sum, position: int, residue: Array, where: Mask, node: ir.Node) -> None:
         """Let the result (position 0) or a term take the residue on some channels."""
-        self._settled[total] = self._settled.get(total, np.False_) | where
+        self._settled[total] = self._settled.get(total, _NOWHERE) | where
         if position == 0:
             moved = self.now(total.result) - residue
             self.put(total.result, canonical(np.where(where, moved, np.nan)), node)
