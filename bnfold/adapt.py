@@ -177,6 +177,8 @@ def _check(module: nn.Module, method: str, precision: float, max_bytes: int | No
         raise InputError("TorchScript cannot be adapted; give the nn.Module it was made from.")
     if hasattr(module, "_orig_mod"):
         raise InputError("A compiled module cannot be adapted; give the module before compile.")
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        raise InputError("A lazy layer has no shape yet; run the module once before it is adapted.")
     if method not in ("exact", "fast"):
         raise UsageError(f"method is {method!r}; it must be 'exact' or 'fast'.")
     if not 0 < precision < 1:
@@ -212,11 +214,6 @@ def _choose(net: nn.Module, choice: LayerChoice) -> tuple[Layers, list[SkippedLa
             f"None of the {len(found)} batch norms can be adapted: "
             + "; ".join(sorted({skip.reason for skip in skipped}))
         )
-    for name, layer in chosen.items():
-        if not isinstance(layer.running_mean, Tensor) or nn.parameter.is_lazy(layer.running_mean):
-            raise InputError(
-                f"'{name}' has no shape yet; run the module once before it is adapted."
-            )
     return chosen, skipped
 
 

@@ -42,7 +42,6 @@ def apply(plan: FoldPlan) -> Folded:
     """
     model = plan.model.clone()
     nodes = _correspondence(plan.model, model)
-    _copy_graph_facts(plan.model, model)
     writer = _Writer(model)
     gone = {removed.node for removed in plan.removed}
     touched = {node for value in plan.gauges for node in _around(value)} - gone
@@ -51,9 +50,6 @@ def apply(plan: FoldPlan) -> Folded:
             writer.rewrite(nodes[node], _constants(node, plan))
     writer.flush()
     aliases = _bypass_all([nodes[removed.node] for removed in plan.removed], writer)
-    for graph in model.graphs():
-        for value, shape in zip(graph.outputs, graph.meta.get("output_shapes", ()), strict=False):
-            value.shape = shape  # as declared, not as inferred for the plan
     return Folded(model, aliases, writer.biases)
 
 
@@ -64,11 +60,6 @@ def _correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]
         for old_graph, new_graph in zip(before.graphs(), after.graphs(), strict=True)
         for old, new in zip(old_graph, new_graph, strict=True)
     }
-
-
-def _copy_graph_facts(before: ir.Model, after: ir.Model) -> None:
-    for old, new in zip(before.graphs(), after.graphs(), strict=True):
-        new.meta.update(old.meta)
 
 
 def _around(value: ir.Value) -> Iterable[ir.Node]:
@@ -277,6 +268,7 @@ def _add_behind(node: ir.Node, bias: ir.Value, product_name: str) -> None:
     assert isinstance(graph, ir.Graph)
     graph.insert_after(node, add)
     fresh = add.outputs[0]
+    fresh.meta.update(output.meta)
     ir.convenience.replace_all_uses_with(output, fresh, replace_graph_outputs=True)
     add.replace_input_with(0, output)
     output.name = product_name
@@ -311,7 +303,8 @@ def _hand_over_output(graph: ir.Graph, node: ir.Node, x: ir.Value, y: ir.Value) 
         identity = ir.node("Identity", inputs=[x], outputs=[ir.Value(type=y.type, shape=y.shape)])
         graph.insert_after(node, identity)
         x = identity.outputs[0]
-    x.shape = x.shape if x.shape is not None else y.shape
+    x.shape = y.shape
+    x.meta.update(y.meta)
     ir.convenience.replace_all_uses_with(y, x, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     y.name = None

@@ -19,21 +19,19 @@ Everything here reads the operators' specification; nothing is shared with the c
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import onnx
 
 from bnfold.counterpart import (
     EXACT,
-    Constant,
+    ROUNDINGS,
+    Carried,
+    Gauge,
     Match,
     Rounding,
-    Shapes,
     Unmatched,
     View,
     attributes_equal,
@@ -42,32 +40,14 @@ from bnfold.counterpart import (
     replaceable_inputs,
     same_constant,
 )
-from bnfold.reference import NoReferenceError, window_pads
+from bnfold.equations import channels, compare_linear, compare_maps, read_linear, read_map
+from bnfold.probe import probe
+from bnfold.reference import NoReferenceError
+from bnfold.shapes import Shapes
 
-Array = np.ndarray[Any, np.dtype[Any]]
+__all__ = ["Certificate", "Gauge", "NodeRecord", "certify"]
 
-FLOAT_TYPES = (
-    onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-)  # fmt: skip
-ARITHMETIC = 2.0**-40  # of the accumulated magnitude: float64 sums of many terms
-EVALUATION = 2.0**-44  # of the magnitude: one node in float64
-ONE_ROUNDING = 1 + 1e-6  # the recomputation may sit on the other side of a tie
-ROUNDINGS_PER_MAP = 4  # a normalization has up to four rounded constants
 READS_NO_VALUE = frozenset(("Shape", "Size"))
-PROBE_ELEMENTS = 1 << 18  # beyond this one draw instead of two
-
-
-class Gauge(Protocol):
-    """How the folded graph carries a value: x~ = scale * (x - origin), arrays of its rank."""
-
-    @property
-    def scale(self) -> Array:
-        """Per-channel factor; 0: written constant, inf: known constant."""
-
-    @property
-    def origin(self) -> Array:
-        """What the original value is where the folded one is zero."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +128,7 @@ def _interface(
 ) -> list[NodeRecord]:
     """Names, types, shapes and order of inputs and outputs, and the operators' versions."""
     failures = [
+        *_unusable_gauges(proof),
         *_different_borders(original, folded),
         *_different_versions(original, folded),
         *(_changed_default(name, original, proof) for name in sorted(replaceable)),
@@ -160,6 +141,12 @@ def _interface(
         return [NodeRecord("graph", "graph", "interface", 0.0, False, text) for text in sentences]
     text = "inputs, outputs and operator sets are the same."
     return [NodeRecord("graph", "graph", "interface", 0.0, True, text)]
+
+
+def _unusable_gauges(proof: _Proof) -> Iterator[str]:
+    for name in proof.gauges:
+        if not proof.gauge(name).is_usable:
+            yield f"the gauge of '{name}' holds what is no number, or arrays that do not fit"
 
 
 def _different_borders(original: onnx.ModelProto, folded: onnx.ModelProto) -> Iterator[str]:
@@ -205,21 +192,6 @@ def _signature(value: onnx.ValueInfoProto) -> tuple[Any, ...]:
 # ------------------------------------------------------------------------------------ the walk
 
 
-@dataclass(frozen=True, eq=False)
-class _Carried:
-    """A gauge as float64 arrays."""
-
-    scale: Array
-    origin: Array
-
-    @property
-    def is_identity(self) -> bool:
-        return bool(np.all(self.scale == 1) and np.all(self.origin == 0))
-
-
-_AS_IT_IS = _Carried(np.ones(()), np.zeros(()))
-
-
 class _Proof:
     """The induction over one graph, or the body of a control-flow node."""
 
@@ -228,6 +200,7 @@ class _Proof:
         self.original, self.folded = original, folded
         self.gauges, self.aliases, self.shapes = gauges, aliases, shapes
         self.demanded_outside: set[str] = set()
+        self.rounding = _model_rounding(original)
         self._carried = frozenset(self.rename(name) for name in self._values(original))
 
     def _values(self, view: View) -> list[str]:
@@ -239,12 +212,9 @@ class _Proof:
         """The value's name in the folded graph."""
         return self.aliases.get(name, name)
 
-    def gauge(self, name: str) -> _Carried:
+    def gauge(self, name: str) -> Carried:
         """How the folded graph carries the value."""
-        gauge = self.gauges.get(name)
-        if gauge is None:
-            return _AS_IT_IS
-        return _Carried(np.asarray(gauge.scale, np.float64), np.asarray(gauge.origin, np.float64))
+        return Carried.by(self.gauges.get(name))
 
     def walk(self, outputs: Sequence[str]) -> list[NodeRecord]:
         """Records for every node that `outputs` depend on, in the order of execution."""
@@ -279,16 +249,12 @@ class _Proof:
         found = None
         try:
             found = match(node, wanted, self.original, self.folded, self.rename, self._carried,
-                          self._is_known)  # fmt: skip
+                          lambda name: self.gauge(name).is_known)  # fmt: skip
             record = self._judge(node, found)
         except (Unmatched, NoReferenceError) as reason:
             record = self._record(node, "probe", False, f"not proved: {reason}")
         sources = found.sources if found else self.original.sources(node)
         return record, list(sources)
-
-    def _is_known(self, name: str) -> bool:
-        scale = self.gauge(name).scale
-        return bool(np.all(np.isinf(scale)))
 
     def _judge(self, node: onnx.NodeProto, found: Match) -> NodeRecord:
         around = [self.gauge(name) for name in (*found.sources, *found.outputs)]
@@ -381,19 +347,19 @@ class _Proof:
 
     def _check_linear(self, node: onnx.NodeProto, found: Match) -> NodeRecord | None:
         """W~ = scale_y W / scale_x and b~ = scale_y (b + W origin_x - origin_y), rounded once."""
-        mine = _read_linear(found.original, self.original)
-        theirs = _read_linear(found.folded, self.folded)
+        mine = read_linear(found.original, self.original)
+        theirs = read_linear(found.folded, self.folded)
         if mine is None or theirs is None or mine.settings != theirs.settings:
             return None
         if mine.weight.shape != theirs.weight.shape or len(found.outputs) != 1:
             return None
         if theirs.source != self.rename(mine.source):
             return None
-        inputs = _channels(self.gauge(mine.source), mine.axis, mine.shape_in)
-        outputs = _channels(self.gauge(found.outputs[0]), mine.axis, mine.shape_out)
+        inputs = channels(self.gauge(mine.source), mine.axis, mine.shape_in)
+        outputs = channels(self.gauge(found.outputs[0]), mine.axis, mine.shape_out)
         if inputs is None or outputs is None:
             return None
-        ulps, problem = _compare_linear(mine, theirs, inputs, outputs)
+        ulps, problem = compare_linear(mine, theirs, inputs, outputs)
         sentence = problem or "weights and bias are the exact ones, rounded once."
         return self._record(node, "weights", not problem, sentence, ulps)
 
@@ -405,11 +371,11 @@ class _Proof:
             return None
         source, output = found.sources[0], found.outputs[0]
         rank = self._rank(source)
-        mine = _read_map(found.original, self.original, source, rank)
-        theirs = _read_map(found.folded, self.folded, self.rename(source), rank)
+        mine = read_map(found.original, self.original, source, rank)
+        theirs = read_map(found.folded, self.folded, self.rename(source), rank)
         if mine is None or theirs is None:
             return None
-        ulps, problem = _compare_maps(mine, theirs, self.gauge(source), self.gauge(output))
+        ulps, problem = compare_maps(mine, theirs, self.gauge(source), self.gauge(output))
         gone = "" if found.folded else "it is gone, and "
         sentence = problem or f"{gone}both sides are the same map of every channel."
         return self._record(node, "channel map", not problem, sentence, ulps)
@@ -425,37 +391,27 @@ class _Proof:
 
     def _probe(self, node: onnx.NodeProto, found: Match, unchanged: bool) -> NodeRecord:
         """Run both sides on random x and its x~; y~ must be the one that belongs to y."""
-        shapes = _probe_shapes(self, found)
-        rng = np.random.default_rng(len(found.sources) + 7)
-        large = sum(math.prod(shape) for shape in shapes.values()) > PROBE_ELEMENTS
         rounding = EXACT if unchanged else self._written_rounding(found)
-        worst = 0.0
-        for _ in range(1 if large else 2):
-            x, carried = _draw(self, found, shapes, rng)
-            y = _run(found.original, self.original, x)
-            z = _run(found.folded, self.folded, carried)
-            sizes = _run(found.original, self.original, _absolute(x), absolute=True)
-            written = (
-                _run(found.folded, self.folded, _absolute(carried), absolute=True)
-                if rounding is not EXACT
-                else {}
-            )
-            for name in found.outputs:
-                there = self.rename(name)
-                problem, excess = _compare_probe(
-                    self.gauge(name), y[name], z.get(there), sizes[name],
-                    written.get(there), rounding,
-                )  # fmt: skip
-                worst = max(worst, excess)
-                if problem:
-                    sentence = f"run on random values, {problem}"
-                    return self._record(node, "probe", False, sentence, worst)
-        return self._record(node, "probe", True, "random values pass through as they must.", worst)
+        worst, problem = probe(self, found, rounding=rounding)
+        sentence = (
+            f"run on random values, {problem}" if problem else "random values pass as they must."
+        )
+        return self._record(node, "probe", not problem, sentence, worst)
 
     def _written_rounding(self, found: Match) -> Rounding:
+        """Of the constants that the folded side reads; no coarser than the model's own."""
         names = {name for node in found.folded for name in node.input if name}
         constants = [self.folded.constant(n) for n in names if self.folded.is_constant(n)]
-        return coarsest(constant.rounding for constant in constants)
+        return min(coarsest(constant.rounding for constant in constants), self.rounding)
+
+
+def _model_rounding(view: View) -> Rounding:
+    """The coarsest float dtype among the initializers, float32 where there is none."""
+    while view.outer is not None:
+        view = view.outer
+    kinds = {tensor.data_type for tensor in view.graph.initializer}
+    found = [ROUNDINGS[kind] for kind in kinds if kind in ROUNDINGS]
+    return coarsest(found) if found else ROUNDINGS[onnx.TensorProto.FLOAT]
 
 
 def _trimmed(names: Sequence[str]) -> list[str]:
@@ -482,732 +438,3 @@ def _body_interface(mine: onnx.GraphProto, theirs: onnx.GraphProto, inner: _Proo
         if not inner.gauge(value.name).is_identity:
             return f"the gauge of '{value.name}' stands at the border of its body."
     return ""
-
-
-# ------------------------------------------------------------------------- reading linear nodes
-
-
-@dataclass(frozen=True, eq=False)
-class _Linear:
-    """y = W x + b with W seen as (groups, outputs per group, inputs per group, taps), float64.
-
-    settings: what both sides must have in common (kind, groups, strides, pads, ...).
-    axis: the channel axis of x and y, counted from the front (>= 0) or from the back.
-    rank: of x and y, None where the operator takes any.
-    blind: zeros enter the sums beside x (padding), or the borders see fewer taps.
-    weight = factor * what is stored, rounded as `rounding`. biases: (values, rounding) each.
-    """
-
-    source: str
-    settings: tuple[Any, ...]
-    axis: int
-    rank: int | None
-    blind: bool
-    weight: Array
-    factor: float
-    rounding: Rounding
-    biases: tuple[tuple[Array, Rounding], ...]
-
-    @property
-    def shape_in(self) -> tuple[int, int]:
-        """(groups, inputs per group)."""
-        return (self.weight.shape[0], self.weight.shape[2])
-
-    @property
-    def shape_out(self) -> tuple[int, int]:
-        """(groups, outputs per group)."""
-        return (self.weight.shape[0], self.weight.shape[1])
-
-    @property
-    def bias(self) -> Array:
-        """(groups, outputs per group): the sum of all biases."""
-        total = np.zeros(self.shape_out)
-        for values, _ in self.biases:
-            total = total + values.reshape(self.shape_out)
-        return total
-
-
-def _read_linear(nodes: Sequence[onnx.NodeProto], view: View) -> _Linear | None:
-    """A linear node with the additions of constants behind it, or None for anything else."""
-    if not nodes or nodes[0].op_type not in _LINEAR_READERS or nodes[0].domain:
-        return None
-    linear = _LINEAR_READERS[nodes[0].op_type](nodes[0], view)
-    previous = nodes[0]
-    for node in nodes[1:]:
-        if linear is None:
-            return None
-        linear = _with_addition(linear, node, previous.output[0], view)
-        previous = node
-    return linear
-
-
-def _with_addition(linear: _Linear, node: onnx.NodeProto, value: str, view: View
-                   ) -> _Linear | None:  # fmt: skip
-    if node.op_type not in ("Add", "Sub") or node.domain or list(node.input).count(value) != 1:
-        return None
-    index = list(node.input).index(value)
-    other = node.input[1 - index]
-    if not view.is_constant(other) or (node.op_type == "Sub" and index == 1):
-        return None
-    constant = view.constant(other)
-    values = _per_channel(constant.value, linear.axis, math.prod(linear.shape_out), linear.rank)
-    if values is None:
-        return None
-    signed = -values if node.op_type == "Sub" else values
-    biases = (*linear.biases, (signed, constant.rounding))
-    return dataclasses.replace(linear, biases=biases)
-
-
-def _per_channel(values: Array, axis: int, size: int, rank: int | None) -> Array | None:
-    """A constant that is added to a value of `rank`, as one number per channel, or None."""
-    if axis >= 0:
-        if rank is None or values.ndim > rank:
-            return None
-        values = values.reshape((1,) * (rank - values.ndim) + values.shape)
-    elif values.ndim < -axis:
-        values = values.reshape((1,) * (-axis - values.ndim) + values.shape)
-    along = axis % values.ndim
-    if any(extent != 1 for place, extent in enumerate(values.shape) if place != along):
-        return None
-    flat = values.reshape(-1)
-    return np.broadcast_to(flat, (size,)) if flat.size in (1, size) else None
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name}
-
-
-def _float_constant(view: View, name: str) -> Constant | None:
-    if not name or not view.is_constant(name):
-        return None
-    constant = view.constant(name)
-    return constant if constant.value.dtype.kind == "f" else None
-
-
-def _optional_bias(node: onnx.NodeProto, index: int, view: View
-                   ) -> tuple[tuple[Array, Rounding], ...] | None:  # fmt: skip
-    """() where the node has no such input, None where it is no constant."""
-    if len(node.input) <= index or not node.input[index]:
-        return ()
-    constant = _float_constant(view, node.input[index])
-    return None if constant is None else ((constant.value.reshape(-1), constant.rounding),)
-
-
-def _read_conv(node: onnx.NodeProto, view: View) -> _Linear | None:
-    weight = _float_constant(view, node.input[1])
-    biases = _optional_bias(node, 2, view)
-    if weight is None or biases is None or view.is_constant(node.input[0]):
-        return None
-    given = _attributes(node)
-    kernel = weight.value.shape[2:]
-    strides = tuple(given.get("strides") or (1,) * len(kernel))
-    dilations = tuple(given.get("dilations") or (1,) * len(kernel))
-    auto_pad = (given.get("auto_pad") or b"NOTSET").decode()
-    group = int(given.get("group", 1))
-    if auto_pad in ("NOTSET", "VALID"):
-        pads: Any = window_pads((), kernel, strides, dilations, given.get("pads"), auto_pad)
-        blind = any(extent > 0 for pair in pads for extent in pair)
-    else:
-        pads = auto_pad
-        blind = any(extent > 1 for extent in kernel)
-    shape = weight.value.shape
-    taps = weight.value.reshape(group, shape[0] // group, shape[1], -1)
-    settings = ("Conv", group, kernel, strides, dilations, pads)
-    return _Linear(
-        node.input[0], settings, 1, len(shape), blind, taps, 1.0, weight.rounding, biases
-    )
-
-
-def _read_conv_transpose(node: onnx.NodeProto, view: View) -> _Linear | None:
-    weight = _float_constant(view, node.input[1])
-    biases = _optional_bias(node, 2, view)
-    if weight is None or biases is None or view.is_constant(node.input[0]):
-        return None
-    given = _attributes(node)
-    shape = weight.value.shape
-    rank = len(shape) - 2
-    group = int(given.get("group", 1))
-    taps = weight.value.reshape(group, shape[0] // group, shape[1], -1).swapaxes(1, 2)
-    settings = (
-        "ConvTranspose", group, shape[2:],
-        tuple(given.get("strides") or (1,) * rank),
-        tuple(given.get("dilations") or (1,) * rank),
-        tuple(given.get("pads") or (0,) * 2 * rank),
-        tuple(given.get("output_padding") or (0,) * rank),
-        tuple(given.get("output_shape") or ()),
-        given.get("auto_pad") or b"NOTSET",
-    )  # fmt: skip
-    return _Linear(node.input[0], settings, 1, len(shape), True, taps, 1.0, weight.rounding, biases)
-
-
-def _read_gemm(node: onnx.NodeProto, view: View) -> _Linear | None:
-    given = _attributes(node)
-    weight = _float_constant(view, node.input[1])
-    if weight is None or given.get("transA") or view.is_constant(node.input[0]):
-        return None
-    alpha, beta = float(given.get("alpha", 1.0)), float(given.get("beta", 1.0))
-    matrix = weight.value if given.get("transB") else weight.value.T
-    biases: tuple[tuple[Array, Rounding], ...] = ()
-    if len(node.input) > 2 and node.input[2]:
-        constant = _float_constant(view, node.input[2])
-        values = None if constant is None else _per_channel(constant.value, -1, len(matrix), None)
-        if constant is None or values is None:
-            return None
-        biases = ((beta * values, constant.rounding),)
-    return _Linear(node.input[0], ("product",), -1, None, False, alpha * matrix[None, :, :, None],
-                   alpha, weight.rounding, biases)  # fmt: skip
-
-
-def _read_matmul(node: onnx.NodeProto, view: View) -> _Linear | None:
-    left, right = node.input[0], node.input[1]
-    if view.is_constant(right) and not view.is_constant(left):
-        weight, source, axis, kind = _float_constant(view, right), left, -1, "product"
-    elif view.is_constant(left) and not view.is_constant(right):
-        weight, source, axis, kind = _float_constant(view, left), right, -2, "left product"
-    else:
-        return None
-    if weight is None or weight.value.ndim != 2:
-        return None
-    matrix = weight.value.T if axis == -1 else weight.value
-    return _Linear(source, (kind,), axis, None, False, matrix[None, :, :, None], 1.0,
-                   weight.rounding, ())  # fmt: skip
-
-
-_LINEAR_READERS = {
-    "Conv": _read_conv,
-    "ConvTranspose": _read_conv_transpose,
-    "Gemm": _read_gemm,
-    "MatMul": _read_matmul,
-}
-
-
-def _channels(gauge: _Carried, axis: int, shape: tuple[int, int]) -> _Carried | None:
-    """The gauge as (groups, channels per group) arrays; None if it varies along another axis."""
-    parts = []
-    for values in (gauge.scale, gauge.origin):
-        flat = values.reshape(1) if values.ndim == 0 else None
-        if flat is None:
-            if values.ndim <= (axis if axis >= 0 else -axis - 1):
-                return None
-            flat = _per_channel(values, axis, math.prod(shape), values.ndim)
-        if flat is None:
-            return None
-        parts.append(np.broadcast_to(flat, (math.prod(shape),)).reshape(shape))
-    return _Carried(parts[0], parts[1])
-
-
-# ----------------------------------------------------------------------- comparing linear nodes
-
-
-def _compare_linear(mine: _Linear, theirs: _Linear, inputs: _Carried, outputs: _Carried
-                    ) -> tuple[float, str]:  # fmt: skip
-    """(worst deviation in units of the rounding, "" or what is wrong)."""
-    live = np.isfinite(outputs.scale) & (outputs.scale != 0)
-    known = np.isinf(outputs.scale)
-    readable = np.isfinite(inputs.scale) & (inputs.scale != 0)
-    problem = _linear_premises(mine, inputs, readable, known, live)
-    if problem:
-        return 0.0, problem
-    expected = mine.weight * np.where(live, outputs.scale, 0.0)[:, :, None, None]
-    expected /= np.where(readable, inputs.scale, 1.0)[:, None, :, None]
-    if not readable.all():
-        expected *= readable[:, None, :, None]
-    ulps, problem = _compare_weights(expected, theirs, known)
-    if problem:
-        return ulps, problem
-    return ulps, _compare_bias(mine, theirs, inputs, outputs, live, known)
-
-
-def _linear_premises(mine: _Linear, inputs: _Carried, readable: Array, known: Array, live: Array
-                     ) -> str:  # fmt: skip
-    """What must hold of the original's weights for the gauges around it to make sense."""
-    if readable.all() and not inputs.origin.any() and not known.any():
-        return ""
-    reads = (mine.weight != 0).any(axis=3) & (live | known)[:, :, None]
-    lost = reads & (inputs.scale == 0)[:, None, :]
-    if lost.any():
-        group, _, channel = np.argwhere(lost)[0]
-        return (
-            f"it reads input channel {group * inputs.scale.shape[1] + channel}, of which the "
-            f"folded graph keeps only a constant."
-        )
-    shifted = reads & ((inputs.origin != 0) & (inputs.scale != 0))[:, None, :]
-    if mine.blind and shifted.any():
-        group, _, channel = np.argwhere(shifted)[0]
-        return (
-            f"input channel {group * inputs.scale.shape[1] + channel} is carried with a shift, but "
-            f"zero padding or fewer taps at the border do not shift with it."
-        )
-    varying = reads & readable[:, None, :] & known[:, :, None]
-    if varying.any():
-        group, row, _ = np.argwhere(varying)[0]
-        return f"output channel {group * known.shape[1] + row} is said to be constant; it is not."
-    return ""
-
-
-def _compare_weights(expected: Array, theirs: _Linear, known: Array) -> tuple[float, str]:
-    size = np.abs(expected)
-    excess = np.abs(theirs.weight - expected)
-    unit = theirs.rounding.unit
-    allowed = size * (unit * ONE_ROUNDING) + theirs.rounding.tiny * abs(theirs.factor)
-    wrong = ~(excess <= allowed)
-    if known.any():
-        wrong &= ~known[:, :, None, None]
-        excess = np.where(known[:, :, None, None], 0.0, excess)
-    ulps = float(np.max(excess / np.maximum(allowed, np.finfo(np.float64).tiny), initial=0.0))
-    if not wrong.any():
-        return ulps, ""
-    group, row, column, _ = np.unravel_index(
-        int(np.argmax(np.where(wrong, _ranked(excess / np.maximum(size, 1e-300)), -1.0))),
-        wrong.shape,
-    )
-    there = (group, row, column)
-    return ulps, (
-        f"{int(wrong.sum())} of {wrong.size} weights are not the rounding of the exact ones, the "
-        f"worst at output channel {group * wrong.shape[1] + row}, input channel "
-        f"{group * wrong.shape[2] + column}: {_relative(excess[there], size[there])} away."
-    )
-
-
-def _ranked(values: Array) -> Array:
-    return np.nan_to_num(values, nan=np.inf)
-
-
-def _relative(excess: Array, size: Array) -> str:
-    worst = int(np.argmax(_ranked(excess)))
-    scale = size.flat[worst]
-    if scale:
-        return f"{excess.flat[worst] / scale:.2g} of its size"
-    return f"{excess.flat[worst]:.2g} where it should be 0"
-
-
-def _compare_bias(mine: _Linear, theirs: _Linear, inputs: _Carried, outputs: _Carried,
-                  live: Array, known: Array) -> str:  # fmt: skip
-    seen = np.where(inputs.scale == 0, 0.0, inputs.origin)
-    shift, size = np.zeros(live.shape), np.abs(mine.bias)
-    if seen.any():
-        shift = np.einsum("gmct,gc->gm", mine.weight, seen)
-        size = size + np.einsum("gmct,gc->gm", np.abs(mine.weight), np.abs(seen))
-    value = mine.bias + shift
-    size = size + np.abs(outputs.origin)
-    scale = np.where(live, outputs.scale, 1.0)
-    expected = np.where(live, scale * (value - outputs.origin), outputs.origin)
-    allowed = ARITHMETIC * np.where(live, np.abs(scale) * size, np.abs(outputs.origin))
-    for values, rounding in theirs.biases:
-        allowed = allowed + rounding.unit * np.abs(values.reshape(live.shape)) + rounding.tiny
-    excess = np.abs(theirs.bias - expected)
-    wrong = ~(excess <= allowed) & ~known
-    if wrong.any():
-        at = np.unravel_index(int(np.argmax(np.where(wrong, _ranked(excess), -1.0))), wrong.shape)
-        return (
-            f"the bias of output channel {at[0] * live.shape[1] + at[1]} is "
-            f"{theirs.bias[at]:.9g} and should be {expected[at]:.9g}."
-        )
-    moves = ~(np.abs(value - outputs.origin) <= ARITHMETIC * size) & known
-    if moves.any():
-        at = tuple(np.argwhere(moves)[0])
-        return (
-            f"output channel {at[0] * live.shape[1] + at[1]} is said to be the constant "
-            f"{outputs.origin[at]:.9g}; it is {value[at]:.9g}."
-        )
-    return ""
-
-
-# --------------------------------------------------------------------------- per-channel maps
-
-
-@dataclass(frozen=True, eq=False)
-class _Map:
-    """y = slope * x + shift, arrays that broadcast against the value; `size` bounds the terms
-    of shift, `rounding` is that of the constants.
-    """
-
-    slope: Array
-    shift: Array
-    size: Array
-    rounding: Rounding
-
-
-def _read_map(nodes: Sequence[onnx.NodeProto], view: View, source: str, rank: int | None
-              ) -> _Map | None:  # fmt: skip
-    """A chain of normalizations and arithmetic with constants as one map, or None."""
-    zero = np.zeros(())
-    total = _Map(np.ones(()), zero, zero, EXACT)
-    value = source
-    for node in nodes:
-        if list(node.input).count(value) != 1 or node.domain:
-            return None
-        step = _read_step(node, view, value, rank)
-        if step is None:
-            return None
-        total = _Map(
-            step.slope * total.slope,
-            step.slope * total.shift + step.shift,
-            np.abs(step.slope) * total.size + step.size,
-            coarsest((total.rounding, step.rounding)),
-        )
-        value = node.output[0]
-    return total
-
-
-def _read_step(node: onnx.NodeProto, view: View, value: str, rank: int | None) -> _Map | None:
-    if node.op_type == "BatchNormalization":
-        return _read_normalization(node, view, value, rank)
-    one, zero = np.ones(()), np.zeros(())
-    if node.op_type == "Identity":
-        return _Map(one, zero, zero, EXACT)
-    if node.op_type == "Neg":
-        return _Map(-one, zero, zero, EXACT)
-    if node.op_type not in ("Add", "Sub", "Mul", "Div"):
-        return None
-    index = list(node.input).index(value)
-    constant = _float_constant(view, node.input[1 - index])
-    if constant is None or (node.op_type == "Div" and index == 1):
-        return None
-    c = constant.value
-    if node.op_type == "Mul":
-        return _Map(c, zero, zero, constant.rounding)
-    if node.op_type == "Div":
-        with np.errstate(divide="ignore"):
-            return _Map(1 / c, zero, zero, constant.rounding)
-    if node.op_type == "Add":
-        return _Map(one, c, np.abs(c), constant.rounding)
-    return _Map(one if index == 0 else -one, -c if index == 0 else c, np.abs(c), constant.rounding)
-
-
-def _read_normalization(node: onnx.NodeProto, view: View, value: str, rank: int | None
-                        ) -> _Map | None:  # fmt: skip
-    """gamma (x - mean) / sqrt(var + eps) + beta with stored statistics, else None."""
-    given = _attributes(node)
-    opset = view.opsets.get("", 1)
-    training = (
-        bool(given.get("training_mode"))
-        if opset >= 14
-        else any(node.output[1:]) if opset >= 7 else not given.get("is_test")
-    )  # fmt: skip
-    spatial = given.get("spatial", 1) or opset >= 9
-    if training or not spatial or rank is None or rank < 2 or node.input[0] != value:
-        return None
-    constants = [_float_constant(view, name) for name in node.input[1:5]]
-    if any(constant is None for constant in constants):
-        return None
-    parameters = [constant for constant in constants if constant is not None]
-    gamma, beta, mean, var = (
-        constant.value.reshape(-1, *(1,) * (rank - 2)) for constant in parameters
-    )
-    slope = gamma / np.sqrt(var + float(given.get("epsilon", 1e-5)))
-    rounding = coarsest(constant.rounding for constant in parameters)
-    return _Map(slope, beta - slope * mean, np.abs(beta) + np.abs(slope * mean), rounding)
-
-
-def _compare_maps(mine: _Map, theirs: _Map, inputs: _Carried, outputs: _Carried
-                  ) -> tuple[float, str]:  # fmt: skip
-    """(worst deviation in roundings, "" or what is wrong) for y = a x + b read and written.
-
-    With both scales finite: a~ = scale_y a / scale_x, b~ = scale_y (a origin_x + b - origin_y).
-    """
-    a, b, a2, b2, sx, ox, sy, oy = np.broadcast_arrays(
-        mine.slope, mine.shift, theirs.slope, theirs.shift, inputs.scale, inputs.origin,
-        outputs.scale, outputs.origin,
-    )  # fmt: skip
-    x_free, x_known, y_free, y_known = sx == 0, np.isinf(sx), sy == 0, np.isinf(sy)
-    varies = ~x_free & ~x_known
-    live = ~y_free & ~y_known
-    unit = ROUNDINGS_PER_MAP * theirs.rounding.unit
-    with np.errstate(all="ignore"):
-        slope = np.where(live & varies, sy * a / sx, 0.0)
-        value = np.where(x_free, b, a * ox + b)
-        wanted = np.where(live, sy * (value - oy), oy)
-        found = np.where(x_free, a2 * ox + b2, b2)
-        size = np.abs(a * ox) + mine.size + np.abs(oy)
-        reach = np.where(live, np.abs(sy) * size, np.abs(oy))
-        slopes = np.abs(a2 - slope) / ((unit + EVALUATION) * np.abs(slope))
-        terms = theirs.size + np.abs(b2) + np.abs(a2 * np.where(x_free, ox, 0.0))
-        shifts = np.abs(found - wanted) / (unit * terms + ARITHMETIC * reach)
-        checks = {
-            "its factor": np.where((a2 == slope) | x_free | y_known, 0.0, slopes),
-            "its shift": np.where((found == wanted) | y_known, 0.0, shifts),
-        }
-        lost = (a != 0) & ((x_free & ~y_free) | (varies & y_known))
-        moved = y_known & ~(np.abs(value - oy) <= ARITHMETIC * size)
-    ulps = float(np.max(checks["its factor"], initial=0.0)) * ROUNDINGS_PER_MAP
-    if theirs.rounding is EXACT:
-        ulps = 0.0
-    if lost.any() or moved.any():
-        return ulps, (
-            f"channel {_channel(lost | moved, sx.shape)} is said to be constant; it is not."
-        )
-    for what, excess in checks.items():
-        wrong = ~(excess <= 1)
-        if wrong.any():
-            got, should = (a2, slope) if what == "its factor" else (found, wanted)
-            at = tuple(np.argwhere(wrong)[0])
-            return ulps, (
-                f"{what} of channel {_channel(wrong, sx.shape)} is {got[at]:.9g} in the folded "
-                f"graph and should be {should[at]:.9g} ({int(wrong.sum())} of {wrong.size} wrong)."
-            )
-    return ulps, ""
-
-
-def _channel(wrong: Array, shape: tuple[int, ...]) -> str:
-    """The first wrong position, along the axes on which the map varies."""
-    at = np.argwhere(wrong)[0] if wrong.ndim else ()
-    varying = [str(i) for i, size in zip(at, shape, strict=True) if size > 1]
-    return ", ".join(varying) or "0"
-
-
-# -------------------------------------------------------------------------------------- probes
-
-POINTWISE = frozenset(
-    ("Relu", "LeakyRelu", "PRelu", "Abs", "Neg", "Identity", "Dropout", "Add", "Sub", "Mul",
-     "Div", "Max", "Min", "Sum", "Mean", "Clip", "Where", "Sign", "Cast", "Concat", "Elu",
-     "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "BatchNormalization")
-)  # fmt: skip
-POOLS = frozenset(("MaxPool", "AveragePool", "LpPool"))
-GLOBAL_POOLS = frozenset(("GlobalAveragePool", "GlobalMaxPool"))
-
-
-def _probe_shapes(proof: _Proof, found: Match) -> dict[str, tuple[int, ...]]:
-    """A concrete shape for every source; small where the operator does not look at the size."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in found.sources:
-        known, integer = proof.shapes.of(name), proof.shapes.integer(name)
-        shape = known.shape if known else None
-        if integer is not None:
-            shape = integer.shape
-        if shape is None:
-            shape = _guess(proof, found, name)
-        if shape is None:
-            raise NoReferenceError(
-                f"the shape of '{name}' is not known; give the shape of the model's inputs"
-            )
-        shapes[name] = shape
-    return _reduced(proof, found, shapes)
-
-
-def _guess(proof: _Proof, found: Match, name: str) -> tuple[int, ...] | None:
-    """Without an inferred shape: from the gauges around a pointwise node."""
-    if any(node.op_type not in POINTWISE | POOLS | GLOBAL_POOLS for node in found.original):
-        return None
-    arrays = [
-        array
-        for value in (name, *found.outputs)
-        for array in (proof.gauge(value).scale, proof.gauge(value).origin)
-        if array.ndim
-    ]
-    if not arrays or any(node.op_type == "Concat" for node in found.original):
-        return None
-    shape = np.broadcast_shapes(*(array.shape for array in arrays))
-    small = 2 if all(node.op_type in POINTWISE for node in found.original) else 16
-    return tuple(size if size > 1 else small for size in shape)
-
-
-def _reduced(proof: _Proof, found: Match, shapes: dict[str, tuple[int, ...]]
-             ) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    """The same shapes with the axes cut down that neither the operator nor a gauge looks at."""
-    nodes = (*found.original, *found.folded)
-    small = POINTWISE | POOLS | GLOBAL_POOLS | {"Transpose"}
-    ranks = {len(shape) for shape in shapes.values()}
-    if len(ranks) != 1 or any(node.op_type not in small for node in nodes):
-        return shapes
-    rank = ranks.pop()
-    needs = _needs(found, rank)
-    if needs is None:
-        return shapes
-    fixed = _fixed_axes(proof, found, rank)
-    return {
-        name: tuple(
-            size if axis in fixed else _smaller(size, *needs[axis])
-            for axis, size in enumerate(shape)
-        )
-        for name, shape in shapes.items()
-    }
-
-
-def _smaller(size: int, least: int, stride: int) -> int:
-    """At least `least`, at most `size`, and with the remainder that `size` leaves over stride."""
-    return min(size, least + (size - least) % stride)
-
-
-def _needs(found: Match, rank: int) -> list[tuple[int, int]] | None:
-    """Per axis: the least size that shows every border case, and the stride."""
-    needs = [(2, 1)] * rank
-    windowed = [n for n in found.original if n.op_type in POOLS | GLOBAL_POOLS | {"Transpose"}]
-    if len(windowed) > 1 or (windowed and len(found.original) > 1):
-        return None
-    for node in windowed:
-        given = _attributes(node)
-        for axis in range(2, rank):
-            if node.op_type in POOLS:
-                kernel = given["kernel_shape"][axis - 2]
-                stride = (given.get("strides") or [1] * rank)[axis - 2]
-                dilation = (given.get("dilations") or [1] * rank)[axis - 2]
-                needs[axis] = ((kernel - 1) * dilation + 1 + 2 * stride, stride)
-            elif node.op_type in GLOBAL_POOLS:
-                needs[axis] = (3, 1)
-    return needs
-
-
-def _fixed_axes(proof: _Proof, found: Match, rank: int) -> set[int]:
-    """Axes along which a gauge or a constant varies, or on which the operator acts."""
-    fixed: set[int] = set()
-
-    def keep(shape: Sequence[int], order: Sequence[int] | None = None) -> None:
-        for axis, size in enumerate(shape):
-            if size > 1:
-                place = axis + rank - len(shape)
-                fixed.add(order[place] if order else place)
-
-    order = None
-    for view, nodes in ((proof.original, found.original), (proof.folded, found.folded)):
-        for node in nodes:
-            given = _attributes(node)
-            if node.op_type == "Transpose":
-                order = list(given.get("perm") or range(rank)[::-1])
-            if node.op_type == "Concat":
-                fixed.add(given["axis"] % rank)
-            if node.op_type == "BatchNormalization":
-                fixed.add(1)
-                continue
-            for name in node.input:
-                if name and view.is_constant(name):
-                    keep(view.constant(name).value.shape)
-    for name in (*found.sources, *found.outputs):
-        gauge = proof.gauge(name)
-        for array in (gauge.scale, gauge.origin):
-            keep(array.shape, order if name in found.outputs else None)
-    return fixed
-
-
-def _draw(proof: _Proof, found: Match, shapes: Mapping[str, tuple[int, ...]],
-          rng: np.random.Generator) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
-    """Random x by name in the original, and the x~ that belong to them by name in the folded.
-
-    Half of the elements are drawn around zero of x~ and half around zero of x, in two sizes, so
-    that both sides of a kink are met. Values that are one tensor in the folded graph agree.
-    """
-    originals: dict[str, Array] = {}
-    carried: dict[str, Array] = {}
-    for name in found.sources:
-        there, gauge = proof.rename(name), proof.gauge(name)
-        discrete = _draw_discrete(proof, found, name, shapes[name], rng)
-        if discrete is not None:
-            if not gauge.is_identity:
-                raise NoReferenceError(f"'{name}' has a gauge, but it is no float")
-            originals[name] = carried[there] = discrete
-            continue
-        free = rng.standard_normal(shapes[name]) * rng.choice([1.0, 8.0], shapes[name])
-        finite = np.isfinite(gauge.scale) & (gauge.scale != 0)
-        scale = np.where(finite, gauge.scale, 1.0)
-        if there in carried:
-            x = gauge.origin + carried[there] / scale
-        else:
-            centre = rng.random(shapes[name]) < 0.5
-            x = np.where(centre, free, gauge.origin + free / scale)
-            z = np.where(finite, scale * (x - gauge.origin), free)
-            carried[there] = np.where(gauge.scale == 0, gauge.origin, z)
-        originals[name] = np.where(
-            finite, x, np.where(gauge.scale == 0, rng.standard_normal(x.shape), gauge.origin)
-        )
-    return originals, carried
-
-
-def _draw_discrete(proof: _Proof, found: Match, name: str, shape: tuple[int, ...],
-                   rng: np.random.Generator) -> Array | None:  # fmt: skip
-    """None for a float; integers and booleans: what the shapes fix, every row of a constant table
-    that is indexed, else 0 and 1.
-    """
-    fixed, known = proof.shapes.integer(name), proof.shapes.of(name)
-    if fixed is not None:
-        return fixed
-    if known is None or not known.elem_type or known.elem_type in FLOAT_TYPES:
-        return None
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(known.elem_type)
-    for node in found.original:
-        table = node.input[0] if node.op_type == "Gather" else ""
-        if table and proof.original.is_constant(table) and node.input[1] == name and shape:
-            axis = int(_attributes(node).get("axis", 0))
-            rows = proof.original.constant(table).value.shape[axis]
-            return np.arange(rows, dtype=dtype).reshape((1,) * (len(shape) - 1) + (rows,))
-    return rng.integers(0, 2, shape).astype(dtype)
-
-
-def _absolute(values: Mapping[str, Array]) -> dict[str, Array]:
-    return {
-        name: np.abs(value) if value.dtype.kind == "f" else value for name, value in values.items()
-    }
-
-
-def _run(nodes: Sequence[onnx.NodeProto], view: View, values: Mapping[str, Array],
-         absolute: bool = False) -> dict[str, Array]:  # fmt: skip
-    """All values that the nodes compute in float64, the given ones included.
-
-    absolute: with the magnitudes of all constants and Sub as Add, which bounds what the sums
-    inside add up for the operators that are monotone.
-    """
-    known: dict[str, Array] = dict(values)
-    for node in nodes:
-        if absolute:
-            results = view.evaluate(_additive(node), known, alter=_magnitude)
-        else:
-            results = view.evaluate(node, known)
-        known.update(zip(node.output, results, strict=False))
-    return known
-
-
-def _magnitude(value: Array) -> Array:
-    return np.abs(value) if value.dtype.kind == "f" else value
-
-
-def _additive(node: onnx.NodeProto) -> onnx.NodeProto:
-    if node.op_type != "Sub":
-        return node
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    copy.op_type = "Add"
-    return copy
-
-
-def _compare_probe(
-    gauge: _Carried,
-    y: Array,
-    z: Array | None,
-    size: Array,
-    written: Array | None,
-    rounding: Rounding,
-) -> tuple[str, float]:
-    """("" or what is wrong, the worst deviation over what was allowed)."""
-    if z is None:
-        if not np.all(np.isinf(gauge.scale)):
-            return "the folded graph does not compute it.", math.inf
-        z = np.zeros(y.shape)
-    if y.shape != z.shape:
-        return f"the shape is {z.shape} and should be {y.shape}.", math.inf
-    if y.dtype.kind != "f":
-        same = np.array_equal(y, z)
-        return ("" if same else "the values are not the same."), 0.0 if same else math.inf
-    scale = np.broadcast_to(gauge.scale, y.shape)
-    free, known = scale == 0, np.isinf(scale)
-    finite = np.where(free | known, 1.0, scale)
-    wanted = np.where(free, gauge.origin, finite * (y - gauge.origin))
-    bound = np.abs(y) + np.abs(gauge.origin) + np.nan_to_num(np.abs(size))
-    allowed = EVALUATION * (np.abs(finite) * bound + np.abs(z))
-    if written is not None:
-        rounded = np.abs(z) + np.nan_to_num(np.abs(written))
-        allowed = allowed + ROUNDINGS_PER_MAP * (rounding.unit * rounded + rounding.tiny)
-    excess = np.where(known, np.abs(y - gauge.origin), np.abs(z - wanted))
-    excess = np.where((z == wanted) & ~known, 0.0, excess)
-    wrong = ~(excess <= allowed)
-    with np.errstate(all="ignore"):
-        worst = float(np.max(_ranked(np.where(wrong, excess / allowed, 0.0)), initial=0.0))
-    if not wrong.any():
-        if y.size and not np.isfinite(y).any():
-            return "nothing but NaN and infinity came out.", math.inf
-        return "", worst
-    at = tuple(np.argwhere(wrong)[0])
-    place = ", ".join(str(int(index)) for index in at)
-    return (
-        f"element ({place}) is {z[at]:.9g} in the folded graph and should be {wanted[at]:.9g} "
-        f"({int(wrong.sum())} of {wrong.size} wrong).",
-        worst,
-    )

@@ -1,17 +1,16 @@
 """Two graphs side by side: what is constant in each, which nodes answer to which.
 
 For the certificate. `View` reads one graph: producers, and constants together with the rounding of
-the dtype that they are stored in. `Shapes` gives the values of the original concrete shapes.
-`match` finds, for a node of the original, the piece of the folded graph that computes the same
-value from the same sources. Nothing here knows how a fold is made.
+the dtype that they are stored in. `match` finds, for a node of the original, the piece of the
+folded graph that computes the same value from the same sources. `Gauge` and `Carried` say how the
+folded graph carries a value. Nothing here knows how a fold is made.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
@@ -26,8 +25,6 @@ UNPREDICTABLE = frozenset(
      "Multinomial", "Dropout")
 )  # fmt: skip
 REGION_LIMIT = 24  # nodes that one node of the original may have become, and the reverse
-INFERENCE_ROUNDS = 6
-SMALL_TENSOR = 1024  # elements up to which a constant may steer shapes
 
 
 def replaceable_inputs(model: onnx.ModelProto) -> frozenset[str]:
@@ -221,6 +218,60 @@ def same_constant(name: str, view: View, other_name: str, other: View) -> bool:
     return bool(np.all(np.abs(a.value - b.value) <= unit * np.abs(a.value)))
 
 
+# -------------------------------------------------------------------------------------- gauges
+
+
+class Gauge(Protocol):
+    """How the folded graph carries a value: x~ = scale * (x - origin), arrays of its rank."""
+
+    @property
+    def scale(self) -> Array:
+        """Per-channel factor; 0: written constant, inf: known constant."""
+
+    @property
+    def origin(self) -> Array:
+        """What the original value is where the folded one is zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A gauge as float64 arrays."""
+
+    scale: Array
+    origin: Array
+
+    @staticmethod
+    def by(gauge: Gauge | None) -> Carried:
+        """As the gauge says; without one, the value itself."""
+        if gauge is None:
+            return AS_IT_IS
+        return Carried(np.asarray(gauge.scale, np.float64), np.asarray(gauge.origin, np.float64))
+
+    @property
+    def is_identity(self) -> bool:
+        """True when the folded graph carries the value itself."""
+        return bool(np.all(self.scale == 1) and np.all(self.origin == 0))
+
+    @property
+    def is_usable(self) -> bool:
+        """Numbers, finite but for scales that are inf, in arrays that broadcast together."""
+        if np.isnan(self.scale).any() or not np.isfinite(self.origin).all():
+            return False
+        try:
+            np.broadcast_shapes(self.scale.shape, self.origin.shape)
+        except ValueError:
+            return False
+        return True
+
+    @property
+    def is_known(self) -> bool:
+        """True when the original is a known constant everywhere: the folded graph needs none."""
+        return bool(np.all(np.isinf(self.scale)))
+
+
+AS_IT_IS = Carried(np.ones(()), np.zeros(()))
+
+
 # ------------------------------------------------------------------------------- counterparts
 
 
@@ -316,6 +367,11 @@ def _walk(starts: Sequence[str], folded: View, carried: frozenset[str]
     return region, reached
 
 
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """The node's attributes by name, as Python values."""
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name}
+
+
 def attributes_equal(a: onnx.NodeProto, b: onnx.NodeProto) -> bool:
     """The same attributes with the same values, subgraphs aside."""
 
@@ -330,155 +386,3 @@ def attributes_equal(a: onnx.NodeProto, b: onnx.NodeProto) -> bool:
     for values in (first, second):
         values.pop("doc_string", None)
     return first == second
-
-
-# -------------------------------------------------------------------------------------- shapes
-
-
-@dataclass(frozen=True)
-class ValueType:
-    """A value's element type (TensorProto.DataType) and concrete shape (None: not known)."""
-
-    elem_type: int
-    shape: tuple[int, ...] | None
-
-
-@dataclass
-class Shapes:
-    """Concrete shapes of a model's values, found without running it.
-
-    Every dynamic axis of an input gets a size: 2 for the first, and for the others what suits the
-    rank (images 224, volumes 32, sequences 64), unless `sizes` gives the input's shape.
-    """
-
-    model: onnx.ModelProto
-    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    _types: dict[str, ValueType] | None = None
-    _integers: dict[str, Array] = field(default_factory=dict)
-
-    def of(self, name: str) -> ValueType | None:
-        """The type of a value, or None when inference did not reach it."""
-        return self._inferred().get(name)
-
-    def integer(self, name: str) -> Array | None:
-        """The value of a shape computation that the concrete sizes fix, or None."""
-        self._inferred()
-        return self._integers.get(name)
-
-    def _inferred(self) -> dict[str, ValueType]:
-        if self._types is None:
-            view = View.of(self.model)
-            skeleton = _skeleton(self.model, self.sizes)
-            self._types = _infer(skeleton)
-            for _ in range(INFERENCE_ROUNDS):
-                if not self._propagate(view, skeleton):
-                    break
-                self._types = _infer(skeleton)
-        return self._types
-
-    def _propagate(self, view: View, skeleton: onnx.ModelProto) -> bool:
-        """Compute shape arithmetic whose inputs are known and fix it in the skeleton."""
-        assert self._types is not None
-        fixed = []
-        for node in view.nodes:
-            name = node.output[0] if len(node.output) == 1 else ""
-            if not name or name in self._integers or view.is_constant(name):
-                continue
-            value = self._shape_arithmetic(node, view)
-            if value is not None:
-                self._integers[name] = value
-                fixed.append(name)
-        for name in fixed:
-            _fix(skeleton.graph, name, self._integers[name])
-        return bool(fixed)
-
-    def _shape_arithmetic(self, node: onnx.NodeProto, view: View) -> Array | None:
-        assert self._types is not None
-        if node.op_type in UNPREDICTABLE or any(a.HasField("g") for a in node.attribute):
-            return None
-        if node.op_type in ("Shape", "Size"):
-            known = self._types.get(node.input[0])
-            if known is None or known.shape is None:
-                return None
-            values = {node.input[0]: np.broadcast_to(np.zeros(()), known.shape)}
-        else:
-            named = view.sources(node)
-            if not named or any(name not in self._integers for name in named):
-                return None
-            values = {name: self._integers[name] for name in named}
-        try:
-            result = np.asarray(view.evaluate(node, values)[0])
-        except NoReferenceError:
-            return None
-        return result if result.size <= SMALL_TENSOR else None
-
-
-def _skeleton(model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
-    """The model without its weights (typed inputs instead) and with concrete input shapes."""
-    small = onnx.ModelProto(ir_version=max(model.ir_version, 4))
-    small.opset_import.extend(model.opset_import)
-    small.functions.extend(model.functions)
-    small.graph.name = "skeleton"
-    small.graph.node.extend(model.graph.node)
-    given = {tensor.name for tensor in model.graph.initializer}
-    for value in model.graph.input:
-        if value.name not in given:
-            small.graph.input.append(_concrete(value, sizes.get(value.name)))
-    for tensor in model.graph.initializer:
-        if int(np.prod(tensor.dims)) <= SMALL_TENSOR:
-            small.graph.initializer.append(tensor)
-        else:
-            weight = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            small.graph.input.append(weight)
-    for value in model.graph.output:
-        untyped = small.graph.output.add(name=value.name)
-        untyped.type.tensor_type.elem_type = value.type.tensor_type.elem_type
-    return small
-
-
-def _concrete(value: onnx.ValueInfoProto, sizes: Sequence[int] | None) -> onnx.ValueInfoProto:
-    fixed = onnx.ValueInfoProto()
-    fixed.CopyFrom(value)
-    dims = fixed.type.tensor_type.shape.dim
-    if sizes is not None and not dims:
-        for _ in sizes:
-            dims.add()
-    rest = {4: 224, 5: 32}.get(len(dims), 64)
-    for axis, dim in enumerate(dims):
-        if sizes is not None and axis < len(sizes):
-            dim.dim_value = int(sizes[axis])
-        elif dim.dim_value < 1:
-            dim.dim_value = 2 if axis == 0 else rest
-    return fixed
-
-
-def _infer(skeleton: onnx.ModelProto) -> dict[str, ValueType]:
-    try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
-    except Exception:  # inference raises its own C++ errors on inconsistent graphs
-        inferred = skeleton
-    types: dict[str, ValueType] = {}
-    for graph in _graphs(inferred.graph):
-        for value in itertools.chain(graph.input, graph.value_info, graph.output):
-            tensor = value.type.tensor_type
-            dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-            known = tensor.HasField("shape") and all(dim >= 0 for dim in dims)
-            types[value.name] = ValueType(tensor.elem_type, tuple(dims) if known else None)
-    return types
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
-
-
-def _fix(graph: onnx.GraphProto, name: str, value: Array) -> None:
-    """Put an initializer in the place of the node that computes `name`."""
-    for index, node in enumerate(graph.node):
-        if name in node.output:
-            del graph.node[index]
-            break
-    graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))

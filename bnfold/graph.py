@@ -146,7 +146,8 @@ def save_onnx(model: ir.Model, path: Path) -> None:
         if value.const_value is not None
     )
     if size > ONE_FILE_LIMIT:
-        ir.save(model, path, external_data=f"{path.name}.data")
+        with _as_declared(model):
+            ir.save(model, path, external_data=f"{path.name}.data")
     else:
         path.write_bytes(to_bytes(model))
 
@@ -167,27 +168,55 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     for value, tensor in external.items():
         value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     try:
-        return ir.to_proto(model)
+        with _as_declared(model):
+            return ir.to_proto(model)
     finally:
         for value, tensor in external.items():
             value.const_value = tensor
 
 
 def prepare(model: ir.Model) -> ir.Model:
-    """The same model with what planning needs, in place: inferred shapes, and on each graph the IR
-    version and the outputs' shapes as declared.
+    """The same model with what planning needs, in place: inferred shapes, the IR version.
+
+    What is inferred stays in memory: a file gets the shapes that were declared.
     """
     for graph in model.graphs():
         graph.meta["ir_version"] = model.ir_version
-        graph.meta["output_shapes"] = [value.shape for value in graph.outputs]
-    known = all(
-        output.shape is not None for graph in model.graphs() for n in graph for output in n.outputs
-    )
-    if not known:
+    for value in _values(model):
+        value.meta.setdefault(_DECLARED, value.shape)
+        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+            # some exporters write -1 for an extent that is not known
+            known = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
+            value.shape = ir.Shape(known)
+    if any(value.shape is None for value in _values(model)):
         # a shape that cannot be inferred is only a value that no gauge may enter
         with contextlib.suppress(Exception):
             passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return model
+
+
+_DECLARED = "bnfold.declared_shape"
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    return [
+        value
+        for graph in model.graphs()
+        for value in (*graph.inputs, *(out for node in graph for out in node.outputs))
+    ]
+
+
+@contextlib.contextmanager
+def _as_declared(model: ir.Model) -> Iterator[None]:
+    """The shapes of the model as its file declares them, for as long as it is written."""
+    inferred = {value: value.shape for value in _values(model) if _DECLARED in value.meta}
+    for value in inferred:
+        value.shape = value.meta[_DECLARED]
+    try:
+        yield
+    finally:
+        for value, shape in inferred.items():
+            value.shape = shape
 
 
 def graph_inputs(model: ir.Model) -> dict[str, ir.Value]:

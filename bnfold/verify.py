@@ -38,7 +38,7 @@ from bnfold.errors import (
     VerificationError,
 )
 from bnfold.reference import Float64Reference, NoReferenceError
-from bnfold.runtime import Session, open_session, run_torch
+from bnfold.runtime import PROTOBUF_LIMIT, Session, open_session, run_torch
 
 if TYPE_CHECKING:
     import torch
@@ -281,6 +281,7 @@ class _Backends:
              modules: tuple[torch.nn.Module, torch.nn.Module] | None, threads: int | None
              ) -> _Backends:  # fmt: skip
         """Every session that will be needed, before any time is spent on arithmetic."""
+        folded = _once(folded)
         optimized = [
             _of_session(
                 f"onnxruntime {provider}, optimized", "C",
@@ -303,6 +304,12 @@ class _Backends:
     def placement(self) -> dict[str, Mapping[str, Mapping[str, int]]]:
         """Where onnxruntime says that the nodes ran."""
         return {b.name: b.session.assignment for b in self.compared if b.session is not None}
+
+
+def _once(model: Any) -> Any:
+    """A proto as bytes, so that several sessions do not serialize it each."""
+    small = isinstance(model, onnx.ModelProto) and model.ByteSize() < PROTOBUF_LIMIT
+    return model.SerializeToString() if small else model
 
 
 def _of_session(name: str, gate: str, session: Session) -> _Backend:

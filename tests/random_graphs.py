@@ -225,9 +225,7 @@ def gemm(b: Builder) -> object:
     if shape is not None:
         reads.append(b.constant(b.numbers(*shape)))
     alpha, beta = b.one_of([1.0, 2.0, 0.5]), b.one_of([1.0, 2.0, 0.5])
-    return b.node(
-        "Gemm", reads, (rows, outs), alpha=alpha, beta=beta, transA=flip_a, transB=flip_b
-    )
+    return b.node("Gemm", reads, (rows, outs), alpha=alpha, beta=beta, transA=flip_a, transB=flip_b)
 
 
 @operator(times=3)
@@ -542,13 +540,17 @@ def gather(b: Builder) -> object:
     if index.ndim == 0 and x.rank < 2:
         return None
     name = b.constant(np.array(index, np.int64))
-    return b.node("Gather", [x.name, name], [*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]], axis=axis)
+    return b.node(
+        "Gather", [x.name, name], [*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]], axis=axis
+    )
 
 
 @operator(times=2)
 def blocks(b: Builder) -> object:
     """DepthToSpace where the channels allow it, else SpaceToDepth."""
-    x = b.value(lambda v: v.rank == 4 and (v.shape[1] % 4 == 0 or all(n % 2 == 0 for n in v.shape[2:])))
+    x = b.value(
+        lambda v: v.rank == 4 and (v.shape[1] % 4 == 0 or all(n % 2 == 0 for n in v.shape[2:]))
+    )
     if x is None:
         return None
     n, c, h, w = x.shape

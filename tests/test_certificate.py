@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bnfold.certificate import certify
+import bnfold
+from bnfold.certificate import Certificate, certify
 
 Array = np.ndarray[Any, Any]
 Weights = dict[str, Array]
@@ -52,13 +53,14 @@ class Fold:
         opsets = [helper.make_opsetid("", self.opset)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
-    def certify(self) -> Any:
-        return certify(
+    def models(self) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+        return (
             self.model(self.nodes, self.weights),
             self.model(self.folded_nodes, self.folded_weights),
-            self.gauges,
-            self.aliases,
         )
+
+    def certify(self) -> Certificate:
+        return certify(*self.models(), self.gauges, self.aliases)
 
     def with_weights(self, **changed: Array) -> Fold:
         return replace(self, folded_weights={**self.folded_weights, **changed})
@@ -789,3 +791,165 @@ def test_planted_fault_is_found_at_its_node(fault: str) -> None:
 
 def test_uncounted_padding_lets_a_shift_pass() -> None:
     assert padded_average(0).certify().passed
+
+
+# ------------------------------------------------------------------------- what else may go wrong
+
+
+def test_every_node_is_accounted_for() -> None:
+    records = conv_then_bn().certify().records
+    assert [record.op_type for record in records] == ["graph", "Conv", "BatchNormalization", "Relu"]
+    assert [record.check for record in records] == [
+        "interface", "weights", "channel map", "unchanged",
+    ]  # fmt: skip
+
+
+def spoil_output_name(model: onnx.ModelProto) -> None:
+    model.graph.output[0].name = "other"
+
+
+def spoil_input_type(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+
+
+def spoil_input_shape(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+
+
+def spoil_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 16
+
+
+def spoil_outputs(model: onnx.ModelProto) -> None:
+    model.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, None))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_output_name, spoil_input_type, spoil_input_shape, spoil_opset, spoil_outputs],
+)
+def test_another_interface_is_refused(spoil: Callable[[onnx.ModelProto], None]) -> None:
+    fold = conv_then_bn()
+    original, folded = fold.models()
+    spoil(folded)
+    certificate = certify(original, folded, fold.gauges, fold.aliases)
+    assert not certificate.passed
+    assert certificate.worst is not None
+    assert certificate.worst.check == "interface"
+
+
+def test_gauge_at_the_border_is_refused() -> None:
+    fold = conv_then_bn()
+    gauges = {**fold.gauges, "x": gauge(np.full(6, 2.0), 0.0, 4)}
+    assert not certify(*fold.models(), gauges, fold.aliases).passed
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_gauge_that_is_no_number_is_refused(wrong: float) -> None:
+    fold = conv_then_bn()
+    spoiled = Gauge(fold.gauges["c"].scale, np.full((1, 6, 1, 1), wrong))
+    certificate = certify(*fold.models(), {"c": spoiled}, fold.aliases)
+    assert "no number" in certificate.failures[0].sentence
+
+
+def test_missing_tensor_is_named() -> None:
+    fold = with_node(conv_then_bn(), 0)
+    certificate = fold.certify()
+    assert any("no tensor 'c'" in record.sentence for record in certificate.failures)
+
+
+def test_node_without_a_gauge_must_keep_its_constants() -> None:
+    fold = matmul_add_becomes_gemm()
+    assert not changed(fold, "w", one_ulp).certify().passed
+    assert not changed(fold, "b", one_ulp).certify().passed
+
+
+def test_node_without_a_gauge_must_keep_its_attributes() -> None:
+    nodes = [node("LeakyRelu", "x", "out", alpha=0.1)]
+    other = [node("LeakyRelu", "x", "out", alpha=0.2)]
+    fold = Fold(nodes, other, {}, {}, (2, 3))
+    assert not fold.certify().passed
+    assert replace(fold, folded_nodes=nodes).certify().passed
+
+
+def test_weights_in_a_coarser_dtype_are_refused() -> None:
+    fold = conv_then_bn()
+    coarse = with_node(
+        fold.with_weights(h=fold.folded_weights["w"].astype(np.float16)),
+        0,
+        node("Cast", "h", "v", to=TensorProto.FLOAT),
+        node("Conv", "x v b", "c", pads=[1, 1, 1, 1], group=2),
+    )
+    assert [record.node for record in coarse.certify().failures] == ["Conv_c"]
+
+
+def listed(model: onnx.ModelProto, name: str, ir_version: int = 8) -> onnx.ModelProto:
+    """The model with an initializer that is an input too."""
+    value = next(t for t in model.graph.initializer if t.name == name)
+    model.graph.input.append(helper.make_tensor_value_info(name, value.data_type, list(value.dims)))
+    model.ir_version = ir_version
+    return model
+
+
+def test_default_that_a_caller_may_replace_must_stay() -> None:
+    fold = conv_then_bn()
+    original, folded = fold.models()
+    both = certify(listed(original, "w"), listed(folded, "w"), fold.gauges, fold.aliases)
+    assert "default of the input 'w'" in both.failures[0].sentence
+
+
+def test_default_that_was_frozen_is_a_constant() -> None:
+    fold = conv_then_bn()
+    original, folded = fold.models()
+    assert certify(listed(original, "w"), folded, fold.gauges, fold.aliases).passed
+
+
+def test_before_ir_4_a_listed_initializer_is_a_constant() -> None:
+    fold = conv_then_bn()
+    original, folded = fold.models()
+    certificate = certify(
+        listed(original, "w", 3), listed(folded, "w", 3), fold.gauges, fold.aliases
+    )
+    assert certificate.passed
+
+
+def branching(fold: Fold, weights: Weights, folded: bool) -> onnx.ModelProto:
+    """The fold's nodes inside the branch of an If, reading an outer value and outer constants."""
+    nodes = list(fold.folded_nodes if folded else fold.nodes)
+    result = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+    other = helper.make_tensor_value_info("other", TensorProto.FLOAT, None)
+    then = helper.make_graph(nodes, "then", [], [result])
+    otherwise = helper.make_graph([node("Relu", "x", "other")], "else", [], [other])
+    whole = helper.make_node("If", ["flag"], ["y"], name="If_y", then_branch=then,
+                             else_branch=otherwise)  # fmt: skip
+    graph = helper.make_graph(
+        [whole],
+        "g",
+        [
+            helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, fold.x),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_fold_inside_a_branch_is_certified_and_its_fault_found() -> None:
+    fold = conv_then_bn()
+    original = branching(fold, fold.weights, folded=False)
+    right = branching(fold, fold.folded_weights, folded=True)
+    wrong = branching(changed(fold, "w", swapped), changed(fold, "w", swapped).folded_weights, True)
+    assert certify(original, right, fold.gauges, fold.aliases).passed
+    certificate = certify(original, wrong, fold.gauges, fold.aliases)
+    assert certificate.failures[0].node == "If_y"
+    assert "Conv_c" in certificate.failures[0].sentence
+
+
+def test_nothing_is_shared_with_the_folder() -> None:
+    folder = ("affine", "rules", "plan", "apply", "fold", "graph", "layout", "constants")
+    sources = Path(bnfold.__file__).parent
+    for name in ("certificate", "counterpart", "equations", "probe", "shapes", "reference"):
+        text = (sources / f"{name}.py").read_text()
+        assert "torch" not in text.split("def ")[0]
+        assert not [word for word in folder if f"bnfold.{word}" in text]
