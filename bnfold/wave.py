@@ -181,6 +181,9 @@ class Wave:
         self._run()
         while self._undecided:
             (node, total), _ = self._undecided.popitem()
+            self._balance(total, node)  # it may have become determined meanwhile
+            self._run()
+            self._undecided.pop((node, total), None)
             masks, residue = self._state(total)
             if np.any((residue != 0) & (_count_unknown(masks) >= 2)):
                 return self._choose(node, total)

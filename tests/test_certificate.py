@@ -122,7 +122,7 @@ def conv_then_bn(
     weight, bias = draw(1, 6, 6 // group, 3, 3), draw(2, 6)
     slope, shift = affine({**bn, **(believed or {})}, eps)
     planned, moved = (slope, shift) if plan_too else affine(bn)
-    conv = dict(pads=[1, 1, 1, 1], group=group)
+    conv = {"pads": [1, 1, 1, 1], "group": group}
     return Fold(
         nodes=[
             node("Conv", "x w b", "c", **conv),
@@ -167,7 +167,7 @@ def conv_transpose_then_bn() -> Fold:
     bn, weight = normalization(6), draw(1, 4, 3, 3, 3)
     slope, shift = affine(bn)
     scaled = weight.astype(np.float64).reshape(2, 2, 3, 3, 3) * slope.reshape(2, 1, 3, 1, 1)
-    attributes = dict(group=2, strides=[2, 2], pads=[1, 1, 1, 1], output_padding=[1, 1])
+    attributes = {"group": 2, "strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]}
     return Fold(
         nodes=[
             node("ConvTranspose", "x w", "c", **attributes),
@@ -209,7 +209,7 @@ def bn_then_conv_transpose(shifted: bool) -> Fold:
 def gemm_then_bn() -> Fold:
     bn, weight, bias = normalization(5), draw(1, 5, 5), draw(2, 5)
     slope, shift = affine(bn)
-    attributes = dict(alpha=0.5, beta=2.0, transB=1)
+    attributes = {"alpha": 0.5, "beta": 2.0, "transB": 1}
     return Fold(
         nodes=[
             node("Gemm", "x w b", "c", **attributes),
@@ -705,7 +705,7 @@ WRONG: dict[str, tuple[Callable[[], Fold], str]] = {
                        "Conv_c"),
     "two output channels swapped": (lambda: changed(conv_then_bn(), "w", swapped), "Conv_c"),
     "old bias forgotten": (
-        lambda: changed(conv_then_bn(), "b", lambda b: f32(affine(normalization(6))[1])),
+        lambda: changed(conv_then_bn(), "b", lambda _: f32(affine(normalization(6))[1])),
         "Conv_c"),
     "shift through zero padding": (lambda: bn_then_conv([1, 1, 1, 1]), "Conv_out"),
     "wrong axis of a square weight": (lambda: bn_then_conv(axis=0), "Conv_out"),
