@@ -122,7 +122,7 @@ def importable(folder: Path) -> Iterator[None]:
 
 def _import_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
-        raise UsageError(f"{spec}: {path} does not exist{did_you_mean_file(path)}.")
+        raise UsageError(f"{spec}: {path} does not exist{did_you_mean_file(path)}")
     status = path.stat()
     with importable(path.resolve().parent), _user_code(spec, path.resolve().parent):
         return _run_file(path.resolve(), (status.st_mtime_ns, status.st_size))

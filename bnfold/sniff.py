@@ -101,7 +101,7 @@ def _size_of_file(path: Path) -> int:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist{did_you_mean_file(path)}.") from None
+        raise InputError(f"{path} does not exist{did_you_mean_file(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise InputError(f"{path} cannot be read: {error}.") from error
     if stat.S_ISDIR(status.st_mode):
@@ -112,13 +112,13 @@ def _size_of_file(path: Path) -> int:
 
 
 def did_you_mean_file(path: Path) -> str:
-    """`; did you mean X?` with the nearest name in the same folder, or nothing."""
+    """`; did you mean X?` with the nearest name in the same folder, or a full stop."""
     try:
         neighbours = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return ""
     near = difflib.get_close_matches(path.name, neighbours, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"; did you mean {path.parent / near[0]}?" if near else "."
 
 
 def _kind_of(path: Path, file: BinaryIO, size: int) -> Kind:

@@ -122,6 +122,10 @@ def network_of(
     notes = checkpoint.notes
     if model is not None:
         module = build_module(model)
+        if (checkpoint.description or {}).get("kind") == "fold":
+            from bnfold.module import take_shape_of
+
+            take_shape_of(module, checkpoint.state_dict)
         notes = (*notes, *load_into(module, checkpoint))
     elif checkpoint.module is not None:
         module = checkpoint.module
