@@ -116,7 +116,7 @@ def did_you_mean_file(path: Path) -> str:
     try:
         neighbours = [entry.name for entry in path.parent.iterdir()]
     except OSError:
-        return ""
+        return "."
     near = difflib.get_close_matches(path.name, neighbours, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else "."
 
