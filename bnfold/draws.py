@@ -20,7 +20,8 @@ from bnfold.reference import Float64Reference, NoReferenceError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BATCH_ELEMENTS = 1 << 20  # elements of one input that are run at a time
+BATCH_ELEMENTS = 1 << 18  # elements of an input that are run at a time: activations are larger
+BATCH_ROWS = 4  # but never fewer rows than this
 IMPLIED_SCALES = (1e-3, 1e3)  # outside: the first normalization says nothing about the input
 PIXELS = 256
 SMALL_INPUT = 1 << 14  # elements of a row, up to which many rows cost little
@@ -93,7 +94,7 @@ def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[In
     sizes = {spec.dims[0] for spec in specs if spec.dims and spec.dims[0] is not None}
     if not sizes:
         largest = max(math.prod(array.shape[1:]) for array in arrays.values())
-        size = max(1, BATCH_ELEMENTS // max(largest, 1))
+        size = max(BATCH_ROWS, BATCH_ELEMENTS // max(largest, 1))
         sets = [InputSet("given", _split(arrays, size, total))]
         if total > 1:
             sets.append(InputSet("one row", _split(arrays, 1, 1)))
@@ -170,7 +171,7 @@ def drawn_inputs(
 
     scale = _implied_scale(model, reference, draw(1, "normal", 1.0))
     if any_batch:
-        rows = max(1, min(count, BATCH_ELEMENTS // max(largest, 1)))
+        rows = min(count, max(BATCH_ROWS, BATCH_ELEMENTS // max(largest, 1)))
         parts = [min(rows, count - first) for first in range(0, count, rows)]
         normal = tuple(draw(part, "normal", scale) for part in parts)
     else:

@@ -188,11 +188,32 @@ def prepare(model: ir.Model) -> ir.Model:
             # some exporters write -1 for an extent that is not known
             known = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
             value.shape = ir.Shape(known)
-    if any(value.shape is None for value in _values(model)):
+    told = [_tell_channels(node) for graph in model.graphs() for node in graph]
+    if any(told) or any(value.shape is None for value in _values(model)):
+        orders = [(graph, list(graph.initializers)) for graph in model.graphs()]
         # a shape that cannot be inferred is only a value that no gauge may enter
         with contextlib.suppress(Exception):
             passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        for graph, names in orders:  # the pass puts large initializers last
+            for name in names:
+                graph.initializers[name] = graph.initializers.pop(name)
     return model
+
+
+def _tell_channels(node: ir.Node) -> bool:
+    """A batch norm knows its own number of channels; true where its values did not."""
+    gamma = node.inputs[1] if node.op_type == "BatchNormalization" else None
+    tensor = ir.convenience.get_const_tensor(gamma) if gamma is not None else None
+    told = False
+    for value in (node.inputs[0], node.outputs[0]) if tensor is not None else ():
+        if value is not None and value.shape is not None and len(value.shape) > 1:
+            extents = list(value.shape)
+            if not isinstance(extents[1], int):
+                assert tensor is not None
+                extents[1] = int(tensor.numpy().size)
+                value.shape = ir.Shape(extents)
+                told = True
+    return told
 
 
 _DECLARED = "bnfold.declared_shape"

@@ -82,15 +82,20 @@ def plan(model: ir.Model, scope: Scope | None = None) -> FoldPlan:
     Raises InputError for statistics that no network can run with.
     """
     network = Network(model)
-    removed, kept = [], []
-    for node in network.nodes:
-        if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx"):
-            continue
-        outcome = _why_no_map(model, node) or _remove(network, node, scope)
-        if isinstance(outcome, str):
-            kept.append(Kept(name_of(node), node, outcome))
-        else:
-            removed.append(Removed(name_of(node), node, outcome))
+    outcomes: dict[ir.Node, tuple[str, ...] | str] = {
+        node: ""
+        for node in network.nodes
+        if node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
+    }
+    progress = True
+    while progress:  # a batch norm that goes can free one that was tried before it
+        progress = False
+        for node, before in outcomes.items():
+            if isinstance(before, str):
+                outcomes[node] = _why_no_map(model, node) or _remove(network, node, scope)
+                progress |= isinstance(outcomes[node], tuple)
+    removed = [Removed(name_of(n), n, o) for n, o in outcomes.items() if isinstance(o, tuple)]
+    kept = [Kept(name_of(n), n, o) for n, o in outcomes.items() if isinstance(o, str)]
     gauges = {value: g for value, g in network.gauges.items() if not g.is_identity}
     return FoldPlan(model, gauges, tuple(removed), tuple(kept))
 

@@ -249,13 +249,17 @@ def _algebra(certificate: Certificate) -> list[GateResult]:
 def _where(before: onnx.ModelProto, after: onnx.ModelProto, comparison: _Comparison,
            gauges: Mapping[str, Gauge] | None, aliases: Mapping[str, str] | None
            ) -> tuple[Divergence | None, str]:  # fmt: skip
-    parting, problem = None, None
+    """The first divergence on the first kind of input that shows one, and a sentence about it."""
     try:
-        parting = first_divergence(before, after, comparison.example, gauges=gauges,
-                                   aliases=aliases, unit=comparison.unit)  # fmt: skip
+        for group in comparison.sets:
+            feeds = min(group.batches, key=lambda batch: sum(x.size for x in batch.values()))
+            parting = first_divergence(before, after, feeds, gauges=gauges, aliases=aliases,
+                                       unit=comparison.unit)  # fmt: skip
+            if parting is not None:
+                return parting, explain(parting, None)
     except BnfoldError as error:
-        problem = error
-    return parting, explain(parting, problem)
+        return None, explain(None, error)
+    return None, explain(None, None)
 
 
 # ------------------------------------------------------------------------------- the backends
@@ -452,12 +456,6 @@ class _Comparison:
     def samples(self) -> int:
         """Rows compared."""
         return sum(group.samples if group.batches[0] else 1 for group in self.sets)
-
-    @property
-    def example(self) -> Mapping[str, Array]:
-        """A small batch for looking inside."""
-        return min((batch for group in self.sets[:1] for batch in group.batches),
-                   key=lambda batch: sum(array.size for array in batch.values()))  # fmt: skip
 
     def judge(self, progress: Progress | None) -> list[GateResult]:
         """Gates B and C."""

@@ -122,7 +122,7 @@ def operator(times: int = 1) -> Callable[[Operator], Operator]:
     return register
 
 
-# --- batch norm and the operators with constants ---------------------------------------------------
+# --- batch norm and the operators with constants ------------------------------------------------
 
 
 def gammas(b: Builder, channels: int) -> np.ndarray:
@@ -171,7 +171,7 @@ def conv(b: Builder) -> object:
         return None
     spatial, channels = x.shape[2:], x.shape[1]
     groups = b.one_of([1, 1, *(g for g in (2, channels) if channels % g == 0)])
-    outs = groups * b.one_of([n for n in (channels // groups, 1, 2)])
+    outs = groups * b.one_of([channels // groups, 1, 2])
     kernel = [b.one_of([1, *(k for k in (2, 3) if k <= n)]) for n in spatial]
     weight = b.numbers(outs, channels // groups, *kernel, fan_in=channels * int(np.prod(kernel)))
     reads = [x.name, b.constant(weight)]
@@ -271,7 +271,7 @@ def with_constant(b: Builder) -> object:
     return b.node(op, [name, x.name] if swapped else [x.name, name], x.shape)
 
 
-# --- several values --------------------------------------------------------------------------------
+# --- several values -----------------------------------------------------------------------------
 
 
 @operator(times=6)
@@ -344,7 +344,7 @@ def split(b: Builder) -> object:
     return b.node("Split", [x.name, b.integers(sizes)], *shapes, axis=axis)
 
 
-# --- passing ---------------------------------------------------------------------------------------
+# --- passing ------------------------------------------------------------------------------------
 
 
 @operator(times=4)
@@ -414,7 +414,7 @@ def resize(b: Builder) -> object:
     )
 
 
-# --- structural ------------------------------------------------------------------------------------
+# --- structural ---------------------------------------------------------------------------------
 
 
 def _factored(b: Builder, shape: tuple[int, ...]) -> list[int]:
@@ -578,7 +578,7 @@ def pad(b: Builder) -> object:
     return b.node("Pad", reads, shape, mode=mode)
 
 
-# --- whole graphs ----------------------------------------------------------------------------------
+# --- whole graphs -------------------------------------------------------------------------------
 
 
 def _add_input(b: Builder) -> None:

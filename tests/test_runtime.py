@@ -225,7 +225,7 @@ def test_doctor_tells_claimed_from_loaded() -> None:
 
 
 def test_two_distributions_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_version", lambda name: "1.0")
+    monkeypatch.setattr(runtime, "_version", lambda _: "1.0")
     assert "uninstall both" in runtime.available()["conflict"]
 
 
