@@ -100,7 +100,7 @@ def _add_data(parser: argparse.ArgumentParser, name: str, what: str, *, required
         dest="data",
         required=required,
         metavar="DATA",
-        help=f"{what}: .npy, .npz, a folder of images, path.py:factory, or 'digits'",
+        help=f"{what}: .npy, .npz, a folder of images, path.py:factory, digits or digits:test",
     )
     group.add_argument("--batch-size", type=int, default=64, metavar="N")
     group.add_argument("--samples", type=int, metavar="N", help="use N samples of the data")

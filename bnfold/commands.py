@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold import report
-from bnfold.errors import UsageError
+from bnfold.errors import InputError, UsageError
 from bnfold.graph import replacing
 
 Report = dict[str, Any]
@@ -123,7 +123,7 @@ def verify(args: argparse.Namespace) -> Report:
     inputs = None
     if args.data is not None:
         name = next(iter(_inputs_of(original)))
-        inputs = {name: _all_samples(args, _inputs_of(original)[name])}
+        inputs = {name: _all_samples(args)}
     modules = None
     if original.module is not None and folded.module is not None:
         modules = (original.module, folded.module)
@@ -139,6 +139,229 @@ def verify(args: argparse.Namespace) -> Report:
     done["summary"] = ""
     _add_proof(done, proof)
     return done
+
+
+# --- adapt, train --------------------------------------------------------------------------------
+
+
+def adapt(args: argparse.Namespace) -> Report:
+    """`bnfold adapt MODEL --target-data DATA`: the target's statistics in a new checkpoint."""
+    from bnfold.adapt import adapt as estimate
+    from bnfold.checkpoint import load_checkpoint
+    from bnfold.sniff import Kind, sniff
+    from bnfold.source import network_of
+
+    kind = sniff(args.model)
+    if kind not in (Kind.CHECKPOINT, Kind.SAFETENSORS):
+        raise InputError(
+            f"{args.model} is {kind.label}; bnfold adapts torch networks. Adapt the checkpoint that"
+            " it was exported from, and fold the result."
+        )
+    outputs = args.outputs or _beside(args.model, "adapted", [".pt"])
+    _check_outputs(outputs, args.model, args.overwrite, (".pt", ".pth"))
+    checkpoint = load_checkpoint(args.model, trust_pickle=args.trust_pickle)
+    module, notes = network_of(args.model, checkpoint, args.factory)
+    data = _open_data(args, args.data)
+    with _progress(args, "adapting") as progress:
+        result = estimate(module.eval(), data, method=args.method, progress=progress)
+    done = _new("adapt", args, notes)
+    done["layers"] = _layer_table(result.layers)
+    done["skipped"] = [vars(layer) for layer in result.skipped]
+    done["warnings"] = [*result.warnings, *_unread(data)]
+    if result.outputs is not None:
+        done["diagnostics"] = _output_table(result.outputs)
+    labels = getattr(data, "labels", None)
+    if labels is not None:
+        done["accuracy"] = _accuracy_table(module, result.module, data, labels)
+    done["summary"] = (
+        f"{len(result.layers)} batch norms adapted to {result.images} images ({result.method})."
+    )
+    spec = args.factory or (checkpoint.description or {}).get("model")
+    facts = {"method": result.method, "images": result.images, "data": args.data}
+    _write_checkpoint(done, outputs, result.module, data, spec, facts, args)
+    return done
+
+
+def _write_checkpoint(
+    done: Report,
+    outputs: list[Path],
+    module: Any,
+    data: Any,
+    spec: str | None,
+    facts: Mapping[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """An adapted network as a checkpoint that describes itself, as far as it can be exported."""
+    import torch
+
+    from bnfold.graph import export_module, graph_inputs
+    from bnfold.saving import checkpoint_bytes, write_bytes
+
+    batch = next(iter(data))
+    first = batch[0] if isinstance(batch, list | tuple) else batch
+    graph, shapes = None, {}
+    if not isinstance(first, Mapping):
+        example = torch.as_tensor(first)[:1]
+        try:
+            graph = export_module(module, (example,), opset=args.opset)
+            shapes = {name: list(example.shape) for name in graph_inputs(graph)}
+        except InputError as error:
+            done["notes"].append(f"The checkpoint does not carry its graph: {error}")
+    content = checkpoint_bytes(
+        module.state_dict(), graph, kind="adapt", model=spec, shapes=shapes, metrics=facts
+    )
+    for path in outputs:
+        write_bytes(path, content)
+        _add_file(done, "adapted", path)
+
+
+def train(args: argparse.Namespace) -> Report:
+    """`bnfold train SPEC --data DATA`: a network trained, in a checkpoint that describes itself."""
+    import torch
+
+    from bnfold.factory import build_module
+    from bnfold.train import save_checkpoint
+    from bnfold.train import train as fit
+
+    outputs = args.outputs or [Path(f"{args.factory.rpartition(':')[2]}.pt")]
+    _check_outputs(outputs, None, args.overwrite, (".pt", ".pth"))
+    data = _labelled(args, args.data)
+    tests = _labelled(args, args.test_data) if args.test_data else None
+    torch.manual_seed(args.seed)
+    module = build_module(args.factory)
+    with _progress(args, "training") as progress:
+        result = fit(
+            module,
+            data,
+            test_data=tests,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            optimizer=args.optimizer,
+            lr=args.lr,
+            schedule=args.schedule,
+            weight_decay=args.weight_decay,
+            seed=args.seed,
+            device=args.device,
+            checkpoint=args.checkpoint,
+            resume=args.resume,
+            progress=progress,
+        )
+    done = _new("train", args, ())
+    rows = [
+        [e.epoch, f"{e.loss:.4f}", f"{100 * e.accuracy:.2f}", _percent(e.test_accuracy)]
+        for e in result.history
+    ]
+    done["layers"] = {"head": ["epoch", "loss", "accuracy %", "test accuracy %"], "rows": rows}
+    last = _percent(result.test_accuracy)
+    done["summary"] = f"Trained for {args.epochs} epochs; test accuracy {last} %."
+    example = torch.as_tensor(data[0][:1] if isinstance(data, tuple) else next(iter(data))[0][:1])
+    figures = {"test_accuracy": result.test_accuracy, "epochs": args.epochs, "seed": args.seed}
+    for path in outputs:
+        save_checkpoint(
+            path, result.module, model_spec=args.factory, example_input=example, metrics=figures
+        )
+        _add_file(done, "checkpoint", path)
+    return done
+
+
+def _labelled(args: argparse.Namespace, spec: str) -> Any:
+    """Samples and labels as two arrays, or whatever batches a factory gives."""
+    from bnfold.data import Batches
+
+    data = _open_data(args, spec)
+    if not isinstance(data, Batches):
+        return data
+    if data.labels is None:
+        raise UsageError(f"{spec} holds no labels; training needs them (array y in .npz).")
+    return data.all(), data.labels
+
+
+def _open_data(args: argparse.Namespace, spec: str) -> Any:
+    from bnfold.data import Preparation, open_data
+
+    function = None
+    if args.preprocess is not None:
+        from bnfold.factory import resolve_factory
+
+        function = resolve_factory(args.preprocess)
+    preparation = Preparation(args.input_scale, args.resize, args.mean, args.std, None, function)
+    return open_data(
+        spec,
+        batch_size=args.batch_size,
+        samples=args.samples,
+        seed=args.seed,
+        preparation=preparation,
+    )
+
+
+def _all_samples(args: argparse.Namespace) -> Any:
+    from bnfold.data import Batches
+
+    data = _open_data(args, args.data)
+    if not isinstance(data, Batches):
+        raise UsageError("verify --data takes .npy, .npz or a folder of images.")
+    return data.all()
+
+
+def _unread(data: Any) -> list[str]:
+    skipped = getattr(data, "skipped", [])
+    return [f"{len(skipped)} images could not be read, {skipped[0]} first"] if skipped else []
+
+
+def _layer_table(layers: Any) -> Report:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    head = ["layer", "channels", "KL before", "KL after", "W2 before", "W2 after", "scale s.e. %"]
+    rows = [
+        [
+            layer.name,
+            layer.num_features,
+            number(layer.kl_before),
+            number(layer.kl_after),
+            number(layer.w2_before),
+            number(layer.w2_after),
+            number(100 * layer.scale_error),
+        ]
+        for layer in layers
+    ]
+    return {"head": head, "rows": rows}
+
+
+def _output_table(outputs: Any) -> Report:
+    rows = [
+        ["mean entropy (nats)", f"{outputs.entropy_before:.3f}", f"{outputs.entropy_after:.3f}"],
+        ["predictions agree", "", f"{100 * outputs.agreement:.1f} %"],
+        ["histogram change", "", f"{100 * outputs.histogram_change:.1f} %"],
+    ]
+    return {"head": ["without labels", "before", "after"], "rows": rows}
+
+
+def _accuracy_table(before: Any, after: Any, data: Any, labels: Any) -> Report:
+    from bnfold.train import evaluate
+
+    samples = (data.all(), labels)
+    rows = [["accuracy %", _percent(evaluate(before, samples)), _percent(evaluate(after, samples))]]
+    return {"head": ["with the labels", "before", "after"], "rows": rows}
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+@contextlib.contextmanager
+def _progress(args: argparse.Namespace, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on a terminal's stderr, nothing elsewhere."""
+    from tqdm import tqdm
+
+    hidden = args.quiet or args.json or not sys.stderr.isatty()
+    with tqdm(desc=what, disable=hidden, leave=False) as bar:
+
+        def show(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 # --- doctor --------------------------------------------------------------------------------------
@@ -362,5 +585,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "inspect": inspect,
     "export": export,
     "verify": verify,
+    "adapt": adapt,
+    "train": train,
     "doctor": doctor,
 }

@@ -46,11 +46,14 @@ def _rows(array: Array) -> int:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of the model: its numpy dtype, and its dims with None where they are dynamic."""
+    """An input of the model: its numpy dtype, and its dims, None where they are dynamic.
+
+    dims is None where the model does not even say how many axes there are.
+    """
 
     name: str
     dtype: np.dtype[Any]
-    dims: tuple[int | None, ...]
+    dims: tuple[int | None, ...] | None
 
 
 def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
@@ -65,7 +68,7 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
         tensor = value.type.tensor_type
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
         dims = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
-        specs.append(InputSpec(value.name, dtype, dims))
+        specs.append(InputSpec(value.name, dtype, dims if tensor.HasField("shape") else None))
     return specs
 
 
@@ -107,6 +110,8 @@ def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[In
 
 def _fitting(spec: InputSpec, value: Array) -> Array:
     array = np.asarray(value)
+    if spec.dims is None:
+        return array.astype(spec.dtype, copy=False)
     if array.ndim != len(spec.dims):
         raise InputError(
             f"the input '{spec.name}' has {len(spec.dims)} axes {_shown(spec)}; the given array "
@@ -125,6 +130,8 @@ def _fitting(spec: InputSpec, value: Array) -> Array:
 
 
 def _shown(spec: InputSpec) -> str:
+    if spec.dims is None:
+        return "of any shape"
     return "(" + ", ".join("any" if dim is None else str(dim) for dim in spec.dims) + ")"
 
 
@@ -194,6 +201,10 @@ def _default_samples(elements: int) -> int:
 
 
 def _shape(spec: InputSpec, given: Sequence[int] | None) -> tuple[int, ...]:
+    if spec.dims is None:
+        if given is None:
+            raise InputError(f"the input '{spec.name}' has no shape in the model; give one.")
+        return tuple(int(size) for size in given)
     if given is not None and len(given) != len(spec.dims):
         raise InputError(
             f"the input '{spec.name}' has {len(spec.dims)} axes; {tuple(given)} was given for it."

@@ -25,7 +25,6 @@ ARITHMETIC = 2.0**-40  # of the accumulated magnitude: float64 sums of many term
 SLOPES = 2.0**-44  # of a slope: a few operations in float64
 ONE_ROUNDING = 1 + 1e-6  # the recomputation may sit on the other side of a tie
 PIECE = 1 << 16  # weights that are compared at a time
-ROUNDINGS_PER_MAP = 4  # a normalization has up to four rounded constants
 
 # ------------------------------------------------------------------------- reading linear nodes
 
@@ -366,21 +365,30 @@ def _compare_bias(mine: Linear, theirs: Linear, inputs: Carried, outputs: Carrie
 
 @dataclass(frozen=True, eq=False)
 class ChannelMap:
-    """y = slope * x + shift, arrays that broadcast against the value; `size` bounds the terms
-    of shift, `rounding` is that of the constants.
+    """y = slope * x + shift, arrays that broadcast against the value.
+
+    slope_roundings: how many roundings of written constants the slope carries. shift_roundings: the
+    same for the shift, times the size of the rounded terms. rounding: that of the constants. tiny:
+    what the slope moves by where a constant moves by 1, for constants too small to be normal.
     """
 
     slope: Array
     shift: Array
+    slope_roundings: float
+    shift_roundings: Array
     size: Array
     rounding: Rounding
+    tiny: Array
 
 
-def read_map(nodes: Sequence[onnx.NodeProto], view: View, source: str, rank: int | None
-              ) -> ChannelMap | None:  # fmt: skip
+_ONE, _ZERO = np.ones(()), np.zeros(())
+
+
+def read_map(
+    nodes: Sequence[onnx.NodeProto], view: View, source: str, rank: int | None
+) -> ChannelMap | None:
     """A chain of normalizations and arithmetic with constants as one map, or None."""
-    zero = np.zeros(())
-    total = ChannelMap(np.ones(()), zero, zero, EXACT)
+    total = ChannelMap(_ONE, _ZERO, 0, _ZERO, _ZERO, EXACT, _ZERO)
     value = source
     for node in nodes:
         if list(node.input).count(value) != 1 or node.domain:
@@ -388,11 +396,16 @@ def read_map(nodes: Sequence[onnx.NodeProto], view: View, source: str, rank: int
         step = _read_step(node, view, value, rank)
         if step is None:
             return None
+        scale = np.abs(step.slope)
         total = ChannelMap(
             step.slope * total.slope,
             step.slope * total.shift + step.shift,
-            np.abs(step.slope) * total.size + step.size,
+            step.slope_roundings + total.slope_roundings,
+            scale * (total.shift_roundings + step.slope_roundings * np.abs(total.shift))
+            + step.shift_roundings,
+            scale * total.size + step.size,
             coarsest((total.rounding, step.rounding)),
+            scale * total.tiny + step.tiny * np.abs(total.slope),
         )
         value = node.output[0]
     return total
@@ -401,11 +414,10 @@ def read_map(nodes: Sequence[onnx.NodeProto], view: View, source: str, rank: int
 def _read_step(node: onnx.NodeProto, view: View, value: str, rank: int | None) -> ChannelMap | None:
     if node.op_type == "BatchNormalization":
         return _read_normalization(node, view, value, rank)
-    one, zero = np.ones(()), np.zeros(())
     if node.op_type == "Identity":
-        return ChannelMap(one, zero, zero, EXACT)
+        return ChannelMap(_ONE, _ZERO, 0, _ZERO, _ZERO, EXACT, _ZERO)
     if node.op_type == "Neg":
-        return ChannelMap(-one, zero, zero, EXACT)
+        return ChannelMap(-_ONE, _ZERO, 0, _ZERO, _ZERO, EXACT, _ZERO)
     if node.op_type not in ("Add", "Sub", "Mul", "Div"):
         return None
     index = list(node.input).index(value)
@@ -414,40 +426,50 @@ def _read_step(node: onnx.NodeProto, view: View, value: str, rank: int | None) -
         return None
     c = constant.value
     if node.op_type == "Mul":
-        return ChannelMap(c, zero, zero, constant.rounding)
+        return ChannelMap(c, _ZERO, 1, _ZERO, _ZERO, constant.rounding, _ONE)
     if node.op_type == "Div":
         with np.errstate(divide="ignore"):
-            return ChannelMap(1 / c, zero, zero, constant.rounding)
-    if node.op_type == "Add":
-        return ChannelMap(one, c, np.abs(c), constant.rounding)
-    return ChannelMap(
-        one if index == 0 else -one, -c if index == 0 else c, np.abs(c), constant.rounding
-    )
+            return ChannelMap(1 / c, _ZERO, 1, _ZERO, _ZERO, constant.rounding, _ZERO)
+    size = np.abs(c)
+    slope = -_ONE if node.op_type == "Sub" and index == 1 else _ONE
+    shift = -c if node.op_type == "Sub" and index == 0 else c
+    return ChannelMap(slope, shift, 0, size, size, constant.rounding, _ZERO)
 
 
-def _read_normalization(node: onnx.NodeProto, view: View, value: str, rank: int | None
-                        ) -> ChannelMap | None:  # fmt: skip
+def _read_normalization(
+    node: onnx.NodeProto, view: View, value: str, rank: int | None
+) -> ChannelMap | None:
     """gamma (x - mean) / sqrt(var + eps) + beta with stored statistics, else None."""
     given = attributes(node)
-    opset = view.opsets.get("", 1)
-    training = (
-        bool(given.get("training_mode"))
-        if opset >= 14
-        else any(node.output[1:]) if opset >= 7 else not given.get("is_test")
-    )  # fmt: skip
-    spatial = given.get("spatial", 1) or opset >= 9
-    if training or not spatial or rank is None or rank < 2 or node.input[0] != value:
+    spatial = given.get("spatial", 1) or view.opsets.get("", 1) >= 9
+    if _in_training(node, view) or not spatial or rank is None or rank < 2:
         return None
     constants = [_float_constant(view, name) for name in node.input[1:5]]
-    if any(constant is None for constant in constants):
+    if any(constant is None for constant in constants) or node.input[0] != value:
         return None
     parameters = [constant for constant in constants if constant is not None]
     gamma, beta, mean, var = (
         constant.value.reshape(-1, *(1,) * (rank - 2)) for constant in parameters
     )
     slope = gamma / np.sqrt(var + float(given.get("epsilon", 1e-5)))
-    rounding = coarsest(constant.rounding for constant in parameters)
-    return ChannelMap(slope, beta - slope * mean, np.abs(beta) + np.abs(slope * mean), rounding)
+    centred = np.abs(slope * mean)
+    return ChannelMap(
+        slope,
+        beta - slope * mean,
+        1.5,  # gamma's, and half of the variance's under the root
+        np.abs(beta) + 2.5 * centred,
+        np.abs(beta) + centred,
+        coarsest(constant.rounding for constant in parameters),
+        1 / np.sqrt(var + float(given.get("epsilon", 1e-5))),
+    )
+
+
+def _in_training(node: onnx.NodeProto, view: View) -> bool:
+    """Said by is_test up to opset 6, by a second output up to 13, by training_mode since."""
+    given, opset = attributes(node), view.opsets.get("", 1)
+    if opset >= 14:
+        return bool(given.get("training_mode"))
+    return any(node.output[1:]) if opset >= 7 else not given.get("is_test")
 
 
 def compare_maps(mine: ChannelMap, theirs: ChannelMap, inputs: Carried, outputs: Carried
@@ -464,7 +486,7 @@ def compare_maps(mine: ChannelMap, theirs: ChannelMap, inputs: Carried, outputs:
     varies = ~x_free & ~x_known
     live = ~y_free & ~y_known
     rounding = theirs.rounding if mine.rounding is EXACT else min(mine.rounding, theirs.rounding)
-    unit = ROUNDINGS_PER_MAP * rounding.unit
+    unit = rounding.unit * ONE_ROUNDING
     with np.errstate(all="ignore"):
         slope = np.where(live & varies, sy * a / sx, 0.0)
         value = np.where(x_free, b, a * ox + b)
@@ -472,18 +494,19 @@ def compare_maps(mine: ChannelMap, theirs: ChannelMap, inputs: Carried, outputs:
         found = np.where(x_free, a2 * ox + b2, b2)
         size = np.abs(a * ox) + mine.size + np.abs(oy)
         reach = np.where(live, np.abs(sy) * size, np.abs(oy))
-        slopes = np.abs(a2 - slope) / ((unit + SLOPES) * np.abs(slope))
-        terms = theirs.size + np.abs(b2) + np.abs(a2 * np.where(x_free, ox, 0.0))
-        shifts = np.abs(found - wanted) / (unit * terms + ARITHMETIC * reach)
+        turned = theirs.slope_roundings * unit
+        small = rounding.tiny * theirs.tiny
+        slopes = np.abs(a2 - slope) / ((turned + SLOPES) * np.abs(slope) + small)
+        terms = unit * theirs.shift_roundings + turned * np.abs(a2 * np.where(x_free, ox, 0.0))
+        shifts = np.abs(found - wanted) / (terms + rounding.tiny + small + ARITHMETIC * reach)
         checks = {
             "its factor": np.where((a2 == slope) | x_free | y_known, 0.0, slopes),
             "its shift": np.where((found == wanted) | y_known, 0.0, shifts),
         }
         lost = (a != 0) & ((x_free & ~y_free) | (varies & y_known))
         moved = y_known & ~(np.abs(value - oy) <= ARITHMETIC * size)
-    ulps = float(np.max(checks["its factor"], initial=0.0)) * ROUNDINGS_PER_MAP
-    if theirs.rounding is EXACT:
-        ulps = 0.0
+    worst = max(float(np.max(_ranked(excess), initial=0.0)) for excess in checks.values())
+    ulps = 0.0 if theirs.rounding is EXACT else worst
     if lost.any() or moved.any():
         return ulps, (
             f"channel {_channel(lost | moved, sx.shape)} is said to be constant; it is not."

@@ -27,7 +27,7 @@ SCHEMA = 1
 
 def checkpoint_bytes(
     state_dict: Mapping[str, torch.Tensor],
-    graph: ir.Model,
+    graph: ir.Model | None,
     *,
     kind: str,
     model: str | None = None,
@@ -36,7 +36,7 @@ def checkpoint_bytes(
 ) -> bytes:
     """The file as bytes: `state_dict`, and `bnfold` with the graph, which loads weights_only.
 
-    graph: the network's graph; the initializers that the state_dict names are left out of it.
+    graph: the network's graph, None if it has none; the initializers that the state_dict names are left out of it.
     kind: what wrote it ("train", "adapt", "fold"). model: the factory it came from, for people to
     read; it is never imported from here. metrics: numbers and strings, nested as JSON.
     Raises UsageError for metrics that are not JSON, InputError where the file could not be loaded
@@ -54,9 +54,9 @@ def checkpoint_bytes(
             "kind": kind,
             "model": model,
             "input": {name: list(shape) for name, shape in (shapes or {}).items()},
-            "graph": torch.frombuffer(
-                bytearray(detach_weights(graph, state_dict)), dtype=torch.uint8
-            ),
+            "graph": None
+            if graph is None
+            else torch.frombuffer(bytearray(detach_weights(graph, state_dict)), dtype=torch.uint8),
             "metrics": as_json(metrics or {}),
             "created_by": f"bnfold {VERSION}",
         },

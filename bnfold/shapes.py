@@ -133,10 +133,11 @@ def _concrete(value: onnx.ValueInfoProto, sizes: Sequence[int] | None) -> onnx.V
             dims.add()
     rest = {4: 224, 5: 32}.get(len(dims), 64)
     for axis, dim in enumerate(dims):
-        if sizes is not None and axis < len(sizes):
-            dim.dim_value = int(sizes[axis])
-        elif dim.dim_value < 1:
-            dim.dim_value = 2 if axis == 0 else rest
+        if dim.dim_value >= 1:
+            continue
+        given = int(sizes[axis]) if sizes is not None and axis < len(sizes) else 0
+        # two rows show what one would hide, and more would only cost
+        dim.dim_value = min(given or 2, 2) if axis == 0 else given or rest
     return fixed
 
 

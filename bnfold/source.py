@@ -130,9 +130,11 @@ def network_of(
     elif checkpoint.module is not None:
         module = checkpoint.module
     else:
+        spec = (checkpoint.description or {}).get("model")
+        hint = f" It was made from {spec}: pass --model {spec} to run that file." if spec else ""
         raise UsageError(
             f"{path} holds weights alone ({len(checkpoint.state_dict)} tensors). Say which network"
-            " they belong to: --model pkg.mod:factory or --model path/to/file.py:factory."
+            f" they belong to: --model pkg.mod:factory or --model path/to/file.py:factory.{hint}"
         )
     check_batchnorm_statistics(module)
     return module, notes

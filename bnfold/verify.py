@@ -198,7 +198,8 @@ def verify(
     if gauges is None:
         notes.append("Gate A was not run: the plan of this fold is not known.")
     else:
-        certificate = certify(before, after, gauges, aliases or {}, input_shapes=input_shapes)
+        shapes = input_shapes or {name: np.shape(array) for name, array in (inputs or {}).items()}
+        certificate = certify(before, after, gauges, aliases or {}, input_shapes=shapes)
         gates += _algebra(certificate)
     comparison = _Comparison.of(before, after, backends, seed, samples, input_shapes, inputs)
     gates += comparison.judge(progress)
@@ -482,8 +483,8 @@ class _Comparison:
 
     def _run(self, group: str, feeds: Mapping[str, Array]) -> None:
         assert self.reference is not None
+        base = self._run_original(feeds)
         exact = self.reference.run(feeds, self.outputs)
-        base = self.backends.original.run(feeds)
         for name in self.outputs:
             self._tally("original", group, name).add(base[name], exact[name])
         for backend in self.backends.compared:
@@ -498,6 +499,16 @@ class _Comparison:
                 continue
             for name in self.outputs:
                 self._tally(backend.name, group, name).add(values.get(name), exact[name])
+
+    def _run_original(self, feeds: Mapping[str, Array]) -> Values:
+        try:
+            return self.backends.original.run(feeds)
+        except InputError as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
+            raise InputError(
+                f"the original model does not run on inputs of the shapes {shapes}; give the "
+                f"shapes that it takes. {error}"
+            ) from error
 
     def _tally(self, backend: str, group: str, output: str) -> _Tally:
         return self.tallies.setdefault((backend, group, output), _Tally())
@@ -536,6 +547,8 @@ class _Comparison:
         name = "error ratio" if backend.gate == "B" else "backend ratio"
         subject = f"{output}, {backend.name}"
         ratios, peaks = [], []
+        if any(self.tallies["original", group.name, output].trouble for group in self.sets):
+            return  # there is nothing to hold it against, which has failed already
         for group in self.sets:
             tally = self.tallies[backend.name, group.name, output]
             if tally.trouble:
@@ -571,7 +584,8 @@ class _Comparison:
             return tally.flips / max(base.flips, FLIPS * tally.elements, 1e-9)
         error = max(self._relative(tally, output) - self.noise.get(backend.name, 0.0), 0.0)
         usual = self._usual(lambda other: self._relative(other, output), output)
-        return error / max(self._relative(base, output), usual, FLOOR * self.unit)
+        ratio = error / max(self._relative(base, output), usual, FLOOR * self.unit)
+        return math.inf if math.isnan(ratio) else ratio
 
     def _peak(self, group: str, tally: _Tally, output: str) -> float:
         """Worst over samples: largest error of an element over the original's largest."""

@@ -29,6 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import bnfold
 from bnfold.certificate import certify
+from bnfold.shapes import Shapes, ValueType
 
 # ------------------------------------------------------------------------------ folds by hand
 
@@ -355,6 +356,18 @@ def bn_that_stays() -> Fold:
     )
 
 
+def subnormal_gamma() -> Fold:
+    """Dead channels of real checkpoints: gamma and variance below the normal floats."""
+    fold = bn_that_stays()
+    tiny = {"gamma": np.float32([-6e-41, 1, 1]), "var": np.float32([5.6e-45, 1, 1])}
+    scale, origin = np.array([2.0, -3.0, 0.1]), np.array([0.3, 0.0, -2.0])
+    bn = {**{name: fold.weights[name] for name in BN.split()}, **tiny}
+    slope, shift = affine(bn)
+    new = {**tiny, "gamma": f32(tiny["gamma"] / scale), "beta": f32(slope * origin + shift)}
+    return replace(fold, weights={**fold.weights, **tiny},
+                   folded_weights={**fold.folded_weights, **new})  # fmt: skip
+
+
 def decomposed_bn() -> Fold:
     """Mul and Add by constants, removed into the convolution in front."""
     weight, m, a = draw(1, 3, 3, 3, 3), draw(2, 3, 1, 1), draw(3, 1, 3, 1, 1)
@@ -530,6 +543,7 @@ RIGHT: dict[str, Callable[[], Fold]] = {
     "gamma = 0 in front": zero_gamma,
     "gamma = 0 behind": zero_gamma_known,
     "BN that stays": bn_that_stays,
+    "BN that stays, dead channel": subnormal_gamma,
     "decomposed BN": decomposed_bn,
     "BN and Relu as a clamp": clamp,
     "Embedding -> BN": embedding,
@@ -872,3 +886,23 @@ def test_nothing_is_shared_with_the_folder() -> None:
         text = (sources / f"{name}.py").read_text()
         assert "torch" not in text.split("def ")[0]
         assert not [word for word in folder if f"bnfold.{word}" in text]
+
+
+def test_shapes_follow_arithmetic_that_inference_leaves_out() -> None:
+    nodes = [
+        node("Shape", "x", "s"),
+        node("Gather", "s last", "w"),
+        node("Div", "w two", "half"),
+        node("Concat", "zero minus half two", "target", axis=0),
+        node("Reshape", "x target", "r"),
+        node("Relu", "r", "out"),
+    ]
+    weights = {
+        "last": np.array([3]), "two": np.array([2]), "zero": np.array([0]), "minus": np.array([-1])
+    }  # fmt: skip
+    original, _ = Fold(nodes, nodes, weights, weights, ("N", 3, "H", "W")).models()
+    shapes = Shapes(original)
+    assert shapes.integer("target") is not None
+    assert shapes.of("out") == ValueType(TensorProto.FLOAT, (2, 3 * 224, 112, 2))
+    small = Shapes(original, {"x": (1, 3, 6, 8)})
+    assert small.of("out") == ValueType(TensorProto.FLOAT, (1, 3 * 6, 4, 2))

@@ -1,0 +1,565 @@
+"""Right folds pass, planted faults fail and are located, and what was not compared never passes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from handmade import (
+    BN,
+    EPS,
+    EPS32,
+    Array,
+    Fold,
+    Weights,
+    affine,
+    along,
+    draw,
+    f32,
+    gauge,
+    node,
+    normalization,
+)
+from onnx import TensorProto, helper, numpy_helper
+
+from bnfold import verify as verify_module
+from bnfold.divergence import first_divergence
+from bnfold.draws import drawn_inputs, given_inputs, input_specs
+from bnfold.errors import (
+    InputError,
+    NothingComparedError,
+    RuntimeUnavailableError,
+    UsageError,
+    VerificationError,
+)
+from bnfold.reference import Float64Reference
+from bnfold.runtime import available
+from bnfold.verify import VerifyReport, verify
+
+
+def network(eps: float = EPS32, believed: Weights | None = None) -> Fold:
+    """Conv -> BN -> Relu -> Conv -> Relu -> mean -> Gemm, folded with what is `believed`."""
+    bn = normalization(8)
+    bn["var"] *= 0.01
+    first, second, dense = draw(1, 8, 3, 3, 3), draw(2, 8, 8, 3, 3) * 0.2, draw(3, 8, 5)
+    slope, shift = affine({**bn, **(believed or {})}, eps)
+    planned, moved = affine(bn)
+    tail = [
+        node("Relu", "n", "r"),
+        node("Conv", "r v", "d", pads=[1, 1, 1, 1]),
+        node("Relu", "d", "e"),
+        node("GlobalAveragePool", "e", "p"),
+        node("Flatten", "p", "f"),
+        node("Gemm", "f g", "out"),
+    ]
+    return Fold(
+        nodes=[
+            node("Conv", "x w", "c", pads=[1, 1, 1, 1]),
+            node("BatchNormalization", f"c {BN}", "n", epsilon=EPS),
+            *tail,
+        ],
+        folded_nodes=[node("Conv", "x w b", "n", pads=[1, 1, 1, 1]), *tail],
+        weights={"w": first, "v": second, "g": dense, **bn},
+        folded_weights={
+            "w": f32(first * along(slope, 4, 0)),
+            "b": f32(shift),
+            "v": second,
+            "g": dense,
+        },
+        x=("N", 3, 12, 12),
+        gauges={"c": gauge(planned, -moved / planned, 4)},
+        aliases={"c": "n"},
+    )
+
+
+def checked(fold: Fold, **options: object) -> VerifyReport:
+    return verify(*fold.models(), threads=1, **options)  # type: ignore[arg-type]
+
+
+def proved(fold: Fold, **options: object) -> VerifyReport:
+    return checked(fold, gauges=fold.gauges, aliases=fold.aliases, **options)
+
+
+# ------------------------------------------------------------------------------------ what passes
+
+
+def test_right_fold_passes_every_gate() -> None:
+    report = proved(network())
+    assert report.passed
+    assert [result.gate for result in report.gates] == ["A", "B", "B", "C"]
+    assert 0.1 < report.r < 2
+    assert report.certificate is not None
+    assert report.certificate.passed
+    assert report.sets == ("normal", "one row", "zeros", "constant", "ten times")
+    assert report.noise == {"onnxruntime cpu, optimized": 0.0}
+    assert report.backends["onnxruntime cpu"]["CPUExecutionProvider"]["Conv"] == 2
+    report.raise_for_failure()
+
+
+def test_model_against_itself_has_the_ratio_one() -> None:
+    original, _ = network().models()
+    report = verify(original, original, threads=1)
+    assert report.r == pytest.approx(1)
+    assert "Gate A was not run" in report.notes[0]
+
+
+def test_seed_decides_the_inputs() -> None:
+    original, _ = network().models()
+    first, again, other = (
+        drawn_inputs(original, None, seed=seed)[0].batches[0]["x"] for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert proved(network(), seed=1).seed == 1
+
+
+# ------------------------------------------------------------------------------------- what fails
+
+FAULTS: dict[str, Callable[[], Fold]] = {
+    "eps dropped": lambda: network(0.0),
+    "eps 1e-3 for 1e-5": lambda: network(1e-3),
+    "variance * 0.999": lambda: network(
+        believed={"var": network().weights["var"] * np.float32(0.999)}
+    ),
+    "mean with the wrong sign": lambda: network(believed={"mean": -normalization(8)["mean"]}),
+    "one gamma off by 1e-3": lambda: network(
+        believed={"gamma": normalization(8)["gamma"] * np.float32([1.001] + [1] * 7)}
+    ),
+    "two channels swapped": lambda: network(
+        believed={"beta": normalization(8)["beta"][[1, 0, 2, 3, 4, 5, 6, 7]]}
+    ),
+    "float16 weights": lambda: network().with_weights(
+        w=network().folded_weights["w"].astype(np.float16).astype(np.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_fails_without_the_plan_too(fault: str) -> None:
+    fold = FAULTS[fault]()
+    report = checked(fold)
+    assert not report.passed
+    assert report.r > 10
+    with pytest.raises(VerificationError, match="Gate B"):
+        report.raise_for_failure()
+    assert report.first_divergence is not None
+    assert report.first_divergence.value == "n"  # the first name that both graphs have
+    with_plan = proved(fold)
+    assert with_plan.first_divergence is not None
+    assert with_plan.first_divergence.value == "c"
+    assert with_plan.failures[0].gate == "A"
+    assert "Conv_c" in with_plan.failures[0].sentence
+
+
+def test_fault_in_a_later_layer_is_located_there() -> None:
+    fold = network()
+    spoiled = fold.with_weights(v=fold.folded_weights["v"] * np.float32(1.0001))
+    report = checked(spoiled)
+    assert report.first_divergence is not None
+    assert report.first_divergence.node == "Conv_d"
+    assert "Conv_d" in report.notes[-1]
+
+
+def test_value_that_a_fold_carries_otherwise_is_no_divergence() -> None:
+    """Without the plan, 'c' of the folded graph is scaled; what follows is right again."""
+    fold = network()
+    halved = replace(
+        fold,
+        nodes=[node("Conv", "x w", "c"), node("Conv", "c v", "out")],
+        folded_nodes=[node("Conv", "x w", "c"), node("Conv", "c v", "out")],
+        weights={"w": fold.weights["w"], "v": fold.weights["v"]},
+        folded_weights={"w": fold.weights["w"] / 2, "v": fold.weights["v"] * 2},
+    )
+    x = {"x": draw(0, 1, 3, 12, 12)}
+    assert checked(halved).passed
+    found = first_divergence(*halved.models(), x, gauges=None, aliases=None, unit=2.0**-24)
+    assert found is None
+    with_plan = first_divergence(*halved.models(), x, gauges={}, aliases={}, unit=2.0**-24)
+    assert with_plan is None  # gauges are trusted only as far as outputs are wrong
+
+
+def test_ratio_between_passing_and_far_off_fails() -> None:
+    assert verify_module.R_LIMIT == 4
+    fold = network()
+    rng = np.random.default_rng(0)
+    jitter = 1 + 2.0**-20 * rng.standard_normal(fold.folded_weights["g"].shape)
+    report = checked(fold.with_weights(g=f32(fold.folded_weights["g"] * jitter)))
+    assert 4 < report.r < 100
+    assert not report.passed
+
+
+# ----------------------------------------------------------------- NaN, zeros, integers, booleans
+
+
+def small(nodes: list[onnx.NodeProto], folded: list[onnx.NodeProto] | None = None,
+          weights: Weights | None = None, folded_weights: Weights | None = None,
+          x: tuple[int | str, ...] = ("N", 4)) -> Fold:  # fmt: skip
+    weights = weights or {}
+    return Fold(nodes, folded or nodes, weights, folded_weights or weights, x)
+
+
+def test_nan_is_right_where_the_reference_has_it() -> None:
+    assert checked(small([node("Sqrt", "x", "out")])).passed
+
+
+def test_nan_elsewhere_fails() -> None:
+    fold = small(
+        [node("Abs", "x", "a"), node("Sqrt", "a", "out")],
+        [node("Identity", "x", "a"), node("Sqrt", "a", "out")],
+    )
+    report = checked(fold)
+    assert not report.passed
+    assert any("NaN or infinite" in result.sentence for result in report.failures)
+
+
+def test_nan_of_the_original_alone_proves_nothing() -> None:
+    """A float32 overflow that the float64 reference does not have."""
+    big = {"k": np.full(1, 1e30, np.float32), "back": np.full(1, 1e-30, np.float32)}
+    nodes = [node("Mul", "x k", "a"), node("Mul", "a k", "b"), node("Mul", "b back", "out")]
+    report = checked(small(nodes, weights=big))
+    assert not report.passed
+    assert any("nothing can be said" in result.sentence for result in report.failures)
+
+
+def test_zero_output_on_zero_input_is_held_against_its_usual_size() -> None:
+    weights = {"w": draw(0, 4, 4), "b": np.zeros(4, np.float32)}
+    nodes = [node("MatMul", "x w", "m"), node("Add", "m b", "out")]
+    assert checked(small(nodes, weights=weights)).passed
+    tiny = small(nodes, None, weights, {**weights, "b": np.full(4, 1e-5, np.float32)})
+    report = checked(tiny)
+    assert not report.passed
+    assert math.isfinite(report.r)
+
+
+def test_output_that_is_always_zero_must_stay_zero() -> None:
+    weights = {"z": np.zeros(1, np.float32)}
+    nodes = [node("Mul", "x z", "m"), node("Add", "m z", "out")]
+    assert checked(small(nodes, weights=weights)).passed
+    changed = {"z": np.full(1, 1e-30, np.float32)}
+    assert not checked(small(nodes, None, weights, changed)).passed
+
+
+def classified(folded: Weights | None = None) -> Fold:
+    weights = {"w": draw(0, 4, 4)}
+    nodes = [node("MatMul", "x w", "m"), node("ArgMax", "m", "k", axis=1), node("Cast", "k", "out",
+             to=TensorProto.INT64)]  # fmt: skip
+    return small(nodes, None, weights, folded)
+
+
+def integer_output(fold: Fold) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    models = fold.models()
+    for model in models:
+        model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    return models
+
+
+def test_a_flipped_class_fails() -> None:
+    same = verify(*integer_output(classified()), threads=1)
+    assert same.passed
+    assert same.r == 0
+    other = verify(*integer_output(classified({"w": draw(0, 4, 4)[::-1].copy()})), threads=1)
+    assert not other.passed
+
+
+def test_another_shape_fails() -> None:
+    fold = small([node("Relu", "x", "out")], [node("ReduceMax", "x", "out", axes=[1])])
+    report = checked(fold)
+    assert not report.passed
+    assert any("its shape" in result.sentence for result in report.failures)
+
+
+# ---------------------------------------------------------------------- what was not compared
+
+
+def test_nothing_compared_is_an_error() -> None:
+    original, folded = network().models()
+    with pytest.raises(NothingComparedError) as refusal:
+        verify(original, folded, samples=0)
+    assert refusal.value.exit_code == 5
+    with pytest.raises(NothingComparedError):
+        verify(original, folded, inputs={"x": np.zeros((0, 3, 12, 12), np.float32)})
+    del original.graph.output[:]
+    with pytest.raises(NothingComparedError, match="no outputs"):
+        verify(original, folded)
+
+
+def test_empty_outputs_are_nothing() -> None:
+    cut = {"none": np.zeros(1, np.int64), "axis": np.ones(1, np.int64)}
+    fold = small([node("Slice", "x none none axis", "out")], weights=cut)
+    with pytest.raises(NothingComparedError, match="empty"):
+        checked(fold)
+
+
+def test_other_outputs_do_not_pass() -> None:
+    original, folded = network().models()
+    folded.graph.output[0].name = "f"
+    report = verify(original, folded, threads=1)
+    assert not report.passed
+    assert "other outputs" in report.failures[0].sentence
+
+
+def test_model_without_a_reference_is_not_passed() -> None:
+    fold = network()
+    models = fold.models()
+    for model in models:
+        model.graph.node.append(helper.make_node("Gelu", ["out"], ["last"], domain="com.microsoft"))
+        model.graph.output[0].name = "last"
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    report = verify(*models, threads=1)
+    assert not report.passed
+    assert math.isnan(report.r)
+    assert "not proved" in report.failures[0].sentence
+    with pytest.raises(VerificationError, match="Gelu"):
+        report.raise_for_failure()
+
+
+def test_original_that_its_reference_does_not_match_proves_nothing() -> None:
+    """onnxruntime lets SAME ignore the dilation of a pool; then an equal model says nothing."""
+    pool = node("MaxPool", "x", "out", kernel_shape=[2], dilations=[2], strides=[2],
+                auto_pad="SAME_UPPER", ceil_mode=1)  # fmt: skip
+    report = checked(small([pool], x=("N", 2, 7)))
+    assert not report.passed
+    assert any("nothing can be said" in result.sentence for result in report.failures)
+
+
+# ---------------------------------------------------------------------------- providers, backends
+
+
+def test_cuda_that_is_not_there_is_an_error_and_no_pass() -> None:
+    if available()["loads"]["CUDAExecutionProvider"] is True:
+        pytest.skip("CUDA runs here")
+    with pytest.raises(RuntimeUnavailableError, match="CUDA was asked for"):
+        proved(network(), providers=("cpu", "cuda"))
+
+
+def test_no_provider_is_a_usage_error() -> None:
+    with pytest.raises(UsageError):
+        proved(network(), providers=())
+
+
+class Net(torch.nn.Module):
+    """The network of `network()` in torch."""
+
+    def __init__(self, weights: Weights, folded: bool) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1, bias=folded)
+        self.bn = torch.nn.Identity() if folded else torch.nn.BatchNorm2d(8, eps=EPS)
+        self.second = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.dense = torch.nn.Linear(8, 5, bias=False)
+        state = {"conv.weight": weights["w"], "second.weight": weights["v"],
+                 "dense.weight": weights["g"].T}  # fmt: skip
+        if folded:
+            state["conv.bias"] = weights["b"]
+        else:
+            names = ("weight", "bias", "running_mean", "running_var")
+            state |= {f"bn.{n}": weights[b] for n, b in zip(names, BN.split(), strict=True)}
+        self.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.conv(x)))
+        return self.dense(torch.relu(self.second(x)).mean((2, 3)))
+
+
+def modules(fold: Fold) -> tuple[Net, Net]:
+    return Net(fold.weights, False), Net(fold.folded_weights, True)
+
+
+def test_torch_modules_are_backends() -> None:
+    report = proved(network(), torch_modules=modules(network()))
+    assert report.passed, [result.sentence for result in report.failures]
+    backends = [result.subject for result in report.gates if result.gate == "C"]
+    assert backends == [
+        "out, onnxruntime cpu, optimized",
+        "out, torch, original module",
+        "out, torch, folded module",
+    ]
+
+
+def test_wrong_torch_module_fails_gate_c_alone() -> None:
+    wrong = modules(FAULTS["eps dropped"]())[1]
+    report = proved(network(), torch_modules=(modules(network())[0], wrong))
+    assert [result.gate for result in report.failures] == ["C"]
+    assert "torch, folded module" in report.failures[0].sentence
+
+
+def test_module_that_cannot_run_is_a_failure() -> None:
+    report = proved(network(), torch_modules=(modules(network())[0], torch.nn.Linear(1, 1)))
+    assert not report.passed
+    assert "cannot run" in report.failures[0].sentence
+
+
+def test_ratio_of_tf32_is_recognised() -> None:
+    backend = verify_module._Backend("onnxruntime cuda, optimized", "C", lambda feeds: feeds)
+    assert "TF32" in verify_module._diagnosis(backend, 1500.0)
+    assert not verify_module._diagnosis(backend, 2.0)
+
+
+# -------------------------------------------------------------------------------------- inputs
+
+
+def test_given_rows_are_all_compared() -> None:
+    x = draw(5, 70, 3, 12, 12)
+    report = proved(network(), inputs={"x": x})
+    assert report.passed
+    assert report.sets == ("given", "one row")
+    assert report.samples == 71
+
+
+def test_few_given_numbers_are_joined_by_draws() -> None:
+    report = proved(network(), inputs={"x": draw(5, 1, 3, 12, 12)})
+    assert report.passed
+    assert report.sets == ("given", "normal")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "complaint"),
+    [
+        ({"y": np.zeros((1, 3, 12, 12))}, "inputs are x"),
+        ({"x": np.zeros((1, 3, 12))}, "axes"),
+        ({"x": np.zeros((1, 4, 12, 12))}, "has shape"),
+    ],
+)
+def test_unfit_inputs_are_refused(inputs: dict[str, Array], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        proved(network(), inputs=inputs)
+
+
+def test_fixed_batch_is_fed_whole() -> None:
+    fold = replace(network(), x=(2, 3, 12, 12))
+    assert proved(fold).passed
+    assert proved(fold, inputs={"x": draw(5, 5, 3, 12, 12)}).samples == 4 + 16 * 2
+    with pytest.raises(InputError, match="batches of"):
+        proved(fold, inputs={"x": draw(5, 1, 3, 12, 12)})
+
+
+def test_dynamic_sizes_come_from_the_caller() -> None:
+    fold = replace(network(), x=("N", 3, "H", "W"))
+    original, _ = fold.models()
+    sets = drawn_inputs(original, None, seed=0, input_shapes={"x": (1, 3, 20, 24)})
+    assert sets[0].batches[0]["x"].shape == (16, 3, 20, 24)
+    assert proved(fold, input_shapes={"x": (1, 3, 20, 24)}).passed
+    with pytest.raises(InputError, match="axis 1"):
+        drawn_inputs(original, None, seed=0, input_shapes={"x": (1, 4, 20, 24)})
+
+
+def test_shapes_that_do_not_suit_the_network_are_named() -> None:
+    nodes = [node("Reshape", "x shape", "out")]
+    fold = small(nodes, weights={"shape": np.array([-1, 7], np.int64)}, x=("N", "C"))
+    with pytest.raises(InputError, match=r"shapes x \(16, 9\)"):
+        checked(fold, input_shapes={"x": (1, 9)})
+
+
+def test_input_without_a_shape_needs_one() -> None:
+    fold = small([node("Relu", "x", "out")])
+    models = fold.models()
+    for model in models:
+        model.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(InputError, match="no shape"):
+        verify(*models, threads=1)
+    assert verify(*models, inputs={"x": draw(0, 70, 3)}, threads=1).passed
+
+
+def test_draws_have_the_size_that_the_first_normalization_expects() -> None:
+    fold = network()
+    weights = {**fold.weights, "var": fold.weights["var"] * np.float32(100**2)}
+    original = fold.model(fold.nodes, weights)
+    reference = Float64Reference(original)
+    normal = drawn_inputs(original, reference, seed=0)[0].batches[0]["x"]
+    before = reference.run({"x": normal}, ["c"])["c"]
+    ratio = before.std(axis=(0, 2, 3)) / np.sqrt(weights["var"])
+    assert 0.5 < np.median(ratio) < 2
+
+
+def test_indices_stay_inside_their_table() -> None:
+    fold = small([node("Gather", "table x", "out")], weights={"table": draw(0, 7, 3)})
+    original, folded = fold.models()
+    for model in (original, folded):
+        model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    drawn = drawn_inputs(original, None, seed=0)
+    assert max(int(batch["x"].max()) for group in drawn for batch in group.batches) == 6
+    assert verify(original, folded, threads=1).passed
+
+
+def test_given_dtype_is_the_models() -> None:
+    original, _ = network().models()
+    (spec,) = input_specs(original)
+    assert spec.dims == (None, 3, 12, 12)
+    sets = given_inputs(original, {"x": np.zeros((1, 3, 12, 12), np.float64)})
+    assert sets[0].batches[0]["x"].dtype == np.float32
+
+
+def test_progress_counts_batches() -> None:
+    seen: list[tuple[int, int | None]] = []
+    proved(network(), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(k, 5) for k in range(1, 6)]
+
+
+# ------------------------------------------------------------------------------- report, files
+
+
+def test_report_is_json() -> None:
+    report = proved(FAULTS["mean with the wrong sign"]())
+    loaded = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert loaded["passed"] is False
+    assert loaded["first_divergence"]["value"] == "c"
+    assert loaded["nodes"][1]["op_type"] == "Conv"
+    other = network().models()
+    other[1].graph.output[0].name = "f"
+    assert json.loads(json.dumps(verify(*other).to_dict(), allow_nan=False))["r"] == "nan"
+
+
+def test_models_come_as_paths_and_bytes(tmp_path: Path) -> None:
+    original, folded = network().models()
+    onnx.save(original, str(tmp_path / "o.onnx"), save_as_external_data=True, location="o.data",
+              size_threshold=0)  # fmt: skip
+    assert verify(tmp_path / "o.onnx", folded.SerializeToString(), threads=1).passed
+    with pytest.raises(InputError, match="original model cannot be read"):
+        verify(b"nonsense", folded)
+
+
+REAL = {
+    "cgan_32_1.onnx": None,
+    "pfld.onnx": None,
+    "ppocr_v2_cls_opset10.onnx": (1, 3, 48, 192),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_model_folded_by_onnxruntime_passes(
+    name: str, shared_data: Path, tmp_path: Path
+) -> None:
+    path, folded = shared_data / "onnx" / name, tmp_path / "folded.onnx"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folded)
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    left = [n.op_type for n in onnx.load(str(folded)).graph.node].count("BatchNormalization")
+    before = [n.op_type for n in onnx.load(str(path)).graph.node].count("BatchNormalization")
+    assert left < before
+    shape = REAL[name]
+    shapes = {"x": shape} if shape else None
+    report = verify(path, folded, samples=4, input_shapes=shapes)
+    assert report.passed, [result.sentence for result in report.failures]
+
+
+def test_real_model_with_a_spoiled_weight_fails(shared_data: Path) -> None:
+    original = onnx.load(str(shared_data / "onnx" / "cgan_32_1.onnx"))
+    spoiled = onnx.ModelProto()
+    spoiled.CopyFrom(original)
+    tensor = max(spoiled.graph.initializer, key=lambda t: int(np.prod(t.dims)))
+    value = numpy_helper.to_array(tensor) * np.float32(1.00001)
+    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    report = verify(original, spoiled)
+    assert not report.passed
+    assert report.first_divergence is not None
+    consumer = next(n for n in original.graph.node if tensor.name in n.input)
+    assert report.first_divergence.value in consumer.output
