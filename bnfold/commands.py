@@ -109,6 +109,8 @@ def export(args: argparse.Namespace) -> Report:
 
 def verify(args: argparse.Namespace) -> Report:
     """`bnfold verify ORIGINAL FOLDED`: the gates, for any two models."""
+    import numpy as np
+
     from bnfold.graph import to_proto
     from bnfold.record import load_record
     from bnfold.verify import verify as prove
@@ -123,7 +125,7 @@ def verify(args: argparse.Namespace) -> Report:
     inputs = None
     if args.data is not None:
         name = next(iter(_inputs_of(original)))
-        inputs = {name: _all_samples(args)}
+        inputs = {name: np.concatenate(list(_open_data(args, args.data)))}
     modules = None
     if original.module is not None and folded.module is not None:
         modules = (original.module, folded.module)
@@ -170,9 +172,8 @@ def adapt(args: argparse.Namespace) -> Report:
     done["warnings"] = [*result.warnings, *_unread(data)]
     if result.outputs is not None:
         done["diagnostics"] = _output_table(result.outputs)
-    labels = getattr(data, "labels", None)
-    if labels is not None:
-        done["accuracy"] = _accuracy_table(module, result.module, data, labels)
+    if data.labels is not None:
+        done["accuracy"] = _accuracy_table(module, result.module, data)
     done["summary"] = (
         f"{len(result.layers)} batch norms adapted to {result.images} images ({result.method})."
     )
@@ -265,47 +266,39 @@ def train(args: argparse.Namespace) -> Report:
 
 
 def _labelled(args: argparse.Namespace, spec: str) -> Any:
-    """Samples and labels as two arrays, or whatever batches a factory gives."""
-    from bnfold.data import Batches
+    """Samples and labels as two arrays, or the batches (x, y) that a factory gives."""
+    import numpy as np
 
     data = _open_data(args, spec)
-    if not isinstance(data, Batches):
-        return data
     if data.labels is None:
+        first = next(iter(data))
+        if isinstance(first, list | tuple) and len(first) == 2:
+            return data
         raise UsageError(f"{spec} holds no labels; training needs them (array y in .npz).")
-    return data.all(), data.labels
+    return np.concatenate(list(data)), data.labels
 
 
 def _open_data(args: argparse.Namespace, spec: str) -> Any:
-    from bnfold.data import Preparation, open_data
+    from bnfold.data import open_data
 
-    function = None
-    if args.preprocess is not None:
-        from bnfold.factory import resolve_factory
-
-        function = resolve_factory(args.preprocess)
-    preparation = Preparation(args.input_scale, args.resize, args.mean, args.std, None, function)
     return open_data(
         spec,
         batch_size=args.batch_size,
         samples=args.samples,
         seed=args.seed,
-        preparation=preparation,
+        preprocess=args.preprocess,
+        mean=args.mean,
+        std=args.std,
+        resize=args.resize,
+        input_scale=args.input_scale,
     )
 
 
-def _all_samples(args: argparse.Namespace) -> Any:
-    from bnfold.data import Batches
-
-    data = _open_data(args, args.data)
-    if not isinstance(data, Batches):
-        raise UsageError("verify --data takes .npy, .npz or a folder of images.")
-    return data.all()
-
-
 def _unread(data: Any) -> list[str]:
-    skipped = getattr(data, "skipped", [])
-    return [f"{len(skipped)} images could not be read, {skipped[0]} first"] if skipped else []
+    if not data.skipped:
+        return []
+    path, reason = next(iter(data.skipped.items()))
+    return [f"{len(data.skipped)} images could not be read; the first: {path}: {reason}"]
 
 
 def _layer_table(layers: Any) -> Report:
@@ -337,10 +330,12 @@ def _output_table(outputs: Any) -> Report:
     return {"head": ["without labels", "before", "after"], "rows": rows}
 
 
-def _accuracy_table(before: Any, after: Any, data: Any, labels: Any) -> Report:
+def _accuracy_table(before: Any, after: Any, data: Any) -> Report:
+    import numpy as np
+
     from bnfold.train import evaluate
 
-    samples = (data.all(), labels)
+    samples = (np.concatenate(list(data)), data.labels)
     rows = [["accuracy %", _percent(evaluate(before, samples)), _percent(evaluate(after, samples))]]
     return {"head": ["with the labels", "before", "after"], "rows": rows}
 

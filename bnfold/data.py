@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfold.errors import BnfoldError, InputError, UsageError
-from bnfold.readers import FolderReader, Labels, Reader, Stored, open_array, open_digits
+from bnfold.readers import FolderReader, Labels, Reader, Samples, Stored, open_array, open_digits
 from bnfold.shifts import SHIFTS as SHIFTS
 from bnfold.shifts import shifted as shifted
 
@@ -25,25 +25,6 @@ Preprocess = Callable[[Any], Any]
 Shape = Sequence[int | str | None]
 
 MAX_ARCHIVE_BYTES = 4 << 30  # what an .npz may unpack to
-
-
-class Batches(Protocol):
-    """Batches of data, the same in each pass.
-
-    name: for messages.  images: how many there are; None until it is known.  labels: (images,) in
-    the order of the batches, or None.  skipped: what could not be read, with the reason. Where
-    images are skipped, `images` and `labels` are right after a pass.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def images(self) -> int | None: ...
-    @property
-    def labels(self) -> Labels | None: ...
-    @property
-    def skipped(self) -> Mapping[str, str]: ...
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 def open_data(
@@ -132,13 +113,17 @@ def _resolve(spec: str) -> Callable[..., Any]:
 
 
 class ImageBatches:
-    """Samples of a reader, prepared, `batch_size` at a time."""
+    """Samples of a reader, prepared, `batch_size` at a time; the same in each pass.
+
+    An image that cannot be read is left out of its batch when its turn comes: `images`, `labels`
+    and `skipped` are right after a pass.
+    """
 
     def __init__(
         self, reader: Reader, prepare: Preparation, order: NDArray[np.int64], batch_size: int
     ) -> None:
-        self._reader, self._prepare, self._order = reader, prepare, order
-        self._batch_size = batch_size
+        self._reader, self._prepare = reader, prepare
+        self._parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     @property
     def name(self) -> str:
@@ -147,13 +132,14 @@ class ImageBatches:
 
     @property
     def images(self) -> int:
-        """How many, less those that turned out to be unreadable."""
-        return len(self._order)
+        """How many there are."""
+        return sum(map(len, self._parts))
 
     @property
     def labels(self) -> Labels | None:
-        """In the order of the batches."""
-        return None if self._reader.labels is None else self._reader.labels[self._order]
+        """(images,) in the order of the batches; None where there are none."""
+        labels = self._reader.labels
+        return None if labels is None else labels[np.concatenate(self._parts)]
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -161,28 +147,30 @@ class ImageBatches:
         return self._reader.skipped
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._batch_size)
+        return sum(1 for part in self._parts if len(part))
 
     def __iter__(self) -> Iterator[Inputs]:
         """Float32 arrays. Raises InputError for what does not fit, or if nothing can be read."""
-        order, readable = self._order, []
-        for start in range(0, len(order), self._batch_size):
-            stored, kept = self._reader.read(order[start : start + self._batch_size])
-            readable.append(kept)
+        for number, part in enumerate(self._parts):
+            stored, kept = self._reader.read(part)
+            self._parts[number] = kept
             if len(kept):
                 inputs = self._prepare(stored, self.name)
                 _check_finite(inputs, kept, self.name)
                 yield inputs
-        self._order = np.concatenate(readable)
-        if not len(self._order):
+        if not self.images:
             first, reason = next(iter(self.skipped.items()))
             raise InputError(
-                f"None of the {len(order)} images in {self.name} can be read; {first}: {reason}."
+                f"None of the {len(self.skipped)} images in {self.name} can be read;"
+                f" {first}: {reason}."
             )
 
 
 class FactoryBatches:
-    """Batches as a user's factory gives them, called anew for each pass."""
+    """Batches as a user's factory gives them, called anew for each pass.
+
+    `images` is None until a pass has counted them; labels stay inside the batches.
+    """
 
     def __init__(
         self,
@@ -218,6 +206,9 @@ class FactoryBatches:
             images += size
             yield batch if self._preprocess is None else _called(self._preprocess, batch)
         self.images = images
+
+
+Batches = ImageBatches | FactoryBatches
 
 
 def _length(batch: Any) -> int | None:
@@ -330,11 +321,12 @@ class Preparation:
         lengths = {len(values) for values in (self.mean, self.std) if values} - {1}
         return lengths.pop() if lengths else None
 
-    def __call__(self, stored: Sequence[Stored], name: str) -> Inputs:
+    def __call__(self, stored: Samples, name: str) -> Inputs:
         """Float32 (N, ...). Raises InputError where shapes do not fit, with both."""
         if self.preprocess is not None:
             inputs = [np.asarray(_called(self.preprocess, image)) for image in stored]
-            return self._checked(_stacked(inputs, name, "preprocess returned"), name)
+            made = _stacked(inputs, name, "preprocess returned").astype(np.float32)
+            return self._checked(made, name)
         if isinstance(stored, np.ndarray):
             return self._prepared(stored, name)
         if self.size is not None:
@@ -409,7 +401,7 @@ class Preparation:
         )
 
 
-def _stacked(images: Sequence[Stored], name: str, what: str) -> Inputs:
+def _stacked(images: Sequence[Stored], name: str, what: str) -> Stored:
     shapes = sorted({image.shape for image in images})
     if len(shapes) > 1:
         raise InputError(
@@ -419,7 +411,7 @@ def _stacked(images: Sequence[Stored], name: str, what: str) -> Inputs:
     stacked = np.stack(images)
     if stacked.dtype.kind not in "fiub":
         raise InputError(f"{name}: {what} type {stacked.dtype}, which is no number.")
-    return stacked.astype(np.float32) if stacked.dtype != np.uint8 else stacked  # type: ignore[return-value]
+    return stacked
 
 
 def _size(resize: int | Sequence[int]) -> tuple[int, int]:

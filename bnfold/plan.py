@@ -228,8 +228,8 @@ def _check_scope(network: Network, trial: _Trial, scope: Scope) -> None:
                 if np.any(array) and (layer not in scope.layers or array.ndim != 1):
                     raise Conflict(f"'{layer}' is no module that could be given a bias")
             elif not np.array_equal(array, held.array):
-                if held.root.name not in scope.parameters:
-                    raise Conflict(f"'{held.root.name}' is no parameter of the module")
+                if held.root.name not in scope.parameters or array.shape != held.array.shape:
+                    raise Conflict(f"'{held.root.name}' cannot take its new value in the module")
                 _check_shared(network, trial, held, array)
 
 

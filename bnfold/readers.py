@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from bnfold.errors import InputError, RuntimeUnavailableError, UnsafeInputError, UsageError
 
 Stored = NDArray[Any]
+Samples = Sequence[Stored] | Stored  # of several shapes, or of one along the first axis
 Labels = NDArray[np.int64]
 
 # Pillow's own names; formats that call other programs (EPS) or render (PDF, WMF) are not among them
@@ -40,7 +41,7 @@ class Reader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: NDArray[np.int64]) -> tuple[Sequence[Stored], NDArray[np.int64]]:
+    def read(self, indices: NDArray[np.int64]) -> tuple[Samples, NDArray[np.int64]]:
         """The samples as they are stored, and the indices of those that could be read."""
 
 
@@ -70,9 +71,9 @@ class ArrayReader:
     def __len__(self) -> int:
         return len(self._x)
 
-    def read(self, indices: NDArray[np.int64]) -> tuple[Sequence[Stored], NDArray[np.int64]]:
+    def read(self, indices: NDArray[np.int64]) -> tuple[Samples, NDArray[np.int64]]:
         """See Reader."""
-        return np.asarray(self._x[indices]), indices  # type: ignore[return-value]
+        return np.asarray(self._x[indices]), indices
 
 
 def open_array(path: Path, max_bytes: int) -> ArrayReader:
@@ -129,7 +130,7 @@ def open_digits(part: str) -> ArrayReader:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise RuntimeUnavailableError(
-            "The digits come with scikit-learn, which is not installed: pip install 'bnfold[digits]'"
+            "The digits come with scikit-learn, which is not installed; bnfold[digits] brings it."
         ) from error
     data = load_digits()
     x = (data.images[:, None] / 16).astype(np.float32)
@@ -170,7 +171,7 @@ class FolderReader:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def read(self, indices: NDArray[np.int64]) -> tuple[Sequence[Stored], NDArray[np.int64]]:
+    def read(self, indices: NDArray[np.int64]) -> tuple[Samples, NDArray[np.int64]]:
         """See Reader."""
         images, kept = [], []
         for index in indices:

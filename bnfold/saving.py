@@ -36,7 +36,8 @@ def checkpoint_bytes(
 ) -> bytes:
     """The file as bytes: `state_dict`, and `bnfold` with the graph, which loads weights_only.
 
-    graph: the network's graph, None if it has none; the initializers that the state_dict names are left out of it.
+    graph: the network's graph, None if it has none; the initializers that the state_dict names are
+    left out of it.
     kind: what wrote it ("train", "adapt", "fold"). model: the factory it came from, for people to
     read; it is never imported from here. metrics: numbers and strings, nested as JSON.
     Raises UsageError for metrics that are not JSON, InputError where the file could not be loaded

@@ -33,13 +33,15 @@ def shifted(images: NDArray[Any], name: str, amount: float, seed: int = 0) -> Im
             f"A shift takes images in [0, 1]; found values from {x.min():.3g} to {x.max():.3g}."
             " Shift before mean and std are applied."
         )
-    return np.clip(SHIFTS[name](x, amount, seed), 0, 1, dtype=np.float32)
+    made: Images = np.clip(SHIFTS[name](x, amount, seed), 0, 1, dtype=np.float32)
+    return made
 
 
 def gaussian_noise(x: Images, sigma: float, seed: int) -> Images:
     """Independent normal noise of standard deviation `sigma` on each value."""
     noise = np.random.default_rng(seed).standard_normal(x.shape, dtype=np.float32)
-    return x + np.float32(sigma) * noise
+    noise *= np.float32(sigma)
+    return x + noise
 
 
 def salt_and_pepper(x: Images, share: float, seed: int) -> Images:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the network definitions lie in models/, beside the package
 
 import bnfold  # noqa: E402
-from bnfold.data import digits, faded  # noqa: E402
+from bnfold.data import open_data, shifted  # noqa: E402
 from bnfold.graph import write_onnx  # noqa: E402
 from bnfold.runtime import open_session  # noqa: E402
 from bnfold.train import evaluate, save_checkpoint, train  # noqa: E402
@@ -24,6 +24,17 @@ from models.digits import digits_cnn  # noqa: E402
 
 OUT = ROOT / "demo-output"
 SPEC = "models/digits.py:digits_cnn"
+
+
+def arrays(spec: str) -> tuple[np.ndarray, np.ndarray]:
+    """All samples of a data set and their labels."""
+    data = open_data(spec)
+    return np.concatenate(list(data)), data.labels
+
+
+def faded(x: np.ndarray) -> np.ndarray:
+    """The target domain: pictures of low contrast, overexposed."""
+    return shifted(shifted(x, "contrast", 0.3), "brightness", 0.3)
 
 
 def onnx_accuracy(path: Path, x: np.ndarray, y: np.ndarray) -> float:
@@ -38,8 +49,8 @@ def main() -> int:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     OUT.mkdir(exist_ok=True)
-    x, y = digits("train")
-    x_test, y_test = digits("test")
+    x, y = arrays("digits:train")
+    x_test, y_test = arrays("digits:test")
     x_target, x_target_test = faded(x), faded(x_test)
 
     print("training on the source domain ...", file=sys.stderr)

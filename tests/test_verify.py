@@ -30,7 +30,7 @@ from handmade import (
 )
 from onnx import TensorProto, helper, numpy_helper
 
-from bnfold import verify as verify_module
+from bnfold import comparison
 from bnfold.divergence import first_divergence
 from bnfold.draws import drawn_inputs, given_inputs, input_specs
 from bnfold.errors import (
@@ -187,7 +187,7 @@ def test_value_that_a_fold_carries_otherwise_is_no_divergence() -> None:
 
 
 def test_ratio_between_passing_and_far_off_fails() -> None:
-    assert verify_module.R_LIMIT == 4
+    assert comparison.R_LIMIT == 4
     fold = network()
     rng = np.random.default_rng(0)
     jitter = 1 + 2.0**-20 * rng.standard_normal(fold.folded_weights["g"].shape)
@@ -397,9 +397,9 @@ def test_module_that_cannot_run_is_a_failure() -> None:
 
 
 def test_ratio_of_tf32_is_recognised() -> None:
-    backend = verify_module._Backend("onnxruntime cuda, optimized", "C", lambda feeds: feeds)
-    assert "TF32" in verify_module._diagnosis(backend, 1500.0)
-    assert not verify_module._diagnosis(backend, 2.0)
+    backend = comparison.Backend("onnxruntime cuda, optimized", "C", lambda feeds: feeds)
+    assert "TF32" in comparison._diagnosis(backend, 1500.0)
+    assert not comparison._diagnosis(backend, 2.0)
 
 
 # -------------------------------------------------------------------------------------- inputs

@@ -73,9 +73,16 @@ def add_rule(sign: int) -> Rule:
         data = -1 if (slot, sign) == (0, -1) else 1
         regular = y.scale * (value * offset + data * origin - y.origin)
         new = np.where(y.scale == 0, y.origin - data * origin, regular)
-        return {slot: value * new}
+        return {slot: _fitted(value * new, c.array.ndim)}
 
     return Rule(relations, rewrite, lambda node: constant_slots(node))
+
+
+def _fitted(array: Array, rank: int) -> Array:
+    """The array without the leading axes of size 1 that broadcasting has added."""
+    while array.ndim > rank and array.shape[0] == 1:
+        array = array[0]
+    return array
 
 
 def sum_relations(node: ir.Node) -> Relations:
@@ -118,7 +125,7 @@ def factor_rule(*, divide: bool) -> Rule:
         slot, m = factor(node)
         x, y = gauges(input_of(node, 1 - slot)), gauges(node.outputs[0])
         new = y.scale * layout.broadcast(m, y.scale.ndim) * x.read_scale
-        return {slot: 1 / new if divide else new}
+        return {slot: _fitted(1 / new if divide else new, m.ndim)}
 
     return Rule(relations, rewrite, lambda node: constant_slots(node))
 

@@ -1,0 +1,580 @@
+"""The law of folding, one line per case: which batch norms must go, and which must stay and why.
+
+A case is a graph in a few words. After the shapes of the inputs and `>` the outputs, each statement
+is ONNX text with three abbreviations:
+
+    W[4,4,3,3]    a constant of this shape; `W:pow[4]` powers of two of both signs, `W:pos[4]` of one
+    K{1,-1,0}     a constant vector of these integers
+    BN4:pos(x)    a batch norm of 4 channels; behind the colon what its gammas are (see GAMMAS)
+
+All numbers are dyadic (gamma, and the square root of var + eps, powers of two): float32 is exact,
+so the folded model has to agree bit by bit. Shapes are square on purpose: with as many channels as
+rows and samples a mistaken axis changes no shape.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+EPS = 0.25
+# gammas by channel, repeated; 'alt' and 'tla' disagree on every sign
+GAMMAS: Mapping[str, tuple[float, ...]] = {
+    "": (1, -2, 0.5, -1),
+    "alt": (2, -1, 1, -0.5),
+    "tla": (-2, 1, -1, 0.5),
+    "pos": (1, 2, 0.5, 4),
+    "neg": (-1, -2, -0.5, -4),
+    "one": (1, 1, 1, 1),
+    "pos0": (0, 2, 0.5, 1),
+    "neg0": (0, -2, -0.5, -1),
+    "alt0": (2, -1, 0, -0.5),
+    "all0": (0, 0, 0, 0),
+}
+
+
+@dataclass(frozen=True)
+class Law:
+    """One case. op: the row of RULES through which a gauge must really have gone ('': any).
+
+    kept: for each batch norm that stays, a word of the reason. listed: initializers also listed as
+    inputs. nodes: constants as Constant nodes. removed counts the batch norms that go.
+    """
+
+    name: str
+    op: str
+    graph: str
+    removed: int
+    kept: tuple[str, ...] = ()
+    opset: int = 20
+    ir_version: int = 10
+    listed: bool = False
+    nodes: bool = False
+    dtype: int = TensorProto.FLOAT
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+# --- from words to a model -----------------------------------------------------------------------
+
+_BATCH_NORM = re.compile(r"(\w+) = BN(\d+)(?::(\w+))?(<[^>]*>)?\((\w+)\)")
+_LITERAL = re.compile(r"(\w+)\{([-\d,]*)\}")
+_CONSTANT = re.compile(r"(\w+)(?::(pow|pos))?\[([\d,]*)\](?=[,)\s])")
+
+
+class Draw:
+    """The numbers of one case, the same in every run."""
+
+    def __init__(self, law: Law):
+        self.law = law
+        self.constants: dict[str, np.ndarray] = {}
+
+    def _rng(self, name: str) -> np.random.Generator:
+        return np.random.default_rng(zlib.crc32(f"{self.law.name}/{name}".encode()))
+
+    def batch_norm(self, match: re.Match[str]) -> str:
+        name, size, kind, attributes, x = match.groups()
+        channels, rng = int(size), self._rng(match[1])
+        kind = kind or ""
+        pure_shift = kind.endswith("shift")
+        pure_scale = kind.endswith("scale")
+        signs = kind.removesuffix("shift").removesuffix("scale")
+        gamma = np.resize(np.array(GAMMAS[signs], float), channels)
+        spread = np.ones(channels) if pure_shift else rng.choice([0.25, 1, 4], channels)
+        zero = 0 if pure_scale else 1
+        vectors = {
+            "gamma": np.ones(channels) if pure_shift else gamma,
+            "beta": zero * rng.integers(-3, 4, channels),
+            "running_mean": zero * rng.integers(-3, 4, channels),
+            "running_var": spread - EPS,
+        }
+        for part, vector in vectors.items():
+            self.constants.setdefault(f"{name}.{part}", vector.astype(float))
+        reads = ", ".join(f"{name}.{part}" for part in vectors)
+        return f"{name} = BatchNormalization{attributes or f'<epsilon={EPS}>'}({x}, {reads})"
+
+    def literal(self, match: re.Match[str]) -> str:
+        numbers = [int(n) for n in match[2].split(",") if n]
+        self.constants.setdefault(match[1], np.array(numbers, np.int64))
+        return match[1]
+
+    def constant(self, match: re.Match[str]) -> str:
+        name, kind, size = match.groups()
+        shape = [int(n) for n in size.split(",") if n]
+        rng = self._rng(name)
+        if kind is None:
+            numbers = rng.integers(-2, 3, shape).astype(float)
+        else:
+            numbers = rng.choice([0.5, 1, 2], shape)
+            numbers = numbers * (rng.choice([1, -1], shape) if kind == "pow" else 1)
+        self.constants.setdefault(name, np.asarray(numbers))
+        return str(name)
+
+
+def build(law: Law) -> onnx.ModelProto:
+    """The model of a case."""
+    draw = Draw(law)
+    draw.constants.update(law.constants)
+    head, body = law.graph.split(";", 1)
+    inputs, outputs = (part.split() for part in head.split(">"))
+    lines = []
+    for statement in body.split(";"):
+        line = _BATCH_NORM.sub(draw.batch_norm, statement.strip())
+        line = _LITERAL.sub(draw.literal, line)
+        lines.append(_CONSTANT.sub(draw.constant, line))
+    kind = "float" if law.dtype == TensorProto.FLOAT else _TYPE_NAMES[law.dtype]
+    text = ", ".join(f"{kind}{i[i.index('[') :]} {i[: i.index('[')]}" for i in inputs)
+    results = ", ".join(
+        f"int64 {o.removesuffix(':int')}" if o.endswith(":int") else f"{kind} {o}" for o in outputs
+    )
+    joined = "\n".join(lines)
+    # a dot is no letter of a name in ONNX text
+    joined = re.sub(r"(?<=[A-Za-z_]\d)\.(?=[a-z])|(?<=[A-Za-z_])\.(?=[a-z])", "__dot__", joined)
+    graph = onnx.parser.parse_graph(f"law ({text}) => ({results}) {{ {joined} }}")
+    _restore_dots(graph)
+    _add_constants(graph, draw.constants, law)
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", law.opset)],
+        ir_version=law.ir_version,
+        producer_name="laws",
+    )
+    model.metadata_props.add(key="author", value="laws")
+    return _with_output_shapes(model)
+
+
+_TYPE_NAMES = {
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "double",
+}
+
+
+def _restore_dots(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        node.input[:] = [name.replace("__dot__", ".") for name in node.input]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _restore_dots(attribute.g)
+
+
+def _add_constants(graph: onnx.GraphProto, arrays: Mapping[str, np.ndarray], law: Law) -> None:
+    floats = helper.tensor_dtype_to_np_dtype(law.dtype)
+    for name, array in arrays.items():
+        held = array if array.dtype.kind in "iub" or name in law.constants else array.astype(floats)
+        tensor = numpy_helper.from_array(np.ascontiguousarray(held).reshape(array.shape), name)
+        if law.nodes:
+            graph.node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
+            continue
+        graph.initializer.append(tensor)
+        if law.listed:
+            graph.input.append(
+                helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+            )
+
+
+def _with_output_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    inferred = onnx.shape_inference.infer_shapes(model)
+    for value, known in zip(model.graph.output, inferred.graph.output, strict=True):
+        value.CopyFrom(known)
+    return model
+
+
+def inputs(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Small integers for every input that a caller must give; a free extent is 4."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    rng = np.random.default_rng(5)
+    feeds = {}
+    for value in model.graph.input:
+        if value.name in held:
+            continue
+        kind = value.type.tensor_type
+        shape = [dim.dim_value or 4 for dim in kind.shape.dim]
+        numbers = rng.integers(-4, 5, shape)
+        feeds[value.name] = numbers.astype(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    return feeds
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+X = "x[4,4,4,4]"  # square: as many samples as channels, rows and columns
+PAD = "pads=[1,1,1,1]"
+
+LINEAR = [
+    Law("conv", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4(c)", 1),
+    Law("conv, no bias", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3]); y = BN4(c)", 1),
+    Law("conv 1-D", "Conv", "x[4,4,4] > y; c = Conv(x, W[4,4,3], B[4]); y = BN4(c)", 1),
+    Law("conv 3-D", "Conv", "x[2,2,2,2,2] > y; c = Conv(x, W[2,2,2,2,2]); y = BN2(c)", 1),
+    Law("conv, groups", "Conv", f"{X} > y; c = Conv<group=2>(x, W[4,2,3,3]); y = BN4(c)", 1),
+    Law("conv, depthwise", "Conv", f"{X} > y; c = Conv<group=4>(x, W[4,1,3,3]); y = BN4(c)", 1),
+    Law("conv, depthwise twice", "Conv", f"{X} > y; c = Conv<group=4>(x, W[8,1,3,3]); y = BN8(c)", 1),
+    Law("conv, gamma 0", "Conv", f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)", 1),
+    Law("conv, gamma all 0", "Conv", f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3], B[4]); y = BN4:all0(c)", 1),
+    Law("bn, conv", "Conv", f"{X} > y; b = BN4(x); y = Conv(b, W[4,4,3,3], B[4])", 1),
+    Law("bn, conv without bias", "Conv", f"{X} > y; b = BN4(x); y = Conv(b, W[4,4,3,3])", 1),
+    Law("bn, conv, stride, dilation", "Conv", "x[4,4,6,6] > y; b = BN4(x); y = Conv<strides=[2,2], dilations=[2,2]>(b, W[4,4,2,2])", 1),
+    Law("bn, conv 1-D", "Conv", "x[4,4,4] > y; b = BN4(x); y = Conv(b, W[4,4,3])", 1),
+    Law("bn, conv 3-D", "Conv", "x[2,2,2,2,2] > y; b = BN2(x); y = Conv(b, W[2,2,2,2,2])", 1),
+    Law("bn, conv, groups", "Conv", f"{X} > y; b = BN4(x); y = Conv<group=2>(b, W[4,2,3,3], B[4])", 1),
+    Law("bn, conv, depthwise", "Conv", f"{X} > y; b = BN4(x); y = Conv<group=4>(b, W[4,1,3,3])", 1),
+    Law("bn, conv, gamma 0", "Conv", f"{X} > y; b = BN4:alt0(x); y = Conv(b, W[4,4,3,3])", 1),
+    Law("bn, conv, gamma all 0", "Conv", f"{X} > y; b = BN4:all0(x); y = Conv(b, W[4,4,3,3])", 1),
+    Law("bn, padded conv", "", f"{X} > y; b = BN4(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 0, ("pads with zeros",)),
+    Law("bn of scale, padded conv", "Conv", f"{X} > y; b = BN4:altscale(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 1),
+    Law("bn, padded 1x1 conv", "", f"{X} > y; b = BN4(x); y = Conv<{PAD}>(b, W[4,4,1,1])", 0, ("pads with zeros",)),
+    Law("bn, gamma 0, padded conv", "", f"{X} > y; b = BN4:alt0(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 0, ("pads with zeros",)),
+    Law("bn of scale 0, padded conv", "Conv", f"{X} > y; b = BN4:alt0scale(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 1),
+    Law("bn, SAME_UPPER conv", "", f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,3,3])', 0, ("pads with zeros",)),
+    Law("bn, SAME_LOWER conv", "", f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_LOWER">(b, W[4,4,2,2])', 0, ("pads with zeros",)),
+    Law("bn, SAME_UPPER 1x1 conv", "Conv", f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,1,1])', 1),
+    Law("bn, VALID conv", "Conv", f'{X} > y; b = BN4(x); y = Conv<auto_pad="VALID">(b, W[4,4,3,3])', 1),
+    Law("bn, conv padded at one end", "", f"{X} > y; b = BN4(x); y = Conv<pads=[0,0,0,1]>(b, W[4,4,3,3])", 0, ("pads with zeros",)),
+    Law("conv, bn, conv", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1]); b = BN4(c); y = Conv<{PAD}>(b, V[4,4,3,3])", 1),
+    Law("transposed conv", "ConvTranspose", f"{X} > y; c = ConvTranspose(x, W[4,4,3,3], B[4]); y = BN4(c)", 1),
+    Law("transposed conv, groups", "ConvTranspose", f"{X} > y; c = ConvTranspose<group=2>(x, W[4,2,3,3]); y = BN4(c)", 1),
+    Law("transposed conv, groups wide", "ConvTranspose", f"{X} > y; c = ConvTranspose<group=2>(x, W[4,4,2,2], B[8]); y = BN8(c)", 1),
+    Law("transposed conv, depthwise", "ConvTranspose", f"{X} > y; c = ConvTranspose<group=4>(x, W[4,1,3,3]); y = BN4(c)", 1),
+    Law("transposed conv 1-D", "ConvTranspose", "x[4,4,4] > y; c = ConvTranspose<group=2>(x, W[4,2,3]); y = BN4(c)", 1),
+    Law("transposed conv 3-D", "ConvTranspose", "x[2,2,2,2,2] > y; c = ConvTranspose(x, W[2,2,2,2,2]); y = BN2(c)", 1),
+    Law("transposed conv, stride, pads", "ConvTranspose", f"{X} > y; c = ConvTranspose<strides=[2,2], {PAD}, output_padding=[1,1]>(x, W[4,4,3,3]); y = BN4:alt0(c)", 1),
+    Law("bn of scale, transposed conv", "ConvTranspose", f"{X} > y; b = BN4:altscale(x); y = ConvTranspose(b, W[4,4,3,3])", 1),
+    Law("bn of scale, transposed conv, groups", "ConvTranspose", f"{X} > y; b = BN4:altscale(x); y = ConvTranspose<group=2>(b, W[4,2,3,3], B[4])", 1),
+    Law("bn, transposed conv", "", f"{X} > y; b = BN4(x); y = ConvTranspose(b, W[4,4,3,3])", 0, ("border",)),
+    Law("matmul", "MatMul", "x[4,4] > y; c = MatMul(x, W[4,4]); y = BN4(c)", 1),
+    Law("bn, matmul", "MatMul", "x[4,4] > y; b = BN4(x); y = MatMul(b, W[4,4])", 1),
+    Law("bn, matmul, gamma 0", "MatMul", "x[4,4] > y; b = BN4:alt0(x); y = MatMul(b, W[4,4])", 1),
+    Law("matmul, gamma 0", "MatMul", "x[4,4] > y; b = MatMul(x, W[4,4]); y = BN4:alt0(b)", 1),
+    Law("matmul, bias", "MatMul", "x[4,4] > y; c = MatMul(x, W[4,4]); d = Add(c, B[4]); y = BN4(d)", 1),
+    Law("matmul, bias first", "Add", "x[4,4] > y; c = MatMul(x, W[4,4]); d = Add(B[4], c); y = BN4(d)", 1),
+    Law("matmul from the left", "MatMul", "x[4,4,4] > y; c = MatMul(W[4,4], x); y = BN4(c)", 1),
+    Law("bn, matmul from the left", "MatMul", "x[4,4,4] > y; b = BN4(x); y = MatMul(W[4,4], b)", 1),
+    Law("bn, matmul from the left, batched", "MatMul", "x[4,4,4] > y; b = BN4(x); y = MatMul(W[4,4,4], b)", 1),
+    Law("batched matmul from the left", "MatMul", "x[4,4,4] > y; c = MatMul(W[4,4,4], x); y = BN4(c)", 1),
+    Law("batched matmul", "MatMul", "x[4,4,4] > y; c = MatMul(x, W[4,4,4]); t = Transpose<perm=[0,2,1]>(c); y = BN4(t)", 1),
+    Law("bn, batched matmul", "MatMul", "x[4,4,4] > y; b = BN4(x); t = Transpose<perm=[0,2,1]>(b); y = MatMul(t, W[4,4,4])", 1),
+    Law("bn, matmul 4-D", "MatMul", f"{X} > y; b = BN4(x); t = Transpose<perm=[0,2,3,1]>(b); y = MatMul(t, W[4,4])", 1),
+    Law("matmul on tokens", "MatMul", "x[4,4,4] > z; c = MatMul(x, W[4,4]); t = Transpose<perm=[0,2,1]>(c); y = BN4(t); z = Transpose<perm=[0,2,1]>(y)", 1),
+    Law("matmul on tokens through reshape", "MatMul", "x[4,4,4] > z; c = MatMul(x, W[4,4]); f = Reshape(c, S{16,4}); y = BN4(f); z = Reshape(y, T{4,4,4})", 1),
+    Law("matmul on tokens, free batch", "MatMul", "x[N,4,4] > z; c = MatMul(x, W[4,4]); f = Reshape(c, S{-1,4}); y = BN4(f); z = Reshape(y, T{-1,4,4})", 1),
+    Law("matmul on tokens, bn over the tokens", "", "x[4,4,4] > y; c = MatMul(x, W[4,4]); y = BN4(c)", 0, ("axis",)),
+    Law("matmul, reshape, bn over the rows", "", "x[4,4] > y; c = MatMul(x, W[4,4]); f = Reshape(c, S{1,4,4}); y = BN4(f)", 0, ("axis",)),
+    Law("matmul of two values", "", "x[4,4,4] > y; c = MatMul(x, x); y = BN4(c)", 0, ("MatMul",)),
+    Law("bn, attention projections", "MatMul", "x[4,4,4] > o; b = BN4(x); t = Transpose<perm=[0,2,1]>(b); q = MatMul(t, Q[4,4]); k = MatMul(t, K[4,4]); v = MatMul(t, V[4,4]); u = Transpose<perm=[0,2,1]>(k); a = MatMul(q, u); o = MatMul(a, v)", 1),
+]
+
+_C_SHAPES = {"no C": "", "C of N": "4", "C of 1xN": "1,4", "C of Mx1": "4,1", "C of MxN": "4,4", "C of 1": "1", "scalar C": None}  # fmt: skip
+
+
+def _gemms() -> list[Law]:
+    """Every shape of C, both directions, with transposes and factors."""
+    laws = []
+    for label, shape in _C_SHAPES.items():
+        c = "" if shape == "" else f", C[{shape or ''}]"
+        for flags in ("alpha=2.0, beta=0.5", "transB=1, beta=2.0", "transA=1, alpha=0.5", "transA=1, transB=1, alpha=2.0"):
+            laws.append(Law(f"gemm, {label}, {flags}", "Gemm", f"x[4,4] > y; c = Gemm<{flags}>(x, W[4,4]{c}); y = BN4:alt0(c)", 1))
+            ahead = f"x[4,4] > y; b = BN4:alt0(x); y = Gemm<{flags}>(b, W[4,4]{c})"
+            turned = f"x[4,4] > y; b = BN4:alt0(x); t = Transpose(b); y = Gemm<{flags}>(t, W[4,4]{c})"
+            laws.append(Law(f"bn, gemm, {label}, {flags}", "Gemm", turned if "transA" in flags else ahead, 1))
+    return laws
+
+
+GEMM = [
+    *_gemms(),
+    Law("gemm, beta 0", "", "x[4,4] > y; c = Gemm<beta=0.0>(x, W[4,4], C[4]); y = BN4(c)", 0, ("beta",)),
+    Law("gemm, beta 0, no C", "", "x[4,4] > y; c = Gemm<beta=0.0>(x, W[4,4]); y = BN4(c)", 0, ("beta",)),
+    Law("bn over the rows of a transposed A", "", "x[4,4] > y; b = BN4(x); y = Gemm<transA=1>(b, W[4,4])", 0, ("axis",)),
+    Law("gemm of a computed B", "", "x[4,4] > y; c = Gemm(W[4,4], x); y = BN4(c)", 0, ("computed",)),
+    Law("gemm with a computed C", "", "x[4,4] > y; c = Gemm(x, W[4,4], x); y = BN4(c)", 0, ("computed",)),
+    Law("bn, flatten, gemm", "Gemm", "x[4,4,2,2] > y; b = BN4(x); f = Flatten(b); y = Gemm(f, W[16,4])", 1),
+    Law("bn, pooled head", "Gemm", f"{X} > y; b = BN4(x); g = GlobalAveragePool(b); f = Flatten(g); y = Gemm<transB=1>(f, W[4,4], B[4])", 1),
+    Law("bn, reshape that mixes channels, gemm", "", "x[4,4,2,2] > y; b = BN4(x); f = Reshape(b, S{16,4}); y = Gemm(f, W[4,4])", 0, ("axis",)),
+]
+
+DIAGONAL = [
+    Law("conv, mul, bn", "Mul", f"{X} > y; c = Conv(x, W[4,4,1,1]); m = Mul(c, M:pow[4,1,1]); y = BN4(m)", 1),
+    Law("relu, mul, add, bn", "Mul", f"{X} > y; r = Relu(x); m = Mul(r, M:pow[4,1,1]); a = Add(m, A[4,1,1]); y = BN4(a)", 1),
+    Law("relu, scalar mul, add, bn", "Mul", f"{X} > y; r = Relu(x); m = Mul(M:pow[], r); a = Add(A[], m); y = BN4(a)", 1),
+    Law("bn, mul, conv", "Mul", f"{X} > y; b = BN4(x); m = Mul(b, M:pow[1,4,1,1]); y = Conv(m, W[4,4,3,3])", 1),
+    Law("bn, mul by 0, conv", "Mul", f"{X} > y; b = BN4(x); m = Mul(b, M); y = Conv(m, W[4,4,3,3])", 1, constants={"M": np.array([0, 2, -1, 0], np.float32).reshape(4, 1, 1)}),
+    Law("conv, mul by 0, bn", "Mul", f"{X} > y; c = Conv(x, W[4,4,3,3]); m = Mul(c, M); a = Add(m, A[4,1,1]); y = BN4(a)", 1, constants={"M": np.array([0, 2, -1, 0], np.float32).reshape(4, 1, 1)}),
+    Law("mul along the columns", "Mul", f"{X} > y; c = Conv(x, W[4,4,1,1]); m = Mul(c, M:pow[4]); y = BN4:altscale(m)", 1),
+    Law("bn, mul along the columns, bn's own shift", "", f"{X} > y; r = Relu(x); m = Mul(r, M:pow[4]); y = BN4(m)", 0, ("Relu",)),
+    Law("bn, mul along the columns, matmul", "Mul", f"{X} > y; b = BN4:altscale(x); m = Mul(b, M:pow[1,1,1,4]); y = Conv<{PAD}>(m, W[4,4,3,3])", 1),
+    Law("conv, div, bn", "Div", f"{X} > y; c = Conv(x, W[4,4,1,1]); d = Div(c, D:pow[4,1,1]); y = BN4(d)", 1),
+    Law("relu, div, add, bn", "Div", f"{X} > y; r = Relu(x); d = Div(r, D:pow[4,1,1]); a = Add(d, A[4,1,1]); y = BN4(a)", 1),
+    Law("bn, div, conv", "Div", f"{X} > y; b = BN4(x); d = Div(b, D:pow[4,1,1]); y = Conv(d, W[4,4,3,3])", 1),
+    Law("constant / conv", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); a = Abs(c); b = Add(a, O); d = Div(D:pow[4,1,1], b); y = BN4(d)", 0, ("Div",), constants={"O": np.float32(1)}),
+    Law("conv, add, bn", "Add", f"{X} > y; c = Conv(x, W[4,4,1,1]); a = Add(c, A[1,4,1,1]); y = BN4:alt0(a)", 1),
+    Law("conv, a position map, bn", "Add", f"{X} > y; c = Conv(x, W[4,4,1,1]); a = Add(c, A[4,4,4]); y = BN4:alt0(a)", 1),
+    Law("bn, a position map, conv", "Add", f"{X} > y; b = BN4(x); a = Add(A[4,4,4], b); y = Conv<{PAD}>(a, W[4,4,3,3])", 1),
+    Law("conv, sub, bn", "Sub", f"{X} > y; c = Conv(x, W[4,4,1,1]); a = Sub(c, A[4,1,1]); y = BN4:alt0(a)", 1),
+    Law("relu, sub, bn", "Sub", f"{X} > y; r = Relu(x); m = Mul(r, M:pow[4,1,1]); a = Sub(m, A[4,1,1]); y = BN4(a)", 1),
+    Law("constant - conv, bn", "Sub", f"{X} > y; c = Conv(x, W[4,4,1,1]); a = Sub(A[4,1,1], c); y = BN4:alt0(a)", 1),
+    Law("bn, constant - value, conv", "Sub", f"{X} > y; b = BN4(x); a = Sub(A[4,1,1], b); y = Conv<{PAD}>(a, W[4,4,3,3])", 1),
+    Law("relu, constant - value, bn", "Sub", f"{X} > y; r = Relu(x); m = Mul(r, M:pow[4,1,1]); a = Sub(A[4,1,1], m); y = BN4(a)", 1),
+    Law("sub, div, mul, add", "Div", f"{X} > z; s = Sub(x, M[4,1,1]); d = Div(s, D:pow[4,1,1]); m = Mul(d, G:pow[4,1,1]); a = Add(m, A[4,1,1]); y = BN4(a); z = Floor(y)", 1),
+    Law("mean and std of an input, bn kept by padding", "Mul", f"{X} > y; s = Sub(x, M[4,1,1]); m = Mul(s, G:pow[4,1,1]); b = BN4(m); y = Conv<{PAD}>(b, W[4,4,3,3])", 1),
+    Law("bn, bn", "BatchNormalization", f"{X} > z; f = Floor(x); a = BN4(f); y = BN4:tla(a); z = Floor(y)", 1, ("Floor",)),
+    Law("bn, bn, gamma 0 first", "BatchNormalization", f"{X} > z; f = Floor(x); a = BN4:alt0(f); y = BN4:tla(a); z = Floor(y)", 1, ("Floor",)),
+    Law("bn, bn, gamma 0 second", "BatchNormalization", f"{X} > z; f = Floor(x); a = BN4:alt(f); y = BN4:alt0(a); z = Floor(y)", 1, ("Floor",)),
+    Law("bn, bn, bn, conv", "Conv", f"{X} > y; a = BN4(x); b = BN4:tla(a); c = BN4:alt0(b); y = Conv(c, W[4,4,3,3])", 3),
+    Law("conv, bn, bn, padded conv", "Conv", f"{X} > y; w = Conv(x, W[4,4,1,1]); a = BN4(w); b = BN4:alt0(a); y = Conv<{PAD}>(b, V[4,4,3,3])", 2),
+    Law("bn of gamma 0, bn, conv", "Conv", f"{X} > y; f = Floor(x); a = BN4:all0(f); b = BN4(a); y = Conv(b, W[4,4,1,1])", 2),
+    Law("bn of gamma 0, bn, padded conv", "BatchNormalization", f"{X} > y; f = Floor(x); a = BN4:all0(f); b = BN4(a); y = Conv<{PAD}>(b, W[4,4,3,3])", 1, ("pads",)),
+]  # fmt: skip
+
+
+def _passing() -> list[Law]:
+    """Relu and its kin: a positive scale passes, and nothing else but a known constant."""
+    laws = []
+    for op, text in {
+        "Relu": "Relu({})", "LeakyRelu": "LeakyRelu<alpha=0.25>({})", "Abs": "Abs({})", "PRelu": "PRelu({}, P[4,1,1])",
+    }.items():  # fmt: skip
+        back, ahead = text.format("c"), text.format("b")
+        laws += [
+            Law(f"conv, {op}, bn of positive scale", op, f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:posscale(r); z = Floor(y)", 1),
+            Law(f"conv, {op}, add, bn of positive scale", op, f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = {back}; a = Add(r, A[4,1,1]); y = BN4:pos(a); z = Floor(y)", 1),
+            Law(f"conv, {op}, bn of mixed signs", "", f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:altscale(r); z = Floor(y)", 0, ("positive",)),
+            Law(f"conv, {op}, bn with a shift", "", f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:pos(r); z = Floor(y)", 0, ("shift",)),
+            Law(f"bn of positive scale, {op}, conv", op, f"{X} > y; f = Floor(x); b = BN4:posscale(f); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3])", 1),
+            Law(f"bn of gamma 0 and positive, {op}, conv", op, f"{X} > y; f = Floor(x); b = BN4:pos0scale(f); r = {ahead}; y = Conv(r, W[4,4,3,3])", 1),
+            Law(f"constants through {op}", op, f"{X} > y; f = Floor(x); b = BN4:all0(f); r = {ahead}; y = Conv(r, W[4,4,3,3])", 1),
+            Law(f"constants through {op}, padded conv", "", f"{X} > y; f = Floor(x); b = BN4:all0(f); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3], B[4])", 0, ("pads",)),
+            Law(f"conv, bn of gamma 0, {op}, padded conv", "Conv", f"{X} > y; c = Conv<{PAD}>(x, V[4,4,3,3]); b = BN4:alt0(c); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3])", 1),
+            Law(f"conv, {op}, bn of gamma 0, conv", "Conv", f"{X} > y; c = Conv<{PAD}>(x, V[4,4,3,3]); r = {back}; b = BN4:alt0(r); y = Conv(b, W[4,4,3,3])", 1),
+            Law(f"bn of mixed signs, {op}, conv", "", f"{X} > y; f = Floor(x); b = BN4:altscale(f); r = {ahead}; y = Conv(r, W[4,4,3,3])", 0, ("positive",)),
+        ]
+    return laws
+
+
+PASSING = [
+    *_passing(),
+    Law("relu, bn, conv", "Conv", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = Relu(c); b = BN4(r); y = Conv(b, W[4,4,3,3])", 1),
+    Law("relu, bn, padded conv", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = Relu(c); b = BN4(r); y = Conv<{PAD}>(b, W[4,4,3,3])", 0, ("Relu",)),
+    Law("leaky relu of a negative slope", "LeakyRelu", f"{X} > y; f = Floor(x); b = BN4:posscale(f); r = LeakyRelu<alpha=-0.5>(b); y = Conv(r, W[4,4,3,3])", 1),
+    Law("prelu, slope of one number", "PRelu", f"{X} > y; f = Floor(x); b = BN4:pos0scale(f); r = PRelu(b, P[1]); y = Conv(r, W[4,4,3,3])", 1),
+    Law("prelu, slope over positions, constants", "", f"{X} > y; f = Floor(x); b = BN4:all0(f); r = PRelu(b, P[4,4]); y = Conv(r, W[4,4,3,3])", 0, ("axis",)),
+    Law("prelu, computed slope", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = PRelu(c, x); b = BN4:posscale(r); y = Floor(b)", 0, ("computed",)),
+    Law("clip stops everything", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = Clip(c, L[], H:pos[]); b = BN4:posscale(r); y = Floor(b)", 0, ("Clip",)),
+    Law("instance norm is left alone", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = InstanceNormalization(c, S[4], T[4]); b = Floor(r); y = BN4(b)", 0, ("Floor",)),
+]  # fmt: skip
+
+
+def _both_ways(op: str, text: str, channels: int = 4, *, shape: str = X, weight: str = "W[4,4,1,1]", kinds: tuple[str, str] = ("alt0", "alt0"), **options: object) -> list[Law]:
+    """An operator between a conv and a batch norm, and between a batch norm and a conv."""
+    name = text.format("_")
+    back, ahead = kinds
+    return [
+        Law(f"conv, {name}, bn", op, f"{shape} > y; c = Conv(x, V[4,4,1,1], D[4]); o = {text.format('c')}; y = BN{channels}:{back}(o)", 1, **options),  # type: ignore[arg-type]
+        Law(f"bn, {name}, conv", op, f"{shape} > y; f = Floor(x); b = BN4:{ahead}(f); o = {text.format('b')}; y = Conv(o, {weight}, E[4])", 1, **options),  # type: ignore[arg-type]
+    ]
+
+
+WINDOWS = [
+    *_both_ways("MaxPool", "MaxPool<kernel_shape=[2,2], pads=[1,1,1,1]>({})", kinds=("pos0", "pos0")),
+    *_both_ways("GlobalMaxPool", "GlobalMaxPool({})", kinds=("pos0", "pos0")),
+    *_both_ways("AveragePool", "AveragePool<kernel_shape=[2,2], strides=[2,2]>({})"),
+    *_both_ways("AveragePool", "AveragePool<kernel_shape=[1,2], pads=[0,1,0,1], count_include_pad=0>({})"),
+    *_both_ways("AveragePool", "AveragePool<kernel_shape=[2,2], strides=[2,2], ceil_mode=1>({})", shape="x[4,4,5,5]"),
+    *_both_ways("GlobalAveragePool", "GlobalAveragePool({})"),
+    *_both_ways("ReduceMax", "ReduceMax({}, A{{2,3}})", kinds=("pos0", "pos0")),
+    *_both_ways("ReduceMin", "ReduceMin({}, A{{-1}})", kinds=("pos0", "pos0")),
+    *_both_ways("ReduceMean", "ReduceMean({}, A{{2,-1}})"),
+    *_both_ways("ReduceMean", "ReduceMean<axes=[2,3]>({})", opset=13, ir_version=8),
+    *_both_ways("ReduceSum", "ReduceSum({}, A{{2,3}})", kinds=("alt0scale", "alt0scale")),
+    *_both_ways("ReduceSum", "ReduceSum<axes=[2,3]>({})", kinds=("altscale", "altscale"), opset=11, ir_version=6),
+    *_both_ways("Resize", 'Resize<mode="nearest">({}, , S)', constants={"S": np.array([1, 1, 2, 2], np.float32)}),
+    *_both_ways("Resize", 'Resize<mode="linear", coordinate_transformation_mode="half_pixel">({}, , S)', constants={"S": np.array([1, 1, 2, 2], np.float32)}),
+    *_both_ways("Resize", 'Resize<mode="nearest">({}, S)', constants={"S": np.array([1, 1, 2, 2], np.float32)}, opset=10, ir_version=5),
+    *_both_ways("Resize", 'Resize<mode="nearest">({}, , , Z{{4,4,8,8}})', opset=13, ir_version=8),
+    *_both_ways("Upsample", 'Upsample<mode="nearest">({}, S)', constants={"S": np.array([1, 1, 2, 2], np.float32)}, opset=9, ir_version=4),
+    *_both_ways("Upsample", 'Upsample<mode="nearest", scales=[1.0,1.0,2.0,2.0]>({})', opset=7, ir_version=3, listed=True),
+    Law("maxpool, negative scale", "", f"{X} > z; c = Conv(x, W[4,4,1,1]); p = MaxPool<kernel_shape=[2,2]>(c); y = BN4:alt(p); z = Floor(y)", 0, ("MaxPool",)),
+    Law("maxpool, gamma 0, its places are read", "", f"{X} > y i:int; c = Conv(x, W[4,4,1,1]); p, i = MaxPool<kernel_shape=[2,2]>(c); y = BN4:pos0(p)", 0, ("MaxPool",)),
+    Law("maxpool, positive, its places are read", "MaxPool", f"{X} > y i:int; c = Conv(x, W[4,4,1,1]); p, i = MaxPool<kernel_shape=[2,2]>(c); y = BN4:pos(p)", 1),
+    Law("average of padded zeros", "", f"{X} > y; b = BN4(x); o = AveragePool<kernel_shape=[2,2], pads=[1,1,1,1], count_include_pad=1>(b); y = Conv(o, W[4,4,1,1])", 0, ("AveragePool",)),
+    Law("sum over channels", "", "x[4,4,4] > y; b = BN4(x); s = ReduceSum<keepdims=0>(b, A{1}); y = MatMul(s, W[4,4])", 0, ("ReduceSum",)),
+    Law("sum of a shift", "", "x[4,4,4] > y; b = BN4(x); s = ReduceSum<keepdims=0>(b, A{2}); y = MatMul(s, W[4,4])", 0, ("shift",)),
+    Law("mean over channels", "", "x[4,4,4] > y; b = BN4(x); s = ReduceMean<keepdims=0>(b, A{1}); y = MatMul(s, W[4,4])", 0, ("ReduceMean",)),
+    Law("mean without axes", "", "x[4,4] > y; b = BN4(x); s = ReduceMean(b); y = Mul(s, M[4])", 0, ("ReduceMean",)),
+    Law("mean without axes, noop", "ReduceMean", "x[4,4] > y; b = BN4(x); s = ReduceMean<noop_with_empty_axes=1>(b); y = MatMul(s, W[4,4])", 1),
+    Law("mean, bn, gemm", "ReduceMean", f"{X} > y; b = BN4(x); s = ReduceMean<keepdims=0>(b, A{{3,2}}); y = Gemm(s, W[4,4])", 1),
+    Law("resize of the channels", "", 'x[4,4,4] > y; b = BN4(x); s = Resize<mode="nearest">(b, , S); y = Conv(s, W[4,8,1])', 0, ("Resize",), constants={"S": np.array([1, 2, 1], np.float32)}),
+]  # fmt: skip
+
+STRUCTURE = [
+    *_both_ways("Identity", "Identity({})"),
+    *_both_ways("Dropout", "Dropout({})"),
+    *_both_ways("Dropout", "Dropout({})", opset=7, ir_version=3, listed=True),
+    *_both_ways("Dropout", "Dropout({}, R, T)", constants={"R": np.float32(0.5), "T": np.array(False)}),
+    *_both_ways("Reshape", "Reshape({}, S{{4,4,2,8}})"),
+    *_both_ways("Reshape", "Reshape({}, S{{0,4,-1,8}})", shape="x[N,4,4,4]"),
+    *_both_ways("Transpose", "Transpose<perm=[0,1,3,2]>({})"),
+    *_both_ways("Expand", "Expand({}, S{{4,4,4,4}})", shape="x[4,4,1,1]"),
+    *_both_ways("Slice", "Slice({}, A{{1}}, E{{3}}, X{{-1}})", shape="x[4,4,4,4]"),
+    *_both_ways("Slice", "Slice<starts=[1], ends=[3], axes=[2]>({})", opset=9, ir_version=4),
+    *_both_ways("Slice", "Slice({}, A{{3}}, E{{-9223372036854775807}}, X{{1}}, P{{-1}})"),
+    *_both_ways("Gather", "Gather<axis=1>({}, I{{2,0,-1,1}})"),
+    *_both_ways("DepthToSpace", "DepthToSpace<blocksize=2>({})", 1, weight="W[4,1,1,1]", kinds=("alt", "one")),
+    *_both_ways("SpaceToDepth", "SpaceToDepth<blocksize=2>({})", 16, weight="W[4,16,1,1]", kinds=("one", "alt0")),
+    *_both_ways("Pad", 'Pad<mode="reflect">({}, P{{0,0,1,1,0,0,1,1}})'),
+    *_both_ways("Pad", 'Pad<mode="edge", pads=[0,0,1,1,0,0,1,1]>({})', opset=9, ir_version=4),
+    *_both_ways("Pad", "Pad({}, P{{0,0,1,1,0,0,1,1}})", kinds=("altscale", "alt0scale")),
+    *_both_ways("Pad", "Pad<pads=[0,0,1,1,0,0,1,1]>({})", kinds=("altscale", "alt0scale"), opset=10, ir_version=5),
+    Law("conv, flatten, bn", "Flatten", f"{X} > y; c = Conv(x, W[4,4,4,4]); f = Flatten(c); y = BN4(f)", 1),
+    Law("conv, flatten, bn of many", "", "x[4,4,2,2] > y; c = Conv(x, W[4,4,1,1]); f = Flatten(c); y = BN16(f)", 0, ("axis",)),
+    Law("conv, squeeze, bn", "Squeeze", f"{X} > y; c = Conv(x, W[4,4,4,4]); f = Squeeze(c, A{{2,3}}); y = BN4:alt0(f)", 1),
+    Law("conv, squeeze with attribute, bn", "Squeeze", f"{X} > y; c = Conv(x, W[4,4,4,4]); f = Squeeze<axes=[2,3]>(c); y = BN4:alt0(f)", 1, opset=11, ir_version=6),
+    Law("bn, squeeze, matmul", "Squeeze", "x[4,4,1,4] > y; b = BN4(x); f = Squeeze(b, A{2}); y = Conv(f, W[4,4,1])", 1),
+    Law("bn, unsqueeze, conv", "Unsqueeze", "x[4,4,4] > y; b = BN4:alt0(x); f = Unsqueeze(b, A{-1}); y = Conv(f, W[4,4,1,1])", 1),
+    Law("matmul, unsqueeze, bn", "Unsqueeze", "x[4,4] > y; c = MatMul(x, W[4,4]); f = Unsqueeze<axes=[2,3]>(c); y = BN4:alt0(f)", 1, opset=11, ir_version=6),
+    Law("cast up and down", "Cast", f"{X} > y; c = Conv(x, V[4,4,1,1]); d = Cast<to=11>(c); e = Cast<to=1>(d); y = BN4:alt0(e)", 1),
+    Law("bn, cast, conv", "Cast", f"{X} > y; b = BN4:alt0(x); d = Cast<to=11>(b); e = Cast<to=1>(d); y = Conv(e, W[4,4,1,1])", 1),
+    Law("cast to integers", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); d = Cast<to=7>(c); e = Cast<to=1>(d); y = BN4(e)", 0, ("Cast",)),
+    Law("shape of a value", "Shape", "x[4,4,4] > y s:int; c = Conv(x, V[4,4,1]); s = Shape(c); t = Reshape(c, s); y = BN4(t)", 1),
+    Law("size of a value", "Size", "x[4,4,4] > y s:int; c = Conv(x, V[4,4,1]); s = Size(c); y = BN4(c)", 1),
+    Law("shape of a batch norm's output", "Shape", "x[4,4,4] > y s:int; b = BN4(x); s = Shape(b); y = Conv(b, V[4,4,1])", 1),
+    Law("reshape into groups, bn over the groups", "Reshape", "x[4,4,4] > y; c = Conv(x, V[4,4,1]); g = Reshape(c, S{4,2,8}); y = BN2:alt0(g)", 1),
+    Law("reshape, transpose, reshape: channel shuffle", "Transpose", f"{X} > y; c = Conv(x, V[4,4,1,1]); g = Reshape(c, S{{4,2,2,4,4}}); t = Transpose<perm=[0,2,1,3,4]>(g); s = Reshape(t, T{{4,4,4,4}}); y = BN4:alt0(s)", 1),
+    Law("bn, channel shuffle, conv", "Transpose", f"{X} > y; b = BN4:alt0(x); g = Reshape(b, S{{4,2,2,4,4}}); t = Transpose<perm=[0,2,1,3,4]>(g); s = Reshape(t, T{{4,4,4,4}}); y = Conv(s, W[4,4,1,1])", 1),
+    Law("reshape instead of transpose", "", "x[4,4,4] > y; c = Conv(x, V[4,4,1]); g = Reshape(c, S{4,2,2,4}); h = Reshape(g, T{2,4,2,4}); y = BN4(h)", 0, ("Reshape",)),
+    Law("transpose of samples and channels", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); g = Transpose<perm=[1,0,2,3]>(c); y = BN4(g)", 0, ("axis",)),
+    Law("nhwc and back", "Transpose", f"{X} > y; c = Conv(x, V[4,4,1,1]); g = Transpose<perm=[0,2,3,1]>(c); h = Transpose<perm=[0,3,1,2]>(g); y = BN4:alt0(h)", 1),
+    Law("bn of equal parts, depth to space", "DepthToSpace", 'x[1,4,2,2] > y; b = BN4:one(x); o = DepthToSpace<blocksize=2, mode="CRD">(b); y = Conv(o, W[1,1,1,1])', 1, constants={f"b.{part}": np.ones(4, np.float32) for part in ("beta", "running_mean")} | {"b.running_var": np.full(4, 0.75, np.float32)}),
+    Law("bn of unequal parts, depth to space", "", "x[1,4,2,2] > y; b = BN4(x); o = DepthToSpace<blocksize=2>(b); y = Conv(o, W[1,1,1,1])", 0, ("DepthToSpace",)),
+    Law("conv, depth to space CRD, bn", "DepthToSpace", 'x[1,8,2,2] > y; c = Conv(x, V[8,8,1,1]); o = DepthToSpace<blocksize=2, mode="CRD">(c); y = BN2:alt0(o)', 1),
+    Law("conv, depth to space DCR, bn", "DepthToSpace", 'x[1,8,2,2] > y; c = Conv(x, V[8,8,1,1]); o = DepthToSpace<blocksize=2, mode="DCR">(c); y = BN2:alt0(o)', 1),
+    Law("pads with 2", "", f"{X} > y; b = BN4:altscale(x); o = Pad(b, P{{0,0,1,1,0,0,1,1}}, T); y = Conv(o, W[4,4,3,3])", 0, ("pads",), constants={"T": np.float32(2)}),
+    Law("pads with 2, by attribute", "", f"{X} > y; b = BN4:altscale(x); o = Pad<pads=[0,0,1,1,0,0,1,1], value=2.0>(b); y = Conv(o, W[4,4,3,3])", 0, ("pads",), opset=10, ir_version=5),
+    Law("pads a shift with zeros", "", f"{X} > y; b = BN4(x); o = Pad(b, P{{0,0,1,1,0,0,1,1}}); y = Conv(o, W[4,4,3,3])", 0, ("Pad",)),
+    Law("pads the channels", "", "x[4,4,4] > y; b = BN4:altscale(x); o = Pad(b, P{0,1,0,0,0,0}); y = Conv(o, W[4,5,1])", 0, ("Pad",)),
+    Law("pads by axes", "", "x[4,4,4] > y; b = BN4:altscale(x); o = Pad(b, P{1,1}, , X{2}); y = Conv(o, W[4,4,3])", 0, ("Pad",)),
+    Law("dropout in training mode", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); o = Dropout(c, R, T); y = BN4(o)", 0, ("Dropout",), constants={"R": np.float32(0), "T": np.array(True)}),
+]  # fmt: skip
+
+SEVERAL = [
+    Law("two convs, add, bn", "Add", f"{X} > y; a = Conv(x, V[4,4,1,1], A[4]); b = Conv<{PAD}>(x, W[4,4,3,3]); s = Add(a, b); y = BN4:alt0(s)", 1),
+    Law("bn, bn, add, conv", "Add", f"{X} u[4,4,4,4] > y; a = BN4(x); b = BN4:alt(u); s = Add(a, b); y = Conv(s, W[4,4,1,1])", 0, ("'u'", "'x'")),
+    Law("bn, conv: add: conv", "Add", f"{X} u[4,4,4,4] > y; a = BN4(x); b = Conv(u, V[4,4,1,1]); s = Add(b, a); y = Conv(s, W[4,4,1,1])", 1),
+    Law("two convs, sub, bn", "Sub", f"{X} > y; a = Conv(x, V[4,4,1,1], A[4]); b = Conv<{PAD}>(x, W[4,4,3,3]); s = Sub(a, b); y = BN4:alt0(s)", 1),
+    Law("bn second in a sub", "Sub", f"{X} u[4,4,4,4] > y; a = BN4(x); b = Conv(u, V[4,4,1,1]); s = Sub(b, a); y = Conv(s, W[4,4,1,1])", 1),
+    Law("three convs, sum, bn", "Sum", f"{X} > y; a = Conv(x, V[4,4,1,1], A[4]); b = Conv<{PAD}>(x, W[4,4,3,3]); c = Conv(x, U[4,4,1,1]); s = Sum(a, b, c); y = BN4:alt0(s)", 1),
+    Law("conv, bn, conv: sum: bn", "Sum", f"{X} > y; a = Conv(x, V[4,4,1,1]); b = BN4(a); c = Conv(x, U[4,4,1,1]); d = BN4:tla(c); s = Sum(b, d); y = BN4:alt0(s)", 3),
+    Law("a value added to itself", "", f"{X} > y; a = Conv(x, V[4,4,1,1]); s = Add(a, a); y = BN4(s)", 0, ("twice",)),
+    Law("one sample added to all", "Add", "x[4,4,4] u[1,4,4] > y; a = Conv(x, V[4,4,1]); b = Conv(u, W[4,4,1]); s = Add(a, b); y = BN4:alt0(s)", 1),
+    Law("pooled added to all", "Add", f"{X} > y; a = Conv(x, V[4,4,1,1]); b = Conv(x, W[4,4,1,1]); p = GlobalAveragePool(b); s = Add(p, a); y = BN4:alt0(s)", 1),
+    Law("a vector added along the columns", "", f"{X} u[4] > y; a = Conv(x, V[4,4,1,1]); s = Add(a, u); y = BN4(s)", 0, ("Add",)),
+    Law("identity branch beside a conv", "", f"{X} > z; c = Conv(x, V[4,4,1,1]); y = BN4(c); a = Add(c, y); z = Conv(a, W[4,4,1,1])", 0, ("scales",)),
+    Law("identity branch of a shift beside a conv", "Add", f"{X} > z; c = Conv(x, V[4,4,1,1]); y = BN4:shift(c); a = Add(c, y); z = Conv(a, W[4,4,1,1])", 1),
+    Law("a sum read twice in one stream", "", f"{X} > q; f = Floor(x); a = BN4:shift(f); c = Conv(x, V[4,4,1,1]); b = Identity(c); r = Add(a, b); q = Add(r, b)", 0, ("output",)),
+    Law("convs, concat, bn", "Concat", f"{X} > y; a = Conv(x, V[4,4,1,1], A[4]); b = Conv<{PAD}>(x, W[2,4,3,3]); s = Concat<axis=1>(a, b); y = BN6:alt0(s)", 1),
+    Law("bn, concat with a conv, conv", "Concat", f"{X} > y; f = Floor(x); a = BN4:alt0(f); b = Conv(x, W[4,4,1,1]); s = Concat<axis=-3>(b, a); y = Conv(s, V[4,8,1,1])", 1),
+    Law("concat of the input and a conv, bn", "", f"{X} > y; b = Conv(x, W[4,4,1,1]); s = Concat<axis=1>(b, x); y = BN8(s)", 0, ("input",)),
+    Law("concat, bn, conv", "Concat", f"{X} > y; b = Conv(x, W[4,4,1,1]); s = Concat<axis=1>(b, x); n = BN8(s); y = Conv(n, V[4,8,1,1])", 1),
+    Law("concat over samples", "Concat", f"{X} > y; a = Conv(x, V[4,4,1,1]); b = Conv(x, W[4,4,1,1]); s = Concat<axis=0>(a, b); y = BN4:alt0(s)", 1),
+    Law("concat of tokens with a learned one", "", "x[4,4,4] > y; a = Conv(x, V[4,4,1]); s = Concat<axis=2>(K[4,4,1], a); y = BN4(s)", 0, ("'K'",)),
+    Law("bn of a constant", "", "x[4,4] > y; b = BN4(K); y = Add(x, b)", 0, ("'K'",), constants={"K": np.arange(16, dtype=np.float32).reshape(4, 4)}),
+    Law("bn of two constants added", "", "x[4,4] > y; s = Add(K[4,4], L[4,4]); b = BN4(s); y = Add(x, b)", 0, ("'",)),
+    Law("conv, split, bn each", "Split", f"{X} > y z; c = Conv(x, W[4,4,1,1]); a, b = Split<axis=1>(c, S{{1,3}}); y = BN1:neg(a); z = BN3:alt0(b)", 2),
+    Law("conv, split with attribute, bn of one", "Split", f"{X} > y b; c = Conv(x, W[4,4,1,1]); a, b = Split<axis=1, split=[1,3]>(c); y = BN1:neg(a)", 1, opset=11, ir_version=6),
+    Law("conv, equal split, bn of one", "Split", f"{X} > y a; c = Conv(x, W[4,4,1,1]); a, b = Split<axis=1, num_outputs=2>(c); y = BN2:neg(b)", 1),
+    Law("bn, split, convs", "Split", f"{X} > y z; n = BN4:alt0(x); a, b = Split<axis=1>(n, S{{1,3}}); y = Conv(a, V[4,1,1,1]); z = Conv(b, W[4,3,1,1])", 1),
+    Law("bn, split, one branch is an output", "", f"{X} > y b; n = BN4(x); a, b = Split<axis=1>(n, S{{1,3}}); y = Conv(a, V[4,1,1,1])", 0, ("output",)),
+    Law("conv, slice of channels, bn", "Slice", f"{X} > y z; c = Conv(x, W[4,4,1,1]); a = Slice(c, A{{1}}, E{{3}}, X{{1}}); y = BN2:alt(a); b = Slice(c, F{{3}}, G{{4}}, X); z = Floor(b)", 1),
+    Law("overlapping slices, bn of one", "", f"{X} > y z; c = Conv(x, W[4,4,1,1]); a = Slice(c, A{{1}}, E{{3}}, X{{1}}); y = BN2:alt(a); b = Slice(c, F{{2}}, G{{4}}, X); z = Floor(b)", 0, ("Floor",)),
+    Law("every second channel", "Slice", f"{X} > y; b = BN4:alt0(x); a = Slice(b, A{{0}}, E{{4}}, X{{1}}, P{{2}}); y = Conv(a, W[4,2,1,1])", 1),
+    Law("conv, gather of some channels, bn", "Gather", f"{X} > y z; c = Conv(x, W[4,4,1,1]); a = Gather<axis=1>(c, I{{3,1}}); y = BN2:alt(a); b = Gather<axis=1>(c, J{{0,2}}); z = Floor(b)", 1),
+    Law("conv, gather of one channel twice, bn", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); a = Gather<axis=1>(c, I{{1,1}}); y = BN2(a)", 0, ("Gather",)),
+    Law("bn, gather of one channel twice, conv", "Gather", f"{X} > y; b = BN4:alt0(x); a = Gather<axis=1>(b, I{{1,1,2}}); y = Conv(a, W[4,3,1,1])", 1),
+    Law("bn, gather of one channel, matmul", "Gather", "x[4,4,4] > y; b = BN4(x); a = Gather<axis=2>(b, I); y = MatMul(a, W[4,4])", 1, constants={"I": np.array(1)}),
+    Law("bn, gather of a matrix of channels, matmul", "", f"{X} > y; b = BN4(x); a = Gather<axis=1>(b, I); y = MatMul(a, W[4,4])", 0, ("axis",), constants={"I": np.array([[0, 1], [2, 3]])}),
+]  # fmt: skip
+
+_BLOCK = "n{i} = BN4:{kind}({x}); r{i} = Relu(n{i}); p{i} = Conv<pads=[1,1,1,1]>(r{i}, W{i}[4,4,3,3]); q{i} = Conv<pads=[1,1,1,1]>(p{i}, V{i}[4,4,3,3], B{i}[4]); s{i} = Add({order}); "
+
+
+def _stream(*kinds: str, last: bool = True, swapped: bool = False) -> str:
+    """A pre-activation residual stream of one block per kind, a BN and Relu behind it."""
+    text, x = f"{X} > y; s0 = Conv(x, W0[4,4,1,1]); ", "s0"
+    for i, kind in enumerate(kinds[:-1], start=1):
+        order = f"q{i}, {x}" if swapped else f"{x}, q{i}"
+        text += _BLOCK.format(i=i, kind=kind, x=x, order=order)
+        x = f"s{i}"
+    text += f"n9 = BN4:{kinds[-1]}({x}); "
+    return text + ("r9 = Relu(n9); y = Conv(r9, W9[4,4,1,1])" if last else "y = Floor(n9)")
+
+
+STREAMS = [
+    Law("pre-activation stream, positive", "Add", _stream("pos", "pos", "pos"), 3),
+    Law("pre-activation stream, positive, stream added second", "Add", _stream("pos", "pos", "pos", swapped=True), 3),
+    Law("pre-activation stream, signs agree", "Add", _stream("alt", "alt", "alt"), 3),
+    Law("pre-activation stream, signs agree, ends in an output", "Add", _stream("alt", "alt", "alt", last=False), 3),
+    Law("pre-activation stream, all negative", "Add", _stream("neg", "neg"), 2),
+    Law("pre-activation stream, signs disagree", "Add", _stream("alt", "tla", "alt"), 2, ("channels 0, 1, 2, 3",)),
+    Law("pre-activation stream, gamma 0 once", "Add", _stream("pos", "pos0", "pos"), 3),
+    Law("pre-activation stream, gamma 0 everywhere", "Add", _stream("pos0", "pos0", "pos0"), 3),
+    Law("post-activation block", "Add", f"{X} > y; a = Conv<{PAD}>(x, W[4,4,3,3]); b = BN4(a); r = Relu(b); c = Conv<{PAD}>(r, V[4,4,3,3]); d = BN4:alt0(c); s = Add(d, x); y = Relu(s)", 2),
+    Law("post-activation block with a projection", "Add", f"{X} > y; a = Conv<{PAD}>(x, W[4,4,3,3]); b = BN4(a); c = Conv(x, V[4,4,1,1]); d = BN4:alt0(c); s = Add(b, d); y = Relu(s)", 2),
+    Law("dense block: one producer, two batch norms", "Concat", f"{X} > y; a = Conv(x, W[4,4,1,1]); n = BN4:pos(a); r = Relu(n); b = Conv(r, V[4,4,1,1]); c = Concat<axis=1>(a, b); m = BN8:pos(c); q = Relu(m); y = Conv(q, U[4,8,1,1])", 1, ("two different",)),
+    Law("repvgg block", "Sum", f"{X} > y; a = Conv<{PAD}>(x, W[4,4,3,3]); m = BN4(a); b = Conv(x, V[4,4,1,1]); n = BN4:tla(b); i = BN4:alt0(x); s = Sum(m, n, i); y = Relu(s)", 2, ("'x'",)),
+    Law("squeeze and excitation", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); g = GlobalAveragePool(c); e = Conv(g, V[4,4,1,1]); h = Floor(e); m = Mul(c, h); y = BN4(m)", 0, ("Mul",)),
+    Law("bn, squeeze and excitation", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); n = BN4(c); g = GlobalAveragePool(n); e = Conv(g, V[4,4,1,1]); h = Floor(e); y = Mul(n, h)", 1),
+]  # fmt: skip
+
+GRAPHS = [
+    Law("several consumers, all absorb", "Conv", f"{X} > y z; f = Floor(x); b = BN4:alt0(f); y = Conv(b, W[4,4,1,1]); z = Conv(b, V[4,4,3,3])", 1),
+    Law("several consumers, one is padded", "", f"{X} > y z; f = Floor(x); b = BN4(f); y = Conv(b, W[4,4,1,1]); z = Conv<{PAD}>(b, V[4,4,3,3])", 0, ("pads",)),
+    Law("producer with a second consumer", "", f"{X} > y z; c = Conv(x, W[4,4,1,1]); y = BN4(c); z = Floor(c)", 0, ("Floor",)),
+    Law("producer with a second consumer that absorbs", "Conv", f"{X} > y z; c = Conv(x, W[4,4,1,1]); y = BN4(c); z = Conv(c, V[4,4,3,3])", 1),
+    Law("conv output is an output", "", f"{X} > c y; c = Conv(x, W[4,4,1,1]); y = BN4(c)", 0, ("'c'",)),
+    Law("conv output is an output, bn goes forward", "Conv", f"{X} > c y; c = Conv(x, W[4,4,1,1]); b = BN4:alt0(c); y = Conv(b, V[4,4,3,3])", 1),
+    Law("bn output is an output and read", "Conv", f"{X} > b y; c = Conv(x, W[4,4,1,1]); b = BN4:alt0(c); y = Conv<{PAD}>(b, V[4,4,3,3])", 1),
+    Law("one conv, two batch norms", "", f"{X} > y z; c = Conv(x, W[4,4,1,1]); y = BN4(c); z = BN4:tla(c)", 1, ("output",)),
+    Law("bn alone", "", f"{X} > y; y = BN4(x)", 0, ("'x'",)),
+    Law("bn of an input and an output", "", f"{X} > y; y = BN4:one<epsilon=0.0>(x)", 1, constants={"y.beta": np.zeros(4, np.float32), "y.running_mean": np.zeros(4, np.float32), "y.running_var": np.ones(4, np.float32)}),
+    Law("shared weight, two batch norms", "Conv", f"{X} > y z; c = Conv(x, W[4,4,1,1], B[4]); d = Conv(y, W, B); y = BN4:alt0(c); z = BN4:tla(d)", 2, ir_version=10),
+    Law("shared weight, one use without", "Conv", f"{X} > y z; c = Conv(x, W[4,4,1,1], B[4]); y = BN4:alt0(c); z = Conv(x, W, B)", 1),
+    Law("shared weight, the same batch norm", "Conv", f"{X} > y z; c = Conv(x, W[4,4,1,1], B[4]); y = BatchNormalization<epsilon=0.25>(c, G:pow[4], S[4], M[4], V:pos[4]); d = Conv(y, W, B); z = BatchNormalization<epsilon=0.25>(d, G, S, M, V)", 2, constants={"V": np.array([0.75, 0, 3.75, 0.75], np.float32)}),
+    Law("bias is beta", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); y = BatchNormalization<epsilon=0.25>(c, G:pow[4], B, M[4], V)", 1, constants={"V": np.array([0.75, 0, 3.75, 0.75], np.float32)}),
+    Law("bias is beta of another that stays", "Conv", f"{X} > y z; c = Conv(x, W[4,4,1,1], B[4]); y = BatchNormalization<epsilon=0.25>(c, G:pow[4], B, M[4], V); z = BatchNormalization<epsilon=0.25>(x, G, B, M, V)", 1, ("'x'",), constants={"V": np.array([0.75, 0, 3.75, 0.75], np.float32)}),
+    Law("beta is mean is gamma", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1]); y = BatchNormalization<epsilon=0.25>(c, G:pow[4], G, G, V)", 1, constants={"V": np.array([0.75, 0, 3.75, 0.75], np.float32)}),
+    Law("kept bn whose beta is its mean", "BatchNormalization", f"{X} > z; f = Floor(x); a = BN4(f); y = BatchNormalization<epsilon=0.25>(a, G:pow[4], B[4], B, V); z = Floor(y)", 1, ("Floor",), constants={"V": np.array([0.75, 0, 3.75, 0.75], np.float32)}),
+    Law("constants as nodes", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)", 1, nodes=True),
+    Law("constants as nodes, no bias", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3]); y = BN4:alt0(c)", 1, nodes=True),
+    Law("constants as nodes, forward", "Gemm", "x[4,4] > y; b = BN4:alt0(x); t = Transpose(W[4,4]); y = Gemm(b, t, C[])", 1, nodes=True),
+    Law("weight behind transpose", "MatMul", "x[4,4] > y; t = Transpose(W[4,4]); c = MatMul(x, t); y = BN4:alt0(c)", 1),
+    Law("weight behind transpose, reshape, identity", "Conv", f"{X} > y; i = Identity(W[4,4]); t = Transpose<perm=[1,0]>(i); u = Reshape(t, S{{4,4,1,1}}); c = Conv(x, u); y = BN4:alt0(c)", 1),
+    Law("weight behind unsqueeze and squeeze", "Conv", "x[4,4,4] > y; i = Unsqueeze(W[4,4,1,1], A{2}); t = Squeeze(i, A{2}); j = Squeeze(t, D{3}); c = Conv(x, j); y = BN4:alt0(c)", 1),
+    Law("one weight, once straight and once transposed", "MatMul", "x[4,4] > y z; t = Transpose(W[4,4]); c = MatMul(x, t); y = BN4:alt(c); d = MatMul(x, W); z = BN4:tla(d)", 2),
+    Law("one view, two readers", "MatMul", "x[4,4] > y z; t = Transpose(W[4,4]); c = MatMul(x, t); y = BN4:alt(c); z = MatMul(x, t)", 1),
+    Law("view is an output", "", "x[4,4] > y t; t = Transpose(W[4,4]); c = MatMul(x, t); y = BN4:alt(c)", 0, ("MatMul",)),
+    Law("weight behind cast from integers", "Conv", f"{X} > y; w = Cast<to=1>(W); c = Conv(x, w); y = BN4:alt0(c)", 1, constants={"W": np.arange(-8, 8, dtype=np.int8).reshape(4, 4, 1, 1)}),
+    Law("weight truncated by a cast", "Conv", f"{X} > y; i = Cast<to=6>(W); w = Cast<to=1>(i); c = Conv(x, w); y = BN4:alt0(c)", 1, constants={"W": np.arange(-8, 8, dtype=np.float32).reshape(4, 4, 1, 1) / 2}),
+    Law("statistics behind identity", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1]); g = Identity(G:pow[4]); v = Identity(V); y = BatchNormalization<epsilon=0.25>(c, g, B[4], M[4], v)", 1, constants={"V": np.array([0.75, 0, 3.75, 0.75], np.float32)}),
+    Law("computed statistics", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); g = GlobalAveragePool(x); h = Abs(g); a = ReduceMean<keepdims=0>(h, A{{0,2,3}}); y = BatchNormalization<epsilon=0.25>(c, G:pow[4], B[4], a, V)", 0, ("computed",), constants={"V": np.array([0.75, 0, 3.75, 0.75], np.float32)}),
+    Law("computed weight", "", f"{X} > y; w = Floor(W[4,4,1,1]); c = Conv(x, w); y = BN4(c)", 0, ("computed",)),
+    Law("weight is an input", "", f"{X} w[4,4,1,1] > y; c = Conv(x, w); y = BN4(c)", 0, ("computed",)),
+    Law("eps 0", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1]); y = BN4<epsilon=0.0>(c)", 1, constants={"y.running_var": np.array([1, 4, 0.25, 1], np.float32)}),
+    Law("opset 7", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)", 1, opset=7, ir_version=3, listed=True),
+    Law("opset 7, no bias", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3]); y = BN4:alt0(c)", 1, opset=7, ir_version=3, listed=True),
+    Law("opset 9", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)", 1, opset=9, ir_version=4),
+    Law("opset 13", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)", 1, opset=13, ir_version=7),
+    Law("opset 14, training_mode 0", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4:alt0<epsilon=0.25, training_mode=0>(c)", 1, opset=14, ir_version=7),
+    Law("initializers a caller may override", "", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4(c)", 0, ("override",), listed=True),
+    Law("opset 6", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); y = BN4<epsilon=0.25, is_test=1>(c)", 0, ("opset",), opset=6, ir_version=3, listed=True),
+    Law("free batch", "Conv", "x[N,4,4,4] > y; c = Conv(x, W[4,4,3,3]); y = BN4:alt0(c)", 1),
+    Law("free height and width", "Conv", "x[N,4,H,W] > y; c = Conv(x, W0[4,4,3,3]); y = BN4:alt0(c)", 1),
+    Law("bn 2-D", "MatMul", "x[4,4] > y; b = BN4:alt0(x); y = MatMul(b, W[4,4])", 1),
+    Law("inside a branch", "Conv", f"{X} > y; s = ReduceSum<keepdims=0>(x); b = Greater(s, Z); y = If(b) <then_branch = t () => (float[4,4,4,4] o) {{ c = Conv(x, W[4,4,1,1]); o = BN4:alt0(c) }}, else_branch = e () => (float[4,4,4,4] p) {{ p = Identity(x) }}>", 1, constants={"Z": np.float32(-1e6)}),
+]  # fmt: skip
+
+LAWS: list[Law] = [
+    *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GRAPHS,
+]  # fmt: skip

@@ -1,0 +1,51 @@
+"""Every rule of the table, case by case: folded bit by bit right, or kept with a reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bnfold.rules import RULES
+from tests import folding
+from tests.laws import LAWS, Law, build, inputs
+
+
+def through(made: folding.Fold) -> set[str]:
+    """The operators around which a gauge that is no identity lies."""
+    touched = set()
+    for value in made.plan.gauges:
+        producer = value.producer()
+        touched |= {producer.op_type} if producer is not None else set()
+        touched |= {user.op_type for user, _ in value.uses()}
+    return touched
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+def test_law(law: Law) -> None:
+    original = build(law)
+    made = folding.fold(original)
+    reasons = [kept.reason for kept in made.plan.kept]
+    assert len(made.plan.removed) == law.removed, reasons
+    for word in law.kept:
+        assert any(word in reason for reason in reasons), reasons
+    folding.check_counts(made)
+    folding.check_interface(made)
+    if law.op:
+        assert law.op in through(made), f"no gauge went through {law.op}"
+    feeds = inputs(original)
+    before, after = folding.run(original, feeds), folding.run(made.model, feeds)
+    for name, expected in before.items():
+        assert after[name].dtype == expected.dtype
+        np.testing.assert_array_equal(after[name], expected, err_msg=name)
+        assert np.all(np.isfinite(expected.astype(float)))
+    assert any(np.any(value != 0) for value in before.values()), "the case computes only zeros"
+    folding.check_values(made, feeds)
+    folding.check_folding_again(made)
+
+
+def test_every_row_of_the_table_has_a_case() -> None:
+    assert set(RULES) == {law.op for law in LAWS if law.op}
+
+
+def test_names_of_laws_are_unique() -> None:
+    assert len({law.name for law in LAWS}) == len(LAWS)
