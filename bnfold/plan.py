@@ -25,6 +25,7 @@ from bnfold.network import Network
 from bnfold.rules import RULES
 from bnfold.rules.node import Opaque, input_of, name_of
 from bnfold.rules.normalization import constants_of_bypass, normalization_map
+from bnfold.rules.relations import Gauges
 from bnfold.wave import Conflict, Wave
 
 
@@ -149,6 +150,7 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
                 break
             try:
                 trial = _Trial(scales, _move_origin(network, node, scales, origin_side))
+                _check_cost(network, trial)
                 if scope is not None:
                     _check_scope(network, trial, scope)
                 if best is None or len(trial.touched) < len(best.touched):
@@ -214,6 +216,25 @@ def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wa
     for touched in scales.touched():
         wave.check_demands(touched)
     return wave
+
+
+def _check_cost(network: Network, trial: _Trial) -> None:
+    """One operator goes; no more than one may come. Raises Conflict."""
+    around = {node for value in trial.touched for node in network.around(value)}
+    products = [node for node in around if node.op_type == "MatMul"]
+    added = sum(
+        _needs_bias(network, node, trial.gauge) and not _needs_bias(network, node, network.gauge)
+        for node in products
+    )
+    if added > 1:
+        raise Conflict(f"it would put {added} additions in the place of one batch norm")
+
+
+def _needs_bias(network: Network, node: ir.Node, gauge: Gauges) -> bool:
+    """True for a MatMul that, with these gauges, needs an Add behind it."""
+    slots = _constant_slots(network, node)
+    rewrite = RULES[node.op_type].rewrite if slots else None
+    return rewrite is not None and bool(np.any(rewrite(node, gauge)[2]))
 
 
 def _check_scope(network: Network, trial: _Trial, scope: Scope) -> None:

@@ -144,10 +144,14 @@ def _clamped(start: int, stop: int, step: int) -> slice:
 
 
 def _put_along(array: Array, index: slice | Sequence[int], axis: int, size: Dim) -> Array | None:
-    """`layout.put`, but an axis of unknown extent is fine where the array is constant along it."""
-    if not isinstance(size, int):
-        return array if array.shape[axis] == 1 else None
-    return layout.put(array, index, axis, size)
+    """`layout.put` along the axis of the channels; along another one, the whole axis is asked.
+
+    An array that is constant along the cut axis and varies along another has its channels there:
+    a producer can give all positions the same number, but hardly some of them.
+    """
+    if array.shape[axis] == 1 and (array.size > 1 or axis != 1 or not isinstance(size, int)):
+        return array
+    return layout.put(array, index, axis, size) if isinstance(size, int) else None
 
 
 def gathered(x: ir.Value, _y: ir.Value, node: ir.Node) -> Moves:
@@ -169,14 +173,12 @@ def gathered(x: ir.Value, _y: ir.Value, node: ir.Node) -> Moves:
         return canonical(array.reshape(*array.shape[:axis], *inner, *array.shape[axis + 1 :]))
 
     def back(array: Array) -> Array | None:
-        inner = array.shape[axis : axis + len(shape)]
-        full = (
-            np.broadcast_to(array, (*array.shape[:axis], *shape, *array.shape[axis + len(shape) :]))
-            if inner
-            else array
-        )
-        flat = full.reshape(*array.shape[:axis], len(index), *array.shape[axis + len(shape) :])
-        return _put_along(flat, index, axis, before[axis])
+        left, inner = array.shape[:axis], array.shape[axis : axis + len(shape)]
+        right = array.shape[axis + len(shape) :]
+        if all(extent == 1 for extent in inner):
+            return _put_along(array.reshape(*left, 1, *right), index, axis, before[axis])
+        full = np.broadcast_to(array, (*left, *shape, *right))
+        return _put_along(full.reshape(*left, -1, *right), index, axis, before[axis])
 
     return ahead, back
 
