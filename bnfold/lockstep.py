@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Generic, Protocol, TypeVar
 
@@ -204,28 +205,39 @@ class ThreadTask:
             self._back.release()
 
 
-# --- torch keeps its modes by thread ---------------------------------------------------------
+# --- torch keeps its modes by thread --------------------------------------------------------------
 
-_Modes = tuple[tuple[str, bool, torch.dtype], ...]
+
+@dataclass(frozen=True)
+class _Modes:
+    """Whether torch records gradients, infers only, and casts (by device, and to which type)."""
+
+    gradients: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
 
 
 def _modes_now() -> _Modes:
-    """Whether autocast is on, and to which type, per device."""
-    return tuple(
-        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in _AUTOCAST_DEVICES
+    return _Modes(
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple(
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+        ),
     )
 
 
 @contextlib.contextmanager
 def _as_before(modes: _Modes) -> Iterator[None]:
-    """No gradients, and autocast as `modes` says; afterwards as it was."""
+    """The thread's modes as `modes` says; afterwards as they were."""
     with contextlib.ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        now = {device: rest for device, *rest in _modes_now()}
-        for device, enabled, dtype in modes:
-            if now[device] != [enabled, dtype]:
+        now = _modes_now()
+        if now.inference != modes.inference:
+            stack.enter_context(torch.inference_mode(modes.inference))
+        stack.enter_context(torch.set_grad_enabled(modes.gradients))
+        for was, wanted in zip(now.autocast, modes.autocast, strict=True):
+            if was != wanted:
+                device, enabled, dtype = wanted
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
         yield

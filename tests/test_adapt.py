@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bnfold import diagnosis, estimate, lockstep
+from bnfold import diagnosis, estimate, lockstep, memory
 from bnfold.adapt import adapt
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
 from bnfold.moments import ImageMoments
@@ -66,6 +66,7 @@ def tasks(request, monkeypatch):
     monkeypatch.setattr(estimate, "task_maker", lambda _: lockstep.task_maker(request.param))
     yield request.param
     assert threading.active_count() == before
+    assert torch.is_grad_enabled()
 
 
 def batch_norms(module):
@@ -880,6 +881,22 @@ def test_a_network_that_looks_at_no_class_has_no_output_warning():
     result = adapt(net, target().split(12))
     assert result.outputs is None
     assert not warned(result, "predicted")
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    assert memory._control_group(tmp_path) is None
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._control_group(tmp_path) is None
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory._control_group(tmp_path) == 4000
+
+
+def test_some_memory_is_available():
+    assert memory.available_bytes(torch.device("cpu")) > 1 << 20
 
 
 # --- the real thing -------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def test_law(law: Law) -> None:
         np.testing.assert_array_equal(after[name], expected, err_msg=name)
         assert np.all(np.isfinite(expected.astype(float)))
     assert any(np.any(value != 0) for value in before.values()), "the case computes only zeros"
-    folding.check_values(made, feeds)
+    if law.reference:
+        folding.check_values(made, feeds)
     folding.check_folding_again(made)
 
 
