@@ -7,28 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnfold.adapt import AdaptResult as AdaptResult
-    from bnfold.adapt import adapt as adapt
+    from bnfold.adapting.adapt import AdaptResult as AdaptResult
+    from bnfold.adapting.adapt import adapt as adapt
     from bnfold.api import FoldResult as FoldResult
     from bnfold.api import export as export
     from bnfold.api import fold as fold
     from bnfold.api import inspect as inspect
     from bnfold.errors import BnfoldError as BnfoldError
-    from bnfold.module import load_folded as load_folded
-    from bnfold.verify import VerifyReport as VerifyReport
-    from bnfold.verify import verify as verify
+    from bnfold.folding.module import load_folded as load_folded
+    from bnfold.proof.verify import VerifyReport as VerifyReport
+    from bnfold.proof.verify import verify as verify
 
 _HOMES = {
-    "AdaptResult": "bnfold.adapt",
+    "AdaptResult": "bnfold.adapting.adapt",
     "BnfoldError": "bnfold.errors",
     "FoldResult": "bnfold.api",
-    "VerifyReport": "bnfold.verify",
-    "adapt": "bnfold.adapt",
+    "VerifyReport": "bnfold.proof.verify",
+    "adapt": "bnfold.adapting.adapt",
     "export": "bnfold.api",
     "fold": "bnfold.api",
     "inspect": "bnfold.api",
-    "load_folded": "bnfold.module",
-    "verify": "bnfold.verify",
+    "load_folded": "bnfold.folding.module",
+    "verify": "bnfold.proof.verify",
 }
 __all__ = sorted(_HOMES)
 

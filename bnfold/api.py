@@ -18,18 +18,18 @@ import onnx
 import onnx_ir as ir
 
 from bnfold import graph
-from bnfold.apply import Folded, apply
 from bnfold.errors import UsageError
-from bnfold.plan import FoldPlan, Scope, plan
-from bnfold.record import FoldedNorm, FoldRecord, record_of
-from bnfold.sniff import Kind
-from bnfold.source import Source, open_source
+from bnfold.folding.apply import Folded, apply
+from bnfold.folding.plan import FoldPlan, Scope, plan
+from bnfold.folding.record import FoldedNorm, FoldRecord, record_of
+from bnfold.reading.sniff import Kind
+from bnfold.reading.source import Source, open_source
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bnfold.verify import VerifyReport
+    from bnfold.proof.verify import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class FoldResult:
         seed: int = 0,
     ) -> VerifyReport:
         """Gates A, B and C of this fold; see `bnfold.verify`."""
-        from bnfold.verify import verify
+        from bnfold.proof.verify import verify
 
         return verify(
             graph.to_proto(self.original),
@@ -171,11 +171,11 @@ def count_operators(model: ir.Model) -> dict[str, int]:
 
 def _scope(source: Source) -> Scope | None:
     if source.module is not None:
-        from bnfold.module import scope_of
+        from bnfold.folding.module import scope_of
 
         return scope_of(source.module, source.graph)
     if source.state_dict is not None:
-        from bnfold.module import scope_of_names
+        from bnfold.folding.module import scope_of_names
 
         return scope_of_names(source.state_dict, source.graph)
     return None
@@ -186,7 +186,7 @@ def _torch_side(
 ) -> tuple[Mapping[str, torch.Tensor] | None, tuple[nn.Module, nn.Module] | None]:
     if source.module is None and source.state_dict is None:
         return None, None
-    from bnfold.module import folded_state, write_back
+    from bnfold.folding.module import folded_state, write_back
 
     if source.module is not None:
         module = write_back(source.module, chosen, folded)
@@ -220,7 +220,7 @@ def _source(
         return Source(Path("the model"), Kind.ONNX, read)
     from torch import nn
 
-    from bnfold.weights import check_batchnorm_statistics
+    from bnfold.reading.weights import check_batchnorm_statistics
 
     if not isinstance(model, nn.Module):
         raise UsageError(

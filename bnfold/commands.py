@@ -26,7 +26,7 @@ _FORMATS = (".onnx", ".pt", ".pth", ".safetensors")
 def fold(args: argparse.Namespace) -> Report:
     """`bnfold fold MODEL`: plan, apply, prove, write; no file appears when a gate fails."""
     from bnfold.api import count_operators, fold_source
-    from bnfold.sniff import Kind, sniff
+    from bnfold.reading.sniff import Kind, sniff
 
     torch_side = sniff(args.model) is not Kind.ONNX
     outputs = args.outputs or _beside(args.model, "folded", [".onnx", ".pt"][: 1 + torch_side])
@@ -79,8 +79,8 @@ def export(args: argparse.Namespace) -> Report:
     """`bnfold export MODEL`: the torch network as ONNX, batch norms in place."""
     from bnfold.api import count_operators
     from bnfold.graph import to_proto, write_onnx
-    from bnfold.sniff import Kind, sniff
-    from bnfold.verify import verify as prove
+    from bnfold.proof.verify import verify as prove
+    from bnfold.reading.sniff import Kind, sniff
 
     if sniff(args.model) is Kind.ONNX:
         raise UsageError(f"{args.model} is ONNX already; `bnfold fold` folds it.")
@@ -111,9 +111,9 @@ def verify(args: argparse.Namespace) -> Report:
     """`bnfold verify ORIGINAL FOLDED`: the gates, for any two models."""
     import numpy as np
 
+    from bnfold.folding.record import load_record
     from bnfold.graph import to_proto
-    from bnfold.record import load_record
-    from bnfold.verify import verify as prove
+    from bnfold.proof.verify import verify as prove
 
     original, folded = _open(args, args.original), _open(args, args.folded)
     path = args.record or _record_path(args.folded)
@@ -148,10 +148,10 @@ def verify(args: argparse.Namespace) -> Report:
 
 def adapt(args: argparse.Namespace) -> Report:
     """`bnfold adapt MODEL --target-data DATA`: the target's statistics in a new checkpoint."""
-    from bnfold.adapt import adapt as estimate
-    from bnfold.checkpoint import load_checkpoint
-    from bnfold.sniff import Kind, sniff
-    from bnfold.source import network_of
+    from bnfold.adapting.adapt import adapt as estimate
+    from bnfold.reading.checkpoint import load_checkpoint
+    from bnfold.reading.sniff import Kind, sniff
+    from bnfold.reading.source import network_of
 
     kind = sniff(args.model)
     if kind not in (Kind.CHECKPOINT, Kind.SAFETENSORS):
@@ -220,9 +220,9 @@ def train(args: argparse.Namespace) -> Report:
     """`bnfold train SPEC --data DATA`: a network trained, in a checkpoint that describes itself."""
     import torch
 
-    from bnfold.factory import build_module
-    from bnfold.train import save_checkpoint
-    from bnfold.train import train as fit
+    from bnfold.reading.factory import build_module
+    from bnfold.training.train import save_checkpoint
+    from bnfold.training.train import train as fit
 
     outputs = args.outputs or [Path(f"{args.factory.rpartition(':')[2]}.pt")]
     _check_outputs(outputs, None, args.overwrite, (".pt", ".pth"))
@@ -333,7 +333,7 @@ def _output_table(outputs: Any) -> Report:
 def _accuracy_table(before: Any, after: Any, data: Any) -> Report:
     import numpy as np
 
-    from bnfold.train import evaluate
+    from bnfold.training.train import evaluate
 
     samples = (np.concatenate(list(data)), data.labels)
     rows = [["accuracy %", _percent(evaluate(before, samples)), _percent(evaluate(after, samples))]]
@@ -364,7 +364,7 @@ def _progress(args: argparse.Namespace, what: str) -> Iterator[Callable[[int, in
 
 def doctor(args: argparse.Namespace) -> Report:
     """`bnfold doctor`: versions, providers that really load, conflicts."""
-    from bnfold.runtime import available
+    from bnfold.proof.runtime import available
 
     facts = available()
     done = _new("doctor", args, ())
@@ -397,8 +397,8 @@ def _fact(value: Any) -> str:
 
 
 def _open(args: argparse.Namespace, path: Path) -> Any:
-    from bnfold.sniff import Kind, sniff
-    from bnfold.source import open_source
+    from bnfold.reading.sniff import Kind, sniff
+    from bnfold.reading.source import open_source
 
     own = sniff(path) in (Kind.ONNX, Kind.EXPORTED_PROGRAM)
     two = hasattr(args, "original")  # of two models, --model belongs to the checkpoints

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from bnfold.checkpoint import DESCRIPTION_KEY
 from bnfold.errors import InputError, UsageError
 from bnfold.graph import detach_weights, replacing
+from bnfold.reading.checkpoint import DESCRIPTION_KEY
 from bnfold.version import VERSION
 
 if TYPE_CHECKING:

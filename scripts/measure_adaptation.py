@@ -1,10 +1,10 @@
-"""Accuracy before and after adapting real networks to real shifts, both methods, and the diagnostics.
+"""Accuracy before and after adapting real networks to real shifts, and the diagnostics.
 
     .venv/bin/python scripts/measure_adaptation.py [FOLDER OF REAL DATA]
 
-Needs the real checkpoints (default ../shared/data). Statistics come from the target's own unlabelled
-training images where there are any. "plain" is the usual AdaBN: statistics reset, cumulative average
-over training-mode batches of 250, as torch.optim.swa_utils.update_bn does it.
+Needs the real checkpoints (default ../shared/data). Statistics come from the target's own
+unlabelled training images where there are any. "plain" is the usual AdaBN: statistics reset,
+cumulative average over training-mode batches of 250, as torch.optim.swa_utils.update_bn does it.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from bnfold import graph
-from bnfold.apply import Folded, apply
-from bnfold.plan import FoldPlan, plan
-from bnfold.reference import Float64Reference
+from bnfold.folding.apply import Folded, apply
+from bnfold.folding.plan import FoldPlan, plan
+from bnfold.proof.reference import Float64Reference
 
 Feeds = Mapping[str, np.ndarray]
 Values = dict[str, np.ndarray]

@@ -216,59 +216,260 @@ LINEAR = [
     Law("conv 3-D", "Conv", "x[2,2,2,2,2] > y; c = Conv(x, W[2,2,2,2,2]); y = BN2(c)", 1),
     Law("conv, groups", "Conv", f"{X} > y; c = Conv<group=2>(x, W[4,2,3,3]); y = BN4(c)", 1),
     Law("conv, depthwise", "Conv", f"{X} > y; c = Conv<group=4>(x, W[4,1,3,3]); y = BN4(c)", 1),
-    Law("conv, depthwise twice", "Conv", f"{X} > y; c = Conv<group=4>(x, W[8,1,3,3]); y = BN8(c)", 1),
-    Law("conv, gamma 0", "Conv", f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)", 1),
-    Law("conv, gamma all 0", "Conv", f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3], B[4]); y = BN4:all0(c)", 1),
+    Law(
+        "conv, depthwise twice", "Conv", f"{X} > y; c = Conv<group=4>(x, W[8,1,3,3]); y = BN8(c)", 1
+    ),
+    Law(
+        "conv, gamma 0",
+        "Conv",
+        f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)",
+        1,
+    ),
+    Law(
+        "conv, gamma all 0",
+        "Conv",
+        f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3], B[4]); y = BN4:all0(c)",
+        1,
+    ),
     Law("bn, conv", "Conv", f"{X} > y; b = BN4(x); y = Conv(b, W[4,4,3,3], B[4])", 1),
     Law("bn, conv without bias", "Conv", f"{X} > y; b = BN4(x); y = Conv(b, W[4,4,3,3])", 1),
-    Law("bn, conv, stride, dilation", "Conv", "x[4,4,6,6] > y; b = BN4(x); y = Conv<strides=[2,2], dilations=[2,2]>(b, W[4,4,2,2])", 1),
+    Law(
+        "bn, conv, stride, dilation",
+        "Conv",
+        "x[4,4,6,6] > y; b = BN4(x); y = Conv<strides=[2,2], dilations=[2,2]>(b, W[4,4,2,2])",
+        1,
+    ),
     Law("bn, conv 1-D", "Conv", "x[4,4,4] > y; b = BN4(x); y = Conv(b, W[4,4,3])", 1),
     Law("bn, conv 3-D", "Conv", "x[2,2,2,2,2] > y; b = BN2(x); y = Conv(b, W[2,2,2,2,2])", 1),
-    Law("bn, conv, groups", "Conv", f"{X} > y; b = BN4(x); y = Conv<group=2>(b, W[4,2,3,3], B[4])", 1),
+    Law(
+        "bn, conv, groups",
+        "Conv",
+        f"{X} > y; b = BN4(x); y = Conv<group=2>(b, W[4,2,3,3], B[4])",
+        1,
+    ),
     Law("bn, conv, depthwise", "Conv", f"{X} > y; b = BN4(x); y = Conv<group=4>(b, W[4,1,3,3])", 1),
     Law("bn, conv, gamma 0", "Conv", f"{X} > y; b = BN4:alt0(x); y = Conv(b, W[4,4,3,3])", 1),
     Law("bn, conv, gamma all 0", "Conv", f"{X} > y; b = BN4:all0(x); y = Conv(b, W[4,4,3,3])", 1),
-    Law("bn, padded conv", "", f"{X} > y; b = BN4(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 0, ("pads with zeros",)),
-    Law("bn of scale, padded conv", "Conv", f"{X} > y; b = BN4:altscale(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 1),
-    Law("bn, padded 1x1 conv", "", f"{X} > y; b = BN4(x); y = Conv<{PAD}>(b, W[4,4,1,1])", 0, ("pads with zeros",)),
-    Law("bn, gamma 0, padded conv", "", f"{X} > y; b = BN4:alt0(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 0, ("pads with zeros",)),
-    Law("bn of scale 0, padded conv", "Conv", f"{X} > y; b = BN4:alt0scale(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 1),
-    Law("bn, SAME_UPPER conv", "", f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,3,3])', 0, ("pads with zeros",)),
-    Law("bn, SAME_LOWER conv", "", f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_LOWER">(b, W[4,4,2,2])', 0, ("pads with zeros",)),
-    Law("bn, SAME_UPPER 1x1 conv", "Conv", f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,1,1])', 1),
-    Law("bn, VALID conv", "Conv", f'{X} > y; b = BN4(x); y = Conv<auto_pad="VALID">(b, W[4,4,3,3])', 1),
-    Law("bn, conv padded at one end", "", f"{X} > y; b = BN4(x); y = Conv<pads=[0,0,0,1]>(b, W[4,4,3,3])", 0, ("pads with zeros",)),
-    Law("conv, bn, conv", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1]); b = BN4(c); y = Conv<{PAD}>(b, V[4,4,3,3])", 1),
-    Law("transposed conv", "ConvTranspose", f"{X} > y; c = ConvTranspose(x, W[4,4,3,3], B[4]); y = BN4(c)", 1),
-    Law("transposed conv, groups", "ConvTranspose", f"{X} > y; c = ConvTranspose<group=2>(x, W[4,2,3,3]); y = BN4(c)", 1),
-    Law("transposed conv, groups wide", "ConvTranspose", f"{X} > y; c = ConvTranspose<group=2>(x, W[4,4,2,2], B[8]); y = BN8(c)", 1),
-    Law("transposed conv, depthwise", "ConvTranspose", f"{X} > y; c = ConvTranspose<group=4>(x, W[4,1,3,3]); y = BN4(c)", 1),
-    Law("transposed conv 1-D", "ConvTranspose", "x[4,4,4] > y; c = ConvTranspose<group=2>(x, W[4,2,3]); y = BN4(c)", 1),
-    Law("transposed conv 3-D", "ConvTranspose", "x[2,2,2,2,2] > y; c = ConvTranspose(x, W[2,2,2,2,2]); y = BN2(c)", 1),
-    Law("transposed conv, stride, pads", "ConvTranspose", f"{X} > y; c = ConvTranspose<strides=[2,2], {PAD}, output_padding=[1,1]>(x, W[4,4,3,3]); y = BN4:alt0(c)", 1),
-    Law("bn of scale, transposed conv", "ConvTranspose", f"{X} > y; b = BN4:altscale(x); y = ConvTranspose(b, W[4,4,3,3])", 1),
-    Law("bn of scale, transposed conv, groups", "ConvTranspose", f"{X} > y; b = BN4:altscale(x); y = ConvTranspose<group=2>(b, W[4,2,3,3], B[4])", 1),
-    Law("bn, transposed conv", "", f"{X} > y; b = BN4(x); y = ConvTranspose(b, W[4,4,3,3])", 0, ("border",)),
+    Law(
+        "bn, padded conv",
+        "",
+        f"{X} > y; b = BN4(x); y = Conv<{PAD}>(b, W[4,4,3,3])",
+        0,
+        ("pads with zeros",),
+    ),
+    Law(
+        "bn of scale, padded conv",
+        "Conv",
+        f"{X} > y; b = BN4:altscale(x); y = Conv<{PAD}>(b, W[4,4,3,3])",
+        1,
+    ),
+    Law(
+        "bn, padded 1x1 conv",
+        "",
+        f"{X} > y; b = BN4(x); y = Conv<{PAD}>(b, W[4,4,1,1])",
+        0,
+        ("pads with zeros",),
+    ),
+    Law(
+        "bn, gamma 0, padded conv",
+        "",
+        f"{X} > y; b = BN4:alt0(x); y = Conv<{PAD}>(b, W[4,4,3,3])",
+        0,
+        ("pads with zeros",),
+    ),
+    Law(
+        "bn of scale 0, padded conv",
+        "Conv",
+        f"{X} > y; b = BN4:alt0scale(x); y = Conv<{PAD}>(b, W[4,4,3,3])",
+        1,
+    ),
+    Law(
+        "bn, SAME_UPPER conv",
+        "",
+        f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,3,3])',
+        0,
+        ("pads with zeros",),
+    ),
+    Law(
+        "bn, SAME_LOWER conv",
+        "",
+        f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_LOWER">(b, W[4,4,2,2])',
+        0,
+        ("pads with zeros",),
+    ),
+    Law(
+        "bn, SAME_UPPER 1x1 conv",
+        "Conv",
+        f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,1,1])',
+        1,
+    ),
+    Law(
+        "bn, VALID conv",
+        "Conv",
+        f'{X} > y; b = BN4(x); y = Conv<auto_pad="VALID">(b, W[4,4,3,3])',
+        1,
+    ),
+    Law(
+        "bn, conv padded at one end",
+        "",
+        f"{X} > y; b = BN4(x); y = Conv<pads=[0,0,0,1]>(b, W[4,4,3,3])",
+        0,
+        ("pads with zeros",),
+    ),
+    Law(
+        "conv, bn, conv",
+        "Conv",
+        f"{X} > y; c = Conv(x, W[4,4,1,1]); b = BN4(c); y = Conv<{PAD}>(b, V[4,4,3,3])",
+        1,
+    ),
+    Law(
+        "transposed conv",
+        "ConvTranspose",
+        f"{X} > y; c = ConvTranspose(x, W[4,4,3,3], B[4]); y = BN4(c)",
+        1,
+    ),
+    Law(
+        "transposed conv, groups",
+        "ConvTranspose",
+        f"{X} > y; c = ConvTranspose<group=2>(x, W[4,2,3,3]); y = BN4(c)",
+        1,
+    ),
+    Law(
+        "transposed conv, groups wide",
+        "ConvTranspose",
+        f"{X} > y; c = ConvTranspose<group=2>(x, W[4,4,2,2], B[8]); y = BN8(c)",
+        1,
+    ),
+    Law(
+        "transposed conv, depthwise",
+        "ConvTranspose",
+        f"{X} > y; c = ConvTranspose<group=4>(x, W[4,1,3,3]); y = BN4(c)",
+        1,
+    ),
+    Law(
+        "transposed conv 1-D",
+        "ConvTranspose",
+        "x[4,4,4] > y; c = ConvTranspose<group=2>(x, W[4,2,3]); y = BN4(c)",
+        1,
+    ),
+    Law(
+        "transposed conv 3-D",
+        "ConvTranspose",
+        "x[2,2,2,2,2] > y; c = ConvTranspose(x, W[2,2,2,2,2]); y = BN2(c)",
+        1,
+    ),
+    Law(
+        "transposed conv, stride, pads",
+        "ConvTranspose",
+        f"{X} > y; c = ConvTranspose<strides=[2,2], {PAD}, output_padding=[1,1]>(x, W[4,4,3,3]); y = BN4:alt0(c)",
+        1,
+    ),
+    Law(
+        "bn of scale, transposed conv",
+        "ConvTranspose",
+        f"{X} > y; b = BN4:altscale(x); y = ConvTranspose(b, W[4,4,3,3])",
+        1,
+    ),
+    Law(
+        "bn of scale, transposed conv, groups",
+        "ConvTranspose",
+        f"{X} > y; b = BN4:altscale(x); y = ConvTranspose<group=2>(b, W[4,2,3,3], B[4])",
+        1,
+    ),
+    Law(
+        "bn, transposed conv",
+        "",
+        f"{X} > y; b = BN4(x); y = ConvTranspose(b, W[4,4,3,3])",
+        0,
+        ("border",),
+    ),
     Law("matmul", "MatMul", "x[4,4] > y; c = MatMul(x, W[4,4]); y = BN4(c)", 1),
     Law("bn, matmul", "MatMul", "x[4,4] > y; b = BN4(x); y = MatMul(b, W[4,4])", 1),
     Law("bn, matmul, gamma 0", "MatMul", "x[4,4] > y; b = BN4:alt0(x); y = MatMul(b, W[4,4])", 1),
     Law("matmul, gamma 0", "MatMul", "x[4,4] > y; b = MatMul(x, W[4,4]); y = BN4:alt0(b)", 1),
-    Law("matmul, bias", "MatMul", "x[4,4] > y; c = MatMul(x, W[4,4]); d = Add(c, B[4]); y = BN4(d)", 1),
-    Law("matmul, bias first", "Add", "x[4,4] > y; c = MatMul(x, W[4,4]); d = Add(B[4], c); y = BN4(d)", 1),
+    Law(
+        "matmul, bias",
+        "MatMul",
+        "x[4,4] > y; c = MatMul(x, W[4,4]); d = Add(c, B[4]); y = BN4(d)",
+        1,
+    ),
+    Law(
+        "matmul, bias first",
+        "Add",
+        "x[4,4] > y; c = MatMul(x, W[4,4]); d = Add(B[4], c); y = BN4(d)",
+        1,
+    ),
     Law("matmul from the left", "MatMul", "x[4,4,4] > y; c = MatMul(W[4,4], x); y = BN4(c)", 1),
     Law("bn, matmul from the left", "MatMul", "x[4,4,4] > y; b = BN4(x); y = MatMul(W[4,4], b)", 1),
-    Law("bn, matmul from the left, batched", "MatMul", "x[4,4,4] > y; b = BN4(x); y = MatMul(W[4,4,4], b)", 1),
-    Law("batched matmul from the left", "MatMul", "x[4,4,4] > y; c = MatMul(W[4,4,4], x); y = BN4(c)", 1),
-    Law("batched matmul", "MatMul", "x[4,4,4] > y; c = MatMul(x, W[4,4,4]); t = Transpose<perm=[0,2,1]>(c); y = BN4(t)", 1),
-    Law("bn, batched matmul", "MatMul", "x[4,4,4] > y; b = BN4(x); t = Transpose<perm=[0,2,1]>(b); y = MatMul(t, W[4,4,4])", 1),
-    Law("bn, matmul 4-D", "MatMul", f"{X} > y; b = BN4(x); t = Transpose<perm=[0,2,3,1]>(b); y = MatMul(t, W[4,4])", 1),
-    Law("matmul on tokens", "MatMul", "x[4,4,4] > z; c = MatMul(x, W[4,4]); t = Transpose<perm=[0,2,1]>(c); y = BN4(t); z = Transpose<perm=[0,2,1]>(y)", 1),
-    Law("matmul on tokens through reshape", "MatMul", "x[4,4,4] > z; c = MatMul(x, W[4,4]); f = Reshape(c, S{16,4}); y = BN4(f); z = Reshape(y, T{4,4,4})", 1),
-    Law("matmul on tokens, free batch", "MatMul", "x[N,4,4] > z; c = MatMul(x, W[4,4]); f = Reshape(c, S{-1,4}); y = BN4(f); z = Reshape(y, T{-1,4,4})", 1),
-    Law("matmul on tokens, bn over the tokens", "", "x[4,4,4] > y; c = MatMul(x, W[4,4]); y = BN4(c)", 0, ("axis",)),
-    Law("matmul, reshape, bn over the rows", "", "x[4,4] > y; c = MatMul(x, W[4,4]); f = Reshape(c, S{1,4,4}); y = BN4(f)", 0, ("axis",)),
+    Law(
+        "bn, matmul from the left, batched",
+        "MatMul",
+        "x[4,4,4] > y; b = BN4(x); y = MatMul(W[4,4,4], b)",
+        1,
+    ),
+    Law(
+        "batched matmul from the left",
+        "MatMul",
+        "x[4,4,4] > y; c = MatMul(W[4,4,4], x); y = BN4(c)",
+        1,
+    ),
+    Law(
+        "batched matmul",
+        "MatMul",
+        "x[4,4,4] > y; c = MatMul(x, W[4,4,4]); t = Transpose<perm=[0,2,1]>(c); y = BN4(t)",
+        1,
+    ),
+    Law(
+        "bn, batched matmul",
+        "MatMul",
+        "x[4,4,4] > y; b = BN4(x); t = Transpose<perm=[0,2,1]>(b); y = MatMul(t, W[4,4,4])",
+        1,
+    ),
+    Law(
+        "bn, matmul 4-D",
+        "MatMul",
+        f"{X} > y; b = BN4(x); t = Transpose<perm=[0,2,3,1]>(b); y = MatMul(t, W[4,4])",
+        1,
+    ),
+    Law(
+        "matmul on tokens",
+        "MatMul",
+        "x[4,4,4] > z; c = MatMul(x, W[4,4]); t = Transpose<perm=[0,2,1]>(c); y = BN4(t); z = Transpose<perm=[0,2,1]>(y)",
+        1,
+    ),
+    Law(
+        "matmul on tokens through reshape",
+        "MatMul",
+        "x[4,4,4] > z; c = MatMul(x, W[4,4]); f = Reshape(c, S{16,4}); y = BN4(f); z = Reshape(y, T{4,4,4})",
+        1,
+    ),
+    Law(
+        "matmul on tokens, free batch",
+        "MatMul",
+        "x[N,4,4] > z; c = MatMul(x, W[4,4]); f = Reshape(c, S{-1,4}); y = BN4(f); z = Reshape(y, T{-1,4,4})",
+        1,
+    ),
+    Law(
+        "matmul on tokens, bn over the tokens",
+        "",
+        "x[4,4,4] > y; c = MatMul(x, W[4,4]); y = BN4(c)",
+        0,
+        ("axis",),
+    ),
+    Law(
+        "matmul, reshape, bn over the rows",
+        "",
+        "x[4,4] > y; c = MatMul(x, W[4,4]); f = Reshape(c, S{1,4,4}); y = BN4(f)",
+        0,
+        ("axis",),
+    ),
     Law("matmul of two values", "", "x[4,4,4] > y; c = MatMul(x, x); y = BN4(c)", 0, ("MatMul",)),
-    Law("bn, attention projections", "MatMul", "x[4,4,4] > o; b = BN4(x); t = Transpose<perm=[0,2,1]>(b); q = MatMul(t, Q[4,4]); k = MatMul(t, K[4,4]); v = MatMul(t, V[4,4]); u = Transpose<perm=[0,2,1]>(k); a = MatMul(q, u); o = MatMul(a, v)", 1),
+    Law(
+        "bn, attention projections",
+        "MatMul",
+        "x[4,4,4] > o; b = BN4(x); t = Transpose<perm=[0,2,1]>(b); q = MatMul(t, Q[4,4]); k = MatMul(t, K[4,4]); v = MatMul(t, V[4,4]); u = Transpose<perm=[0,2,1]>(k); a = MatMul(q, u); o = MatMul(a, v)",
+        1,
+    ),
 ]
 
 _C_SHAPES = {"no C": "", "C of N": "4", "C of 1xN": "1,4", "C of Mx1": "4,1", "C of MxN": "4,4", "C of 1": "1", "scalar C": None}  # fmt: skip
@@ -279,24 +480,84 @@ def _gemms() -> list[Law]:
     laws = []
     for label, shape in _C_SHAPES.items():
         c = "" if shape == "" else f", C[{shape or ''}]"
-        for flags in ("alpha=2.0, beta=0.5", "transB=1, beta=2.0", "transA=1, alpha=0.5", "transA=1, transB=1, alpha=2.0"):
-            laws.append(Law(f"gemm, {label}, {flags}", "Gemm", f"x[4,4] > y; c = Gemm<{flags}>(x, W[4,4]{c}); y = BN4:alt0(c)", 1))
+        for flags in (
+            "alpha=2.0, beta=0.5",
+            "transB=1, beta=2.0",
+            "transA=1, alpha=0.5",
+            "transA=1, transB=1, alpha=2.0",
+        ):
+            laws.append(
+                Law(
+                    f"gemm, {label}, {flags}",
+                    "Gemm",
+                    f"x[4,4] > y; c = Gemm<{flags}>(x, W[4,4]{c}); y = BN4:alt0(c)",
+                    1,
+                )
+            )
             ahead = f"x[4,4] > y; b = BN4:alt0(x); y = Gemm<{flags}>(b, W[4,4]{c})"
-            turned = f"x[4,4] > y; b = BN4:alt0(x); t = Transpose(b); y = Gemm<{flags}>(t, W[4,4]{c})"
-            laws.append(Law(f"bn, gemm, {label}, {flags}", "Gemm", turned if "transA" in flags else ahead, 1))
+            turned = (
+                f"x[4,4] > y; b = BN4:alt0(x); t = Transpose(b); y = Gemm<{flags}>(t, W[4,4]{c})"
+            )
+            laws.append(
+                Law(
+                    f"bn, gemm, {label}, {flags}", "Gemm", turned if "transA" in flags else ahead, 1
+                )
+            )
     return laws
 
 
 GEMM = [
     *_gemms(),
-    Law("gemm, beta 0", "", "x[4,4] > y; c = Gemm<beta=0.0>(x, W[4,4], C[4]); y = BN4(c)", 0, ("beta",)),
-    Law("gemm, beta 0, no C", "", "x[4,4] > y; c = Gemm<beta=0.0>(x, W[4,4]); y = BN4(c)", 0, ("beta",)),
-    Law("bn over the rows of a transposed A", "", "x[4,4] > y; b = BN4(x); y = Gemm<transA=1>(b, W[4,4])", 0, ("axis",)),
-    Law("gemm of a computed B", "", "x[4,4] > y; c = Gemm(W[4,4], x); y = BN4(c)", 0, ("computed",)),
-    Law("gemm with a computed C", "", "x[4,4] > y; c = Gemm(x, W[4,4], x); y = BN4(c)", 0, ("computed",)),
-    Law("bn, flatten, gemm", "Gemm", "x[4,4,2,2] > y; b = BN4(x); f = Flatten(b); y = Gemm(f, W[16,4])", 1),
-    Law("bn, pooled head", "Gemm", f"{X} > y; b = BN4(x); g = GlobalAveragePool(b); f = Flatten(g); y = Gemm<transB=1>(f, W[4,4], B[4])", 1),
-    Law("bn, reshape that mixes channels, gemm", "", "x[4,4,2,2] > y; b = BN4(x); f = Reshape(b, S{16,4}); y = Gemm(f, W[4,4])", 0, ("axis",)),
+    Law(
+        "gemm, beta 0",
+        "",
+        "x[4,4] > y; c = Gemm<beta=0.0>(x, W[4,4], C[4]); y = BN4(c)",
+        0,
+        ("beta",),
+    ),
+    Law(
+        "gemm, beta 0, no C",
+        "",
+        "x[4,4] > y; c = Gemm<beta=0.0>(x, W[4,4]); y = BN4(c)",
+        0,
+        ("beta",),
+    ),
+    Law(
+        "bn over the rows of a transposed A",
+        "",
+        "x[4,4] > y; b = BN4(x); y = Gemm<transA=1>(b, W[4,4])",
+        0,
+        ("axis",),
+    ),
+    Law(
+        "gemm of a computed B", "", "x[4,4] > y; c = Gemm(W[4,4], x); y = BN4(c)", 0, ("computed",)
+    ),
+    Law(
+        "gemm with a computed C",
+        "",
+        "x[4,4] > y; c = Gemm(x, W[4,4], x); y = BN4(c)",
+        0,
+        ("computed",),
+    ),
+    Law(
+        "bn, flatten, gemm",
+        "Gemm",
+        "x[4,4,2,2] > y; b = BN4(x); f = Flatten(b); y = Gemm(f, W[16,4])",
+        1,
+    ),
+    Law(
+        "bn, pooled head",
+        "Gemm",
+        f"{X} > y; b = BN4(x); g = GlobalAveragePool(b); f = Flatten(g); y = Gemm<transB=1>(f, W[4,4], B[4])",
+        1,
+    ),
+    Law(
+        "bn, reshape that mixes channels, gemm",
+        "",
+        "x[4,4,2,2] > y; b = BN4(x); f = Reshape(b, S{16,4}); y = Gemm(f, W[4,4])",
+        0,
+        ("axis",),
+    ),
 ]
 
 DIAGONAL = [
@@ -341,17 +602,76 @@ def _passing() -> list[Law]:
     }.items():  # fmt: skip
         back, ahead = text.format("c"), text.format("b")
         laws += [
-            Law(f"conv, {op}, bn of positive scale", op, f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:posscale(r); z = Floor(y)", 1),
-            Law(f"conv, {op}, add, bn of positive scale", op, f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = {back}; a = Add(r, A[4,1,1]); y = BN4:pos(a); z = Floor(y)", 1),
-            Law(f"conv, {op}, bn of mixed signs", "", f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:altscale(r); z = Floor(y)", 0, ("positive",)),
-            Law(f"conv, {op}, bn with a shift", "", f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:pos(r); z = Floor(y)", 0, ("shift",)),
-            Law(f"bn of positive scale, {op}, conv", op, f"{X} > y; f = Floor(x); b = BN4:posscale(f); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3])", 1),
-            Law(f"bn of gamma 0 and positive, {op}, conv", op, f"{X} > y; f = Floor(x); b = BN4:pos0scale(f); r = {ahead}; y = Conv(r, W[4,4,3,3])", 1),
-            Law(f"constants through {op}", op, f"{X} > y; f = Floor(x); b = BN4:all0(f); r = {ahead}; y = Conv(r, W[4,4,3,3])", 1),
-            Law(f"constants through {op}, padded conv", "", f"{X} > y; f = Floor(x); b = BN4:all0(f); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3], B[4])", 0, ("pads",)),
-            Law(f"conv, bn of gamma 0, {op}, padded conv", "Conv", f"{X} > y; c = Conv<{PAD}>(x, V[4,4,3,3]); b = BN4:alt0(c); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3])", 1),
-            Law(f"conv, {op}, bn of gamma 0, conv", "Conv", f"{X} > y; c = Conv<{PAD}>(x, V[4,4,3,3]); r = {back}; b = BN4:alt0(r); y = Conv(b, W[4,4,3,3])", 1),
-            Law(f"bn of mixed signs, {op}, conv", "", f"{X} > y; f = Floor(x); b = BN4:altscale(f); r = {ahead}; y = Conv(r, W[4,4,3,3])", 0, ("positive",)),
+            Law(
+                f"conv, {op}, bn of positive scale",
+                op,
+                f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:posscale(r); z = Floor(y)",
+                1,
+            ),
+            Law(
+                f"conv, {op}, add, bn of positive scale",
+                op,
+                f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = {back}; a = Add(r, A[4,1,1]); y = BN4:pos(a); z = Floor(y)",
+                1,
+            ),
+            Law(
+                f"conv, {op}, bn of mixed signs",
+                "",
+                f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:altscale(r); z = Floor(y)",
+                0,
+                ("positive",),
+            ),
+            Law(
+                f"conv, {op}, bn with a shift",
+                "",
+                f"{X} > z; c = Conv(x, W[4,4,1,1]); r = {back}; y = BN4:pos(r); z = Floor(y)",
+                0,
+                ("shift",),
+            ),
+            Law(
+                f"bn of positive scale, {op}, conv",
+                op,
+                f"{X} > y; f = Floor(x); b = BN4:posscale(f); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3])",
+                1,
+            ),
+            Law(
+                f"bn of gamma 0 and positive, {op}, conv",
+                op,
+                f"{X} > y; f = Floor(x); b = BN4:pos0scale(f); r = {ahead}; y = Conv(r, W[4,4,3,3])",
+                1,
+            ),
+            Law(
+                f"constants through {op}",
+                op,
+                f"{X} > y; f = Floor(x); b = BN4:all0(f); r = {ahead}; y = Conv(r, W[4,4,3,3])",
+                1,
+            ),
+            Law(
+                f"constants through {op}, padded conv",
+                "",
+                f"{X} > y; f = Floor(x); b = BN4:all0(f); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3], B[4])",
+                0,
+                ("pads",),
+            ),
+            Law(
+                f"conv, bn of gamma 0, {op}, padded conv",
+                "Conv",
+                f"{X} > y; c = Conv<{PAD}>(x, V[4,4,3,3]); b = BN4:alt0(c); r = {ahead}; y = Conv<{PAD}>(r, W[4,4,3,3])",
+                1,
+            ),
+            Law(
+                f"conv, {op}, bn of gamma 0, conv",
+                "Conv",
+                f"{X} > y; c = Conv<{PAD}>(x, V[4,4,3,3]); r = {back}; b = BN4:alt0(r); y = Conv(b, W[4,4,3,3])",
+                1,
+            ),
+            Law(
+                f"bn of mixed signs, {op}, conv",
+                "",
+                f"{X} > y; f = Floor(x); b = BN4:altscale(f); r = {ahead}; y = Conv(r, W[4,4,3,3])",
+                0,
+                ("positive",),
+            ),
         ]
     return laws
 
@@ -369,7 +689,9 @@ PASSING = [
 ]  # fmt: skip
 
 
-def equal_parts(name: str, channels: int, spread: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+def equal_parts(
+    name: str, channels: int, spread: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, np.ndarray]:
     """The constants of a batch norm whose channels repeat those of a smaller one."""
     vectors = {
         "gamma": np.resize([-2.0, 0.5], channels),
@@ -380,13 +702,34 @@ def equal_parts(name: str, channels: int, spread: Callable[[np.ndarray], np.ndar
     return {f"{name}.{part}": spread(v).astype(np.float32) for part, v in vectors.items()}
 
 
-def _both_ways(op: str, text: str, channels: int = 4, *, shape: str = X, weight: str = "W[4,4,1,1]", kinds: tuple[str, str] = ("alt0", "alt0"), **options: object) -> list[Law]:
+def _both_ways(
+    op: str,
+    text: str,
+    channels: int = 4,
+    *,
+    shape: str = X,
+    weight: str = "W[4,4,1,1]",
+    kinds: tuple[str, str] = ("alt0", "alt0"),
+    **options: object,
+) -> list[Law]:
     """An operator between a conv and a batch norm, and between a batch norm and a conv."""
     name = text.format("_") + (f", opset {options['opset']}" if "opset" in options else "")
     back, ahead = kinds
     return [
-        Law(f"conv, {name}, bn", op, f"{shape} > y; c = Conv(x, V[4,4,1,1], D0[4]); o = {text.format('c')}; y = BN{channels}:{back}(o)", 1, **options),  # type: ignore[arg-type]
-        Law(f"bn, {name}, conv", op, f"{shape} > y; f = Floor(x); b = BN4:{ahead}(f); o = {text.format('b')}; y = Conv(o, {weight}, B0[4])", 1, **options),  # type: ignore[arg-type]
+        Law(
+            f"conv, {name}, bn",
+            op,
+            f"{shape} > y; c = Conv(x, V[4,4,1,1], D0[4]); o = {text.format('c')}; y = BN{channels}:{back}(o)",
+            1,
+            **options,
+        ),  # type: ignore[arg-type]
+        Law(
+            f"bn, {name}, conv",
+            op,
+            f"{shape} > y; f = Floor(x); b = BN4:{ahead}(f); o = {text.format('b')}; y = Conv(o, {weight}, B0[4])",
+            1,
+            **options,
+        ),  # type: ignore[arg-type]
     ]
 
 

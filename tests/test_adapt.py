@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bnfold import diagnosis, estimate, lockstep, memory
-from bnfold.adapt import adapt
+from bnfold.adapting import diagnosis, estimate, lockstep, memory
+from bnfold.adapting.adapt import adapt
+from bnfold.adapting.moments import ImageMoments
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
-from bnfold.moments import ImageMoments
 
 
 class Net(nn.Module):

@@ -28,8 +28,8 @@ from handmade import (
 from onnx import TensorProto, helper, numpy_helper
 
 import bnfold
-from bnfold.certificate import certify
-from bnfold.shapes import Shapes, ValueType
+from bnfold.proof.certificate import certify
+from bnfold.proof.shapes import Shapes, ValueType
 
 # ------------------------------------------------------------------------------ folds by hand
 

@@ -110,7 +110,7 @@ def test_verify_fails_on_a_wrong_model_and_names_the_place(net, capsys):
 
 
 def test_nothing_is_written_when_the_proof_fails(net, capsys, monkeypatch):
-    from bnfold import plan
+    from bnfold.folding import plan
 
     right = plan.FoldPlan.gauge
 

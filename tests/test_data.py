@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from bnfold.adapt import adapt
+from bnfold.adapting.adapt import adapt
 from bnfold.data import SHIFTS, open_data, resized, shifted
 from bnfold.errors import (
     InputError,

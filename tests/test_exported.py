@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from bnfold.errors import InputError, UnsafeInputError, UsageError
-from bnfold.export_fields import RefusedFieldError, checked_fields
-from bnfold.exported import load_exported_program
-from bnfold.sniff import Kind, sniff
+from bnfold.reading.export_fields import RefusedFieldError, checked_fields
+from bnfold.reading.exported import load_exported_program
+from bnfold.reading.sniff import Kind, sniff
 
 GRAPH = "models/model.json"
 SAMPLES = "data/sample_inputs/model.pt"

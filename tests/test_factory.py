@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
-from bnfold.factory import build_module, resolve_factory
+from bnfold.reading.factory import build_module, resolve_factory
 
 NETS = """
 from torch import nn

@@ -1,6 +1,6 @@
 """How per-channel arrays follow tensors, against brute force.
 
-An array stands for the tensor it broadcasts to. So every function of `bnfold.layout` has a law that
+An array stands for the tensor it broadcasts to. So every function of the layout has a law that
 needs no second implementation: spread the array over a tensor, let numpy move the tensor, and the
 array that comes back must spread over just that.
 """
@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfold import layout
-from bnfold.affine import Array, canonical
+from bnfold.folding import layout
+from bnfold.folding.affine import Array, canonical
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import bnfold
 from bnfold.errors import InputError, UsageError
-from bnfold.module import take_shape_of
+from bnfold.folding.module import take_shape_of
 from models.digits import digits_cnn
 from models.preact_resnet import preact_resnet20
 from models.resnet_cifar import resnet20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnfold.rules import RULES
+from bnfold.folding.rules import RULES
 from tests import folding
 from tests.laws import LAWS, Law, build, inputs
 

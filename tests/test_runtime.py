@@ -15,9 +15,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from bnfold import runtime
 from bnfold.errors import InputError, RuntimeUnavailableError
-from bnfold.runtime import open_session, run_torch
+from bnfold.proof import runtime
+from bnfold.proof.runtime import open_session, run_torch
 
 BN = ("gamma", "beta", "mean", "var")
 
@@ -108,7 +108,7 @@ def test_cuda_without_its_libraries_is_an_error_that_names_one() -> None:
 def test_nothing_is_printed_while_a_provider_fails() -> None:
     program = (
         "from tests.test_runtime import conv_bn\n"
-        "from bnfold.runtime import open_session\n"
+        "from bnfold.proof.runtime import open_session\n"
         "try:\n    open_session(conv_bn(), 'cuda', optimize=True)\n"
         "except Exception as error:\n    print(type(error).__name__)\n"
     )

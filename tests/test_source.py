@@ -26,10 +26,10 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from bnfold.checkpoint import Checkpoint, load_checkpoint
 from bnfold.errors import InputError, UnsafeInputError, UsageError
-from bnfold.sniff import Kind, sniff
-from bnfold.weights import check_batchnorm_statistics, load_into
+from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
+from bnfold.reading.sniff import Kind, sniff
+from bnfold.reading.weights import check_batchnorm_statistics, load_into
 
 REAL_CHECKPOINTS = {
     "cifar10/resnet20-12fca82f.th": 19,
@@ -717,8 +717,9 @@ def test_a_variance_of_zero_needs_its_eps():
 
 
 def test_reading_modules_import_no_framework():
-    modules = "sniff, bnfold.checkpoint, bnfold.exported, bnfold.factory, bnfold.weights"
-    code = f"import sys, bnfold.{modules}; print(*sys.modules)"
+    names = ("sniff", "checkpoint", "exported", "factory", "weights")
+    modules = ", ".join(f"bnfold.reading.{name}" for name in names)
+    code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     frameworks = {"torch", "onnx", "onnxruntime", "safetensors", "numpy"}
     assert not frameworks & set(loaded.stdout.decode().split())

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
 from bnfold.graph import attach_weights, to_bytes
-from bnfold.train import evaluate, save_checkpoint, schedule_factor, train
+from bnfold.training.train import evaluate, save_checkpoint, schedule_factor, train
 from models.digits import digits_cnn
 from models.mlp import mlp
 

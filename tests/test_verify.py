@@ -30,9 +30,6 @@ from handmade import (
 )
 from onnx import TensorProto, helper, numpy_helper
 
-from bnfold import comparison
-from bnfold.divergence import first_divergence
-from bnfold.draws import drawn_inputs, given_inputs, input_specs
 from bnfold.errors import (
     InputError,
     NothingComparedError,
@@ -40,9 +37,12 @@ from bnfold.errors import (
     UsageError,
     VerificationError,
 )
-from bnfold.reference import Float64Reference
-from bnfold.runtime import available
-from bnfold.verify import VerifyReport, verify
+from bnfold.proof import comparison
+from bnfold.proof.divergence import first_divergence
+from bnfold.proof.draws import drawn_inputs, given_inputs, input_specs
+from bnfold.proof.reference import Float64Reference
+from bnfold.proof.runtime import available
+from bnfold.proof.verify import VerifyReport, verify
 
 
 def network(eps: float = EPS32, believed: Weights | None = None) -> Fold:

@@ -1,0 +1,380 @@
+"""What can be said about an adaptation without labels.
+
+None of it proves that accuracy rose: a target with other class proportions, or one that is like the
+source, can lose by adaptation. A small labelled set tells; these figures say where to look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bnfold.adapting.estimate import (
+    TOLERANCE,
+    Estimate,
+    Layers,
+    Meter,
+    Progress,
+    Tally,
+    layer_eps,
+    watching,
+)
+from bnfold.adapting.feed import Feed
+from bnfold.adapting.moments import Float64, ImageMoments, chance_limit
+
+FAST_BATCH = 32  # images in a batch, below which `fast` is off by some percent and more
+# Mean W2^2 / sigma^2 over the layers, below which a target is the source, and below which it is so
+# near that an adapted network that is less sure than before has rather lost. Measured, change of
+# accuracy: MNIST on itself .003, 0.0; CIFAR-10 on itself .022, -3.3 (less sure); CIFAR-10 as JPEG
+# .034, -2.0 (less sure); MNIST to USPS .014, +1.1 and .038, +0.3 (surer); noise and contrast from
+# .126 on, +7 to +36. MNIST to USPS with an MLP, .080, loses 1.2 and nothing tells.
+SAME = 0.01
+NEAR = 0.05
+ONE_CLASS = 0.5  # share of a single predicted class, of three or more
+ALIKE = 1e-3  # spread between images, in standard deviations of a pixel
+
+
+@dataclass(frozen=True, eq=False)
+class LayerShift:
+    """One batch norm: what its statistics were measured on, and how far the target is off.
+
+    samples: rows of its input, as a rule images.  count: values per channel.
+    kl_before, kl_after, w2_before, w2_after: the distance of the layer's normalised input on the
+    target from what it was on the source, N(0, 1), mean over channels: symmetric Kullback-Leibler
+    divergence (AdaBN paper, eq. 3) and squared 2-Wasserstein distance, both between Gaussians.
+    Before: the source network; after: the adapted one, in a pass of its own. None if not diagnosed.
+    mean_error: standard error of the mean by image, in standard deviations; scale_error: of the
+    scale that is folded, relative. Median over channels.
+    images_needed: images for the precision that was asked for, median over channels.
+    dead: channels that hardly vary on the target (variance below eps) but did on the source.
+    moments: the statistics themselves, which merge with those of other shards.
+    """
+
+    name: str
+    num_features: int
+    samples: int
+    count: int
+    kl_before: float | None
+    kl_after: float | None
+    w2_before: float | None
+    w2_after: float | None
+    mean_error: float
+    scale_error: float
+    images_needed: int | None
+    dead: tuple[int, ...]
+    moments: ImageMoments = field(repr=False)
+
+
+@dataclass(frozen=True)
+class OutputShift:
+    """Outputs of shape (N, K), read as class scores: of the source network and of the adapted one.
+
+    histogram_*: share of images by predicted class.  entropy_*: of the predicted distribution, mean
+    over images, nats.  agreement: share of images for which both predict the same class.
+    """
+
+    classes: int
+    histogram_before: tuple[float, ...]
+    histogram_after: tuple[float, ...]
+    entropy_before: float
+    entropy_after: float
+    agreement: float
+
+    @property
+    def histogram_change(self) -> float:
+        """Total variation between the histograms, 0 to 1."""
+        pairs = zip(self.histogram_before, self.histogram_after, strict=True)
+        return sum(abs(a - b) for a, b in pairs) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """A pass over the target: moments at each layer before and after, and the outputs."""
+
+    before: Mapping[str, ImageMoments]
+    after: Mapping[str, ImageMoments]
+    outputs: OutputShift | None
+
+
+def observe(
+    source: nn.Module, adapted: nn.Module, names: list[str], feed: Feed, progress: Progress
+) -> Observed:
+    """Run both networks, in eval mode, over the target and watch the layers `names`."""
+    before, after = _Watch(source, names), _Watch(adapted, names)
+    comparison = _Comparison()
+    with before.open(), after.open():
+        for number, batch in enumerate(feed):
+            outputs = [watch.call(feed, batch, number) for watch in (before, after)]
+            comparison.add(*map(_class_scores, outputs))
+            progress.step()
+    return Observed(before.totals(), after.totals(), comparison.result())
+
+
+class _Watch:
+    """A network and the tallies of its layers."""
+
+    def __init__(self, net: nn.Module, names: list[str]) -> None:
+        self._net = net
+        self._layers: Layers = {name: net.get_submodule(name) for name in names}
+        self._meter, self._tallies, self._number = Meter(), dict[str, Tally](), 0
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        with watching(self._layers, self._visit):
+            yield
+
+    def call(self, feed: Feed, batch: Any, number: int) -> Any:
+        self._number = number
+        return feed.call(self._net, batch, number)
+
+    def totals(self) -> dict[str, ImageMoments]:
+        return {name: tally.total() for name, tally in self._tallies.items()}
+
+    def _visit(self, name: str, x: Tensor) -> None:
+        self._tallies.setdefault(name, Tally(name)).add(self._meter(name, x, self._number))
+
+
+# --- distances ------------------------------------------------------------------------------------
+
+
+def symmetric_kl(shift: Float64, ratio: Float64) -> Float64:
+    """KL(i||j) + KL(j||i) of N(0, 1) and N(shift, ratio), ratio being a variance."""
+    return (1 + shift**2) / (2 * ratio) + (ratio + shift**2) / 2 - 1
+
+
+def wasserstein(shift: Float64, ratio: Float64) -> Float64:
+    """Squared 2-Wasserstein distance of N(0, 1) and N(shift, ratio)."""
+    distance: Float64 = shift**2 + (np.sqrt(ratio) - 1) ** 2
+    return distance
+
+
+def distances(layer: nn.Module, moments: ImageMoments) -> tuple[float, float]:
+    """Symmetric KL and squared W2, means over channels, of a layer's input on the target.
+
+    In units of the layer's own normalisation: eps belongs to both variances, as it does to what the
+    layer divides by, so that a channel without variance is no infinite distance.
+    """
+    eps = layer_eps(layer)
+    mean, var = statistics(layer)
+    unit = var + eps
+    shift = (moments.pixels.mean - mean) / np.sqrt(unit)
+    ratio = (moments.pixels.var + eps) / unit
+    return float(symmetric_kl(shift, ratio).mean()), float(wasserstein(shift, ratio).mean())
+
+
+def _distances(
+    layer: nn.Module, moments: ImageMoments | None
+) -> tuple[float, float] | tuple[None, None]:
+    return (None, None) if moments is None else distances(layer, moments)
+
+
+def statistics(layer: nn.Module) -> tuple[Float64, Float64]:
+    """The layer's running mean and variance, float64."""
+    mean, var = layer.running_mean, layer.running_var
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
+    return mean.detach().cpu().double().numpy(), var.detach().cpu().double().numpy()
+
+
+def layer_shifts(
+    source: nn.Module,
+    adapted: nn.Module,
+    estimate: Estimate,
+    seen: Observed | None,
+    precision: float,
+) -> tuple[LayerShift, ...]:
+    """The row of each layer that was measured, in the order of the forward."""
+    rows = []
+    for name, moments in estimate.moments.items():
+        old, new = source.get_submodule(name), adapted.get_submodule(name)
+        eps = layer_eps(new)
+        before = _distances(old, seen.before.get(name) if seen else None)
+        after = _distances(new, seen.after.get(name) if seen else None)
+        needed = float(np.median(moments.images_needed(precision, eps)))
+        was, now = statistics(old)[1], moments.pixels.var
+        rows.append(
+            LayerShift(
+                name=name,
+                num_features=moments.pixels.num_features,
+                samples=moments.images,
+                count=moments.pixels.count,
+                kl_before=before[0],
+                kl_after=after[0],
+                w2_before=before[1],
+                w2_after=after[1],
+                mean_error=float(np.median(moments.mean_error / np.sqrt(now + eps))),
+                scale_error=float(np.median(moments.scale_error(eps))),
+                images_needed=int(np.ceil(needed)) if np.isfinite(needed) else None,
+                dead=tuple(map(int, np.flatnonzero((now < eps) & (was + eps > 10 * (now + eps))))),
+                moments=moments,
+            )
+        )
+    return tuple(rows)
+
+
+# --- outputs --------------------------------------------------------------------------------------
+
+
+def _class_scores(output: Any) -> Tensor | None:
+    """Scores (N, K) in an output, by its shape; None where there are none."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", output.get("out"))
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    if isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2:
+        return output.detach().double().cpu() if output.shape[1] > 1 else None
+    return None
+
+
+class _Comparison:
+    """Predictions of two networks, batch by batch."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[NDArray[np.int64], ...]] = []
+        self._entropies: list[tuple[Float64, Float64]] = []
+        self._classes: set[int] = set()
+
+    def add(self, before: Tensor | None, after: Tensor | None) -> None:
+        if before is None or after is None or before.shape != after.shape:
+            self._classes.add(0)
+            return
+        self._classes.add(before.shape[1])
+        self._rows.append((before.argmax(1).numpy(), after.argmax(1).numpy()))
+        self._entropies.append((_entropy(before), _entropy(after)))
+
+    def result(self) -> OutputShift | None:
+        """None where some output was none of class scores, or the number of classes varied."""
+        classes = max(self._classes, default=0)
+        if len(self._classes) != 1 or not classes:
+            return None
+        before, after = (np.concatenate(side) for side in zip(*self._rows, strict=True))
+        entropies = [
+            float(np.concatenate(side).mean()) for side in zip(*self._entropies, strict=True)
+        ]
+        shares = [np.bincount(side, minlength=classes) / len(side) for side in (before, after)]
+        return OutputShift(
+            classes,
+            tuple(map(float, shares[0])),
+            tuple(map(float, shares[1])),
+            entropies[0],
+            entropies[1],
+            float((before == after).mean()),
+        )
+
+
+def _entropy(scores: Tensor) -> Float64:
+    """Per row, nats; scores are probabilities where they look like it, else logits."""
+    total = scores.sum(1)
+    probabilities = bool((scores >= 0).all()) and bool(((total - 1).abs() < 1e-3).all())
+    logs = scores.clamp_min(1e-300).log() if probabilities else torch.log_softmax(scores, 1)
+    entropy: Float64 = -(logs.exp() * logs).sum(1).numpy()
+    return entropy
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+
+def warnings(
+    estimate: Estimate,
+    layers: tuple[LayerShift, ...],
+    outputs: OutputShift | None,
+    feed: Feed,
+    method: str,
+    precision: float,
+    unvisited: int,
+) -> Iterator[str]:
+    """What may be wrong, a sentence each."""
+    images, batches = feed.images or 0, feed.batches or 1
+    yield from _about_size(layers, images, precision)
+    if method == "fast" and images < FAST_BATCH * batches:
+        yield (
+            f"The batches hold {images / batches:.3g} images; below {FAST_BATCH} the fast method is"
+            " off by some percent. Use larger batches or method 'exact'."
+        )
+    if estimate.excess is not None and estimate.excess > chance_limit(batches):
+        yield (
+            f"The batches differ {estimate.excess:.1f} times as much as chance explains: the data"
+            " seems to be sorted."
+            + (
+                " The fast method needs shuffled batches."
+                if method == "fast"
+                else " That does no harm where the whole set is used; a part of it is no sample."
+            )
+        )
+    yield from _about_shift(layers, outputs)
+    yield from _about_network(estimate, layers, unvisited)
+
+
+def _about_size(layers: tuple[LayerShift, ...], images: int, precision: float) -> Iterator[str]:
+    worst = max(layers, key=lambda layer: _infinite_if_none(layer.images_needed))
+    needed = worst.images_needed
+    if needed is None or needed > worst.samples:
+        count = "more than one is" if needed is None else f"about {needed} are"
+        yield (
+            f"The target data holds {images} images; {count} needed at '{worst.name}' to know its"
+            f" statistics to +-{precision:g} standard deviations."
+        )
+    first = layers[0].moments
+    if images > 1 and np.median(first.mean_error**2 * first.images / (first.pixels.var + 1e-30)) < (
+        ALIKE**2
+    ):
+        yield "The images are nearly all alike; their statistics say little about other images."
+
+
+def _infinite_if_none(needed: int | None) -> float:
+    return float("inf") if needed is None else needed
+
+
+def _about_shift(layers: tuple[LayerShift, ...], outputs: OutputShift | None) -> Iterator[str]:
+    shifts = [layer.w2_before for layer in layers if layer.w2_before is not None]
+    shift = float(np.mean(shifts)) if shifts else float("inf")
+    if shift < SAME:
+        yield (
+            f"The target looks like the source (mean shift {shift**0.5:.2g} standard deviations):"
+            " adapting gains little and may cost accuracy."
+        )
+    elif shift < NEAR and outputs is not None and outputs.entropy_after > outputs.entropy_before:
+        yield (
+            f"The target is near the source (mean shift {shift**0.5:.2g} standard deviations) and"
+            " the adapted network is less sure than before: adapting may cost accuracy. Compare on"
+            " labelled images."
+        )
+    if outputs is not None and outputs.classes > 2:
+        share = max(outputs.histogram_after)
+        if share > ONE_CLASS:
+            yield (
+                f"After adaptation {share:.0%} of the images are predicted as class"
+                f" {outputs.histogram_after.index(share)} of {outputs.classes}: if the target has"
+                " other class proportions than the source, adapted statistics hurt."
+            )
+
+
+def _about_network(
+    estimate: Estimate, layers: tuple[LayerShift, ...], unvisited: int
+) -> Iterator[str]:
+    if unvisited:
+        yield f"The forward did not pass {unvisited} batch norms; they keep their statistics."
+    dead = {layer.name: len(layer.dead) for layer in layers if layer.dead}
+    if dead:
+        yield (
+            f"{sum(dead.values())} channels hardly vary on the target (in {', '.join(dead)}):"
+            " adapted, they amplify whatever noise comes later."
+        )
+    if estimate.passes:
+        yield (
+            f"The batches did not fit into memory together; {estimate.passes} passes were made"
+            " instead of one."
+        )
+    if estimate.reused:
+        state = "" if estimate.residual <= TOLERANCE else f", up to {estimate.residual:.1g}"
+        yield (
+            f"{', '.join(estimate.reused)}: used more than once in a forward; the statistics are"
+            f" those of all uses, iterated {estimate.rounds} times{state}."
+        )

@@ -1,0 +1,1 @@
+"""The algebra of folding, the rules, the plan and its application."""

@@ -1,0 +1,317 @@
+"""Applying a plan: every new constant once, from the original one and the gauges around it.
+
+One formula and one rounding for each constant, so there is no order of edits: the batch norms that
+the plan removes are bypassed, the operators that hold constants get new ones in their own type, and
+what nothing reads any more goes. The model that came in stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from bnfold.errors import InputError
+from bnfold.folding.affine import Array, Gauge
+from bnfold.folding.constants import Constant, constant, readers
+from bnfold.folding.plan import FoldPlan
+from bnfold.folding.rules import RULES
+from bnfold.folding.rules.node import Opaque, label
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The folded model, and where the values of the original are in it.
+
+    aliases: original value name -> name of the tensor that carries it now, where they differ.
+    biases: weight name -> name of the bias that had to be added beside it.
+    """
+
+    model: ir.Model
+    aliases: Mapping[str, str]
+    biases: Mapping[str, str]
+
+
+def apply(plan: FoldPlan) -> Folded:
+    """A new model in which the plan's batch norms are gone; the plan's model is not changed.
+
+    Raises InputError where a new constant does not fit its own type (an overflow in float16).
+    """
+    model = plan.model.clone()
+    nodes = _correspondence(plan.model, model)
+    writer = _Writer(model)
+    gone = {removed.node for removed in plan.removed}
+    touched = {node for value in plan.gauges for node in _around(value)} - gone
+    for node in nodes:
+        if node in touched:
+            writer.rewrite(nodes[node], _constants(node, plan))
+    writer.flush()
+    aliases = _bypass_all([nodes[removed.node] for removed in plan.removed], writer)
+    return Folded(model, aliases, writer.biases)
+
+
+def _correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]:
+    """The nodes of a model and of its clone, which lists them in the same order."""
+    return {
+        old: new
+        for old_graph, new_graph in zip(before.graphs(), after.graphs(), strict=True)
+        for old, new in zip(old_graph, new_graph, strict=True)
+    }
+
+
+def _around(value: ir.Value) -> Iterable[ir.Node]:
+    producer = value.producer()
+    return [*([producer] if producer else []), *(user for user, _ in value.uses())]
+
+
+@dataclass(frozen=True)
+class _New:
+    """A new constant for one slot; `held` is None where the slot was empty."""
+
+    slot: int
+    array: Array
+    held: Constant | None
+
+
+def _constants(node: ir.Node, plan: FoldPlan) -> list[_New]:
+    """The new constants of one node of the original model."""
+    rule = RULES.get(node.op_type)
+    try:
+        if rule is None or rule.rewrite is None or not rule.constants(node):
+            return []
+    except Opaque:
+        return []
+
+    def gauge(value: ir.Value) -> Gauge:
+        return plan.gauge(value)
+
+    news = []
+    for slot, array in rule.rewrite(node, gauge).items():
+        value = node.inputs[slot] if slot < len(node.inputs) else None
+        held = constant(value) if value is not None else None
+        if held is None and not np.any(array):
+            continue  # a bias of zeros need not appear
+        news.append(_New(slot, array, held))
+    return news
+
+
+@dataclass
+class _Write:
+    node: ir.Node
+    slot: int
+    held: Constant
+    root: ir.Value
+    array: Array
+
+
+class _Writer:
+    """Writes new constants into a model: in place where all readers agree, else as a copy."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.writes: list[_Write] = []
+        self.biases: dict[str, str] = {}
+        self.names = {
+            value.name
+            for graph in model.graphs()
+            for value in (*graph.initializers.values(), *graph.inputs)
+        } | {out.name for graph in model.graphs() for node in graph for out in node.outputs}
+        self.suspects: dict[ir.Value, None] = {}
+
+    def rewrite(self, node: ir.Node, news: list[_New]) -> None:
+        for new in news:
+            if new.held is None:
+                self._add_bias(node, new)
+            else:
+                held = constant(node.inputs[new.slot])
+                assert held is not None
+                self.writes.append(_Write(node, new.slot, held, held.root, new.array))
+
+    def flush(self) -> None:
+        """Write all constants asked for, grouped by the tensor that holds them."""
+        by_root: dict[ir.Value, list[_Write]] = {}
+        for write in self.writes:
+            by_root.setdefault(write.root, []).append(write)
+        for root, writes in by_root.items():
+            first = writes[0].held.as_root(writes[0].array) if _same_shape(writes[0]) else None
+            agreed = (
+                first is not None
+                and writes[0].held.in_place
+                and len(writes) == len(readers(root))
+                and not root.is_graph_output()
+                and all(
+                    _same_shape(w) and np.array_equal(w.held.as_root(w.array), first)
+                    for w in writes
+                )
+            )
+            if agreed and first is not None:
+                _set_root(root, _rounded(first, writes[0].held.dtype, root.name))
+            else:
+                for write in writes:
+                    self._copy(write)
+
+    def _copy(self, write: _Write) -> None:
+        """Give this reader a tensor of its own, already in the layout that it reads."""
+        tensor = _rounded(write.array, write.held.dtype, write.root.name)
+        old = write.node.inputs[write.slot]
+        assert old is not None
+        assert old.dtype is not None
+        if old.dtype != tensor.dtype:
+            tensor = ir.Tensor(tensor.numpy().astype(old.dtype.numpy()), dtype=old.dtype)
+        value = self._initializer(write.node, f"{write.root.name}_folded", tensor)
+        write.node.replace_input_with(write.slot, value)
+        self.suspects[old] = None
+
+    def _initializer(self, node: ir.Node, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        name = self._fresh(name)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.numpy().shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name),
+        )
+        assert node.graph is not None
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        graph.register_initializer(value)
+        if (self.model.ir_version or 0) < 4:
+            graph.inputs.append(value)  # IR 3 lists every initializer among the inputs
+        return value
+
+    def _fresh(self, name: str) -> str:
+        candidate, count = name, 0
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+    def _add_bias(self, node: ir.Node, new: _New) -> None:
+        """A bias where there was none: an input of Conv and Gemm, an Add behind a MatMul."""
+        weight_slot = RULES[node.op_type].constants(node)[0]
+        weight = constant(node.inputs[weight_slot])
+        assert weight is not None
+        stem = (weight.root.name or label(node)).removesuffix(".weight")
+        name = f"{stem}.bias" if stem != weight.root.name else f"{stem}_bias"
+        dtype = node.inputs[weight_slot].dtype or weight.dtype  # type: ignore[union-attr]
+        value = self._initializer(node, name, _rounded(new.array, dtype, name))
+        if weight.root.name:
+            self.biases[weight.root.name] = value.name or name
+        if node.op_type == "MatMul":
+            _add_behind(node, value, self._fresh(f"{node.outputs[0].name}_product"))
+            return
+        node.resize_inputs(max(len(node.inputs), new.slot + 1))
+        node.replace_input_with(new.slot, value)
+
+    def forget_unread(self) -> None:
+        """Drop the suspects that nothing reads any more, and what only they read."""
+        queue = list(self.suspects)
+        while queue:
+            value = queue.pop()
+            if value.uses() or value.is_graph_output():
+                continue
+            node = value.producer()
+            if node is not None:
+                if any(out.uses() or out.is_graph_output() for out in node.outputs):
+                    continue
+                queue.extend(v for v in node.inputs if v is not None)
+                assert node.graph is not None
+                node.graph.remove(node, safe=True)
+            elif value.is_initializer() and isinstance(value.graph, ir.Graph):
+                graph = value.graph
+                if value.is_graph_input():
+                    if (self.model.ir_version or 0) >= 4:
+                        continue
+                    graph.inputs.remove(value)
+                graph.initializers.pop(value.name or "")
+
+
+def _same_shape(write: _Write) -> bool:
+    return write.array.shape == write.held.array.shape
+
+
+def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[Any]:
+    """The array rounded once to its own type. Raises InputError if it overflows there."""
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(array.astype(dtype.numpy()))
+    if not np.all(np.isfinite(stored.astype(np.float64))):
+        raise InputError(
+            f"Folding makes the weight '{name}' too large for {dtype.name}: its largest magnitude"
+            f" would be {np.max(np.abs(array)):.3g}. Fold the model in float32."
+        )
+    return ir.Tensor(stored, dtype=dtype, name=name)
+
+
+def _set_root(root: ir.Value, tensor: ir.Tensor[Any]) -> None:
+    node = root.producer()
+    if node is None:
+        root.const_value = tensor
+        return
+    node.attributes.clear()  # a Constant node, in whichever of its forms
+    node.attributes["value"] = ir.AttrTensor("value", tensor)
+    root.const_value = tensor
+
+
+def _add_behind(node: ir.Node, bias: ir.Value, product_name: str) -> None:
+    """MatMul -> Add, the Add taking over the MatMul's output value and its name."""
+    output = node.outputs[0]
+    add = ir.node(
+        "Add",
+        inputs=[output, bias],
+        name=f"{node.name or output.name}_bias",
+        outputs=[ir.Value(name=output.name, shape=output.shape, type=output.type)],
+    )
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    graph.insert_after(node, add)
+    fresh = add.outputs[0]
+    fresh.meta.update(output.meta)
+    ir.convenience.replace_all_uses_with(output, fresh, replace_graph_outputs=True)
+    add.replace_input_with(0, output)
+    output.name = product_name
+
+
+def _bypass_all(nodes: list[ir.Node], writer: _Writer) -> dict[str, str]:
+    """Let the readers of each removed batch norm read its input; where the values went."""
+    merged: dict[str, str] = {}
+    for node in nodes:
+        x, y = node.inputs[0], node.outputs[0]
+        assert x is not None
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        x_name, y_name = x.name or "", y.name or ""
+        writer.suspects.update(dict.fromkeys(v for v in node.inputs[1:] if v is not None))
+        if y.is_graph_output():
+            _hand_over_output(graph, node, x, y)
+            if x.name == y_name:
+                merged[x_name] = y_name
+        else:
+            y.replace_all_uses_with(x)
+            merged[y_name] = x_name
+            graph.remove(node, safe=True)
+    writer.forget_unread()
+    return {name: _end_of(merged, name) for name in merged}
+
+
+def _hand_over_output(graph: ir.Graph, node: ir.Node, x: ir.Value, y: ir.Value) -> None:
+    """The batch norm's output is an output of the graph: its input takes over place and name."""
+    name = y.name
+    if x.is_graph_output() or x.is_graph_input() or x.is_initializer() or x.graph is not graph:
+        identity = ir.node("Identity", inputs=[x], outputs=[ir.Value(type=y.type, shape=y.shape)])
+        graph.insert_after(node, identity)
+        x = identity.outputs[0]
+    x.shape = y.shape
+    x.meta.update(y.meta)
+    ir.convenience.replace_all_uses_with(y, x, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    y.name = None
+    x.name = name
+
+
+def _end_of(merged: Mapping[str, str], name: str) -> str:
+    while name in merged and merged[name] != name:
+        name = merged[name]
+    return name

@@ -1,0 +1,158 @@
+"""A fold written back into a torch module: same class in, same class out.
+
+The graph's initializers carry the parameters' names, so a fold is a set of new tensors by name: a
+folded batch norm becomes an Identity, a layer that had no bias gets one registered.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from bnfold.errors import InputError
+from bnfold.folding.apply import Folded
+from bnfold.folding.plan import FoldPlan, Scope
+from bnfold.folding.rules.node import name_of
+from bnfold.reading.checkpoint import load_checkpoint
+from bnfold.reading.weights import load_into
+
+# Their forward is the batch norm and nothing else; a subclass may add to it.
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Their forward reads `self.bias` and works with or without it.
+_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def scope_of(module: nn.Module, graph: ir.Model) -> Scope:
+    """What of a module a fold may change, given its exported graph."""
+    calls = Counter(name_of(node) for g in graph.graphs() for node in g if _is_norm(node))
+    named = list(module.named_modules(remove_duplicate=False))
+    places = Counter(id(child) for _, child in named)
+    norms = {
+        name
+        for name, child in named
+        if type(child) in _NORMS
+        and calls[name] == 1
+        and places[id(child)] == 1
+        and not _has_hooks(child)
+    }
+    layers = {
+        name
+        for name, child in named
+        if type(child) in _LAYERS and places[id(child)] == 1 and not _has_hooks(child)
+    }
+    plain = {
+        f"{name}.{key}" if name else key
+        for name, child in named
+        if not _has_hooks(child)
+        for key in (*child._parameters, *child._buffers)
+    }
+    return Scope(frozenset(plain), frozenset(layers), frozenset(norms))
+
+
+def _is_norm(node: ir.Node) -> bool:
+    return node.op_type == "BatchNormalization"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def write_back(module: nn.Module, plan: FoldPlan, folded: Folded) -> nn.Module:
+    """A copy of the module, in eval mode, with the plan's batch norms folded.
+
+    Raises InputError if the module cannot be copied.
+    """
+    try:
+        result = copy.deepcopy(module).eval()
+    except Exception as error:
+        raise InputError(
+            f"{type(module).__name__} cannot be copied ({error}); fold it to ONNX instead."
+        ) from error
+    state = folded_state(module.state_dict(), plan, folded)
+    take_shape_of(result, state)
+    result.load_state_dict(state)
+    return result
+
+
+def folded_state(
+    state_dict: Mapping[str, torch.Tensor], plan: FoldPlan, folded: Folded
+) -> dict[str, torch.Tensor]:
+    """The state_dict of the folded network: no folded batch norm, new weights, added biases."""
+    gone = {removed.name for removed in plan.removed}
+    state = {
+        name: tensor.detach().clone()
+        for name, tensor in state_dict.items()
+        if name.rpartition(".")[0] not in gone
+    }
+    initializers = folded.model.graph.initializers
+    before = plan.model.graph.initializers
+    for name, value in initializers.items():
+        if name in state and value.const_value is not before[name].const_value:
+            state[name] = _tensor(value, state[name])
+    for weight, bias in folded.biases.items():
+        name = f"{weight.removesuffix('.weight')}.bias"
+        state[name] = _tensor(initializers[bias], state[weight])
+    return state
+
+
+def _tensor(value: ir.Value, like: torch.Tensor) -> torch.Tensor:
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    if array.dtype.kind not in "fiub":  # bfloat16 is not a type of numpy's own
+        array = array.astype("float32")
+    return torch.from_numpy(array.copy()).to(like.dtype)
+
+
+def take_shape_of(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Give a module, in place, the structure of a folded state_dict.
+
+    A batch norm of which the state_dict holds nothing becomes an Identity, and a layer whose bias
+    it holds gets a bias; then `module.load_state_dict(state_dict)` fits.
+    """
+    for name, child in list(module.named_modules()):
+        prefix = f"{name}." if name else ""
+        owned = [key for key in state_dict if key.startswith(prefix)]
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and name and not owned:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, nn.Identity().train(child.training))
+        elif isinstance(child, _LAYERS) and child.bias is None and f"{prefix}bias" in state_dict:
+            bias = state_dict[f"{prefix}bias"]
+            child.register_parameter("bias", nn.Parameter(bias.detach().clone()))
+
+
+def load_folded(module: nn.Module, path: Path | str) -> nn.Module:
+    """Load a folded checkpoint into a freshly built module of the original class, in place.
+
+    The module's folded batch norms become Identity, and layers get the biases that the file holds.
+    Raises InputError where file and module do not belong together.
+    """
+    checkpoint = load_checkpoint(path)
+    take_shape_of(module, checkpoint.state_dict)
+    load_into(module, checkpoint)
+    return module.eval()
+
+
+def scope_of_names(state_dict: Mapping[str, torch.Tensor], graph: ir.Model) -> Scope:
+    """What may change where only names are known: those of a state_dict and its graph."""
+    calls = Counter(name_of(node) for g in graph.graphs() for node in g if _is_norm(node))
+    norms = {name for name, count in calls.items() if count == 1}
+    layers = {name.removesuffix(".weight") for name in state_dict if name.endswith(".weight")}
+    return Scope(
+        frozenset(state_dict),
+        frozenset(layers),
+        frozenset(name for name in norms if f"{name}.running_mean" in state_dict),
+    )

@@ -1,0 +1,131 @@
+"""The table of rules: operator -> family.
+
+A family says what one node asks of the gauges around it, in three kinds of statement:
+
+- ties: what the scale (or the origin) on one side makes of the scale (the origin) on the other;
+- sums: the origin of an Add is the sum of the origins of its branches;
+- demands: what a single gauge must be, with the sentence that explains why if it is not.
+
+An operator that holds constants absorbs what its ties leave free, and a fourth function, `rewrite`,
+gives its new constants from the gauges around it. An operator without a row lets nothing pass. A
+new operator is one row of RULES and one case in the law test.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from bnfold.folding.rules.joining import (
+    add_rule,
+    concat_relations,
+    factor_rule,
+    split_relations,
+    sum_relations,
+)
+from bnfold.folding.rules.linear import (
+    conv_rule,
+    gemm_relations,
+    gemm_rewrite,
+    matmul_operand,
+    matmul_relations,
+    matmul_rewrite,
+)
+from bnfold.folding.rules.moves import (
+    depth_to_space,
+    expanded,
+    gathered,
+    pooled,
+    reduced,
+    reshaped,
+    resized,
+    sliced,
+    space_to_depth,
+    transposed,
+)
+from bnfold.folding.rules.node import Opaque
+from bnfold.folding.rules.normalization import normalization_relations, normalization_rewrite
+from bnfold.folding.rules.passing import (
+    average_pool_rule,
+    cast_rule,
+    dropout_rule,
+    free,
+    homogeneous,
+    leaky,
+    monotone,
+    opaque,
+    pad_rule,
+    prelu_rule,
+    structural,
+    summing,
+)
+from bnfold.folding.rules.relations import Relations, Rule
+
+# --- the table -----------------------------------------------------------------------------------
+
+RULES: dict[str, Rule] = {
+    # linear: absorbs any gauge
+    "Conv": conv_rule(transposed=False),
+    "ConvTranspose": conv_rule(transposed=True),
+    "Gemm": Rule(gemm_relations, gemm_rewrite, lambda _node: (1, 2)),
+    "MatMul": Rule(matmul_relations, matmul_rewrite, lambda n: (matmul_operand(n)[0],)),
+    # diagonal: absorbs channel by channel
+    "BatchNormalization": Rule(
+        normalization_relations, normalization_rewrite, lambda _node: (1, 2, 3)
+    ),
+    "Add": add_rule(1),
+    "Sub": add_rule(-1),
+    "Mul": factor_rule(divide=False),
+    "Div": factor_rule(divide=True),
+    # homogeneous: one positive scale, no shift
+    "Relu": homogeneous(lambda _node, x: np.maximum(x, 0)),
+    "LeakyRelu": homogeneous(leaky),
+    "PRelu": prelu_rule(),
+    "Abs": homogeneous(lambda _node, x: np.abs(x)),
+    # monotone: one scale that is not negative, any shift
+    "MaxPool": monotone(pooled),
+    "GlobalMaxPool": monotone(pooled),
+    "ReduceMax": monotone(reduced),
+    "ReduceMin": monotone(reduced),
+    # averaging: any gauge
+    "AveragePool": average_pool_rule(),
+    "GlobalAveragePool": structural(pooled),
+    "ReduceMean": structural(reduced),
+    "Resize": structural(resized),
+    "Upsample": structural(resized),
+    # additive: any scale, no shift
+    "ReduceSum": summing(reduced),
+    # structural: the gauge re-indexed
+    "Identity": structural(),
+    "Dropout": dropout_rule(),
+    "Cast": cast_rule(),
+    "Reshape": structural(reshaped),
+    "Flatten": structural(reshaped),
+    "Squeeze": structural(reshaped),
+    "Unsqueeze": structural(reshaped),
+    "Transpose": structural(transposed),
+    "Expand": structural(expanded),
+    "Slice": structural(sliced),
+    "Gather": structural(gathered),
+    "DepthToSpace": structural(depth_to_space),
+    "SpaceToDepth": structural(space_to_depth),
+    "Pad": pad_rule(),
+    # several values
+    "Sum": Rule(sum_relations),
+    "Concat": Rule(concat_relations),
+    "Split": Rule(split_relations),
+    # no element is looked at
+    "Shape": Rule(free),
+    "Size": Rule(free),
+}
+
+
+def relations_of(node: ir.Node) -> Relations:
+    """What this node asks of the gauges around it. Raises InputError for impossible statistics."""
+    rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if rule is None:
+        return opaque(node)
+    try:
+        return rule.relations(node)
+    except Opaque as why:
+        return opaque(node, str(why))

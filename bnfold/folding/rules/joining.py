@@ -1,0 +1,183 @@
+"""Operators with several data values or a constant beside the data: Add, Mul, Concat, Split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from bnfold.folding import layout
+from bnfold.folding.affine import Array, canonical
+from bnfold.folding.constants import constant
+from bnfold.folding.rules.moves import same
+from bnfold.folding.rules.node import Opaque, constant_slots, dims, input_of, integer, one_constant
+from bnfold.folding.rules.passing import connect
+from bnfold.folding.rules.relations import (
+    Gauges,
+    Moves,
+    Relations,
+    Rule,
+    Scales,
+    Sum,
+    Term,
+    Tie,
+    readable,
+    writable,
+)
+
+
+def _operand(value: ir.Value, result: ir.Value) -> Moves:
+    """An operand against the result it broadcasts to."""
+    rank, shape = len(dims(result)), dims(value)
+    return (
+        lambda array: layout.broadcast(array, rank),
+        lambda array: layout.unbroadcast(array, shape),
+    )
+
+
+def add_up(node: ir.Node, terms: Sequence[tuple[ir.Value, int]]) -> Relations:
+    """E(x + y) = s (x - a) + s (y - b): one scale for all, the origins add up."""
+    y = node.outputs[0]
+    total = Sum(y, tuple(Term(value, sign, _operand(value, y)) for value, sign in terms))
+    ties = tuple(connect(term.value, y, term.moves) for term in total.terms)
+    return Relations(scales=ties, sums=(total,))
+
+
+def add_rule(sign: int) -> Rule:
+    """Add (sign 1) and Sub (sign -1): of two data values, or of one and a constant."""
+
+    def relations(node: ir.Node) -> Relations:
+        a, b = input_of(node, 0), input_of(node, 1)
+        held = one_constant(node)
+        if held is not None:
+            slot, _ = held
+            x, y = input_of(node, 1 - slot), node.outputs[0]
+            tie = connect(x, y, _operand(x, y))
+            return Relations((tie,), (), (), (writable(x, node), writable(y, node)))
+        if a is b:
+            raise Opaque("it reads one value twice")
+        return add_up(node, [(a, 1), (b, sign)])
+
+    def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+        held = one_constant(node)
+        if held is None:
+            return {}
+        slot, c = held
+        y = gauges(node.outputs[0])
+        x = gauges(input_of(node, 1 - slot))
+        rank = y.scale.ndim
+        offset, origin = layout.broadcast(c.array, rank), layout.broadcast(x.origin, rank)
+        # y = x + c, x - c, or c - x
+        value = {(0, 1): 1, (1, 1): 1, (1, -1): -1, (0, -1): 1}[slot, sign]
+        data = -1 if (slot, sign) == (0, -1) else 1
+        regular = y.scale * (value * offset + data * origin - y.origin)
+        new = np.where(y.scale == 0, y.origin - data * origin, regular)
+        return {slot: _fitted(value * new, c.array.ndim)}
+
+    return Rule(relations, rewrite, lambda node: constant_slots(node))
+
+
+def _fitted(array: Array, rank: int) -> Array:
+    """The array without the leading axes of size 1 that broadcasting has added."""
+    while array.ndim > rank and array.shape[0] == 1:
+        array = array[0]
+    return array
+
+
+def sum_relations(node: ir.Node) -> Relations:
+    """Sum of any number of computed values."""
+    values = [value for value in node.inputs if value is not None]
+    if len(set(values)) != len(values) or any(constant(value) is not None for value in values):
+        raise Opaque("it reads a constant, or one value twice")
+    return add_up(node, [(value, 1) for value in values])
+
+
+def factor_rule(*, divide: bool) -> Rule:
+    """y = m x, channel by channel: any scales on both sides; origin_y = m origin_x."""
+
+    def factor(node: ir.Node) -> tuple[int, Array]:
+        held = one_constant(node)
+        if held is None or (divide and held[0] == 0):
+            raise Opaque("it multiplies two computed values")
+        slot, c = held
+        if divide and not np.all(c.array):
+            raise Opaque("it divides by 0")
+        return slot, 1 / c.array if divide else c.array
+
+    def relations(node: ir.Node) -> Relations:
+        slot, m = factor(node)
+        x, y = input_of(node, 1 - slot), node.outputs[0]
+        same(x, y, node)
+        m = layout.broadcast(m, len(dims(y)))
+
+        def back(origin: Array, _scales: Scales) -> Array | None:
+            if np.any((m == 0) & ~np.isnan(origin) & (origin != 0)):
+                return None
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return canonical(np.where(m == 0, np.nan, origin / m))
+
+        tie = Tie(x, y, lambda origin, _s: canonical(m * origin), back, elementwise=True)
+        demands = tuple(d(v, node) for v in (x, y) for d in (readable, writable))
+        return Relations((), (tie,), (), demands)
+
+    def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+        slot, m = factor(node)
+        x, y = gauges(input_of(node, 1 - slot)), gauges(node.outputs[0])
+        new = y.scale * layout.broadcast(m, y.scale.ndim) * x.read_scale
+        return {slot: _fitted(1 / new if divide else new, m.ndim)}
+
+    return Rule(relations, rewrite, lambda node: constant_slots(node))
+
+
+def concat_relations(node: ir.Node) -> Relations:
+    """Each branch has its slice of the result's gauge."""
+    y = node.outputs[0]
+    axis = integer(node, "axis", 1) % len(dims(y))
+    total = dims(y)[axis]
+    ties, at = [], 0
+    for value in node.inputs:
+        assert value is not None
+        size = dims(value)[axis]
+        if not isinstance(size, int) or not isinstance(total, int):
+            raise Opaque(f"the extent of '{value.name}' along axis {axis} is not known")
+        cut = slice(at, at + size)
+        ties.append(
+            connect(
+                value,
+                y,
+                (
+                    lambda array, cut=cut: layout.put(array, cut, axis, total),  # type: ignore[misc]
+                    lambda array, cut=cut: layout.take(array, cut, axis),  # type: ignore[misc]
+                ),
+            )
+        )
+        at += size
+    if len({tie.a for tie in ties}) != len(ties):
+        raise Opaque("it reads one value twice")
+    return Relations(tuple(ties), tuple(ties))
+
+
+def split_relations(node: ir.Node) -> Relations:
+    """Each output is a slice of the input's gauge."""
+    x = input_of(node, 0)
+    axis = integer(node, "axis", 0) % len(dims(x))
+    total = dims(x)[axis]
+    ties, at = [], 0
+    for y in node.outputs:
+        size = dims(y)[axis]
+        if not isinstance(size, int) or not isinstance(total, int):
+            raise Opaque(f"the extent of '{y.name}' along axis {axis} is not known")
+        cut = slice(at, at + size)
+        ties.append(
+            connect(
+                x,
+                y,
+                (
+                    lambda array, cut=cut: layout.take(array, cut, axis),  # type: ignore[misc]
+                    lambda array, cut=cut: layout.put(array, cut, axis, total),  # type: ignore[misc]
+                ),
+            )
+        )
+        at += size
+    return Relations(tuple(ties), tuple(ties))

@@ -1,0 +1,181 @@
+"""Linear operators, y = W x + b: they absorb every gauge, W~ = scale_y W / scale_x.
+
+A shift at the input needs every output element to see every weight: no zero padding in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from bnfold.folding.affine import Array
+from bnfold.folding.rules.node import (
+    Opaque,
+    along,
+    auto_padded,
+    dims,
+    input_of,
+    integer,
+    integers,
+    label,
+    one_constant,
+    real,
+    string,
+    weights,
+)
+from bnfold.folding.rules.relations import (
+    Gauges,
+    Relations,
+    Rule,
+    no_shift,
+    only_along,
+    readable,
+    writable,
+)
+
+
+def _pads_with_zeros(node: ir.Node, kernel: Sequence[int]) -> bool:
+    if auto_padded(node):
+        return any(size != 1 for size in kernel)
+    return string(node, "auto_pad", "NOTSET") != "VALID" and any(integers(node, "pads") or ())
+
+
+def absorbs(
+    node: ir.Node,
+    source: tuple[ir.Value, int],
+    result: tuple[ir.Value, int],
+    *,
+    barrier: str | None = None,
+) -> Relations:
+    """No tie at all: both sides, each a value and its channel axis, take any gauge.
+
+    barrier: what stands against a shift at the input, if something does.
+    """
+    (x, in_axis), (y, out_axis) = source, result
+    demands = [
+        *only_along(x, in_axis, node),
+        *only_along(y, out_axis, node),
+        readable(x, node),
+        writable(y, node),
+    ]
+    if barrier is not None:
+        demands.append(no_shift(x, f"{label(node)} {barrier}, which a shift would change"))
+    return Relations(demands=tuple(demands))
+
+
+def _bias(node: ir.Node, slot: int, size: int) -> Array:
+    if slot < len(node.inputs) and node.inputs[slot] is not None:
+        return weights(node, slot)
+    return np.zeros(size)
+
+
+def shifted(bias: Array, scale: Array, origin: Array) -> Array:
+    """scale (bias - origin), and the constant itself where one is to be written."""
+    return np.where(scale == 0, origin, scale * (bias - origin))
+
+
+def conv_rule(*, transposed: bool) -> Rule:
+    """Conv, weights (g O/g) I/g k..., and ConvTranspose, weights (g I/g) O/g k...; 1-D to 3-D."""
+
+    def relations(node: ir.Node) -> Relations:
+        kernel = weights(node, 1).shape[2:]
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            weights(node, 2)
+        barrier = None
+        if transposed:
+            barrier = "sees fewer elements at the border"
+        elif _pads_with_zeros(node, kernel):
+            barrier = "pads with zeros"
+        return absorbs(node, (input_of(node, 0), 1), (node.outputs[0], 1), barrier=barrier)
+
+    def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+        weight, groups = weights(node, 1), integer(node, "group", 1)
+        kernel = weight.shape[2:]
+        # (group, out, in, kernel...)
+        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        split = np.swapaxes(split, 1, 2) if transposed else split
+        outs, ins = groups * split.shape[1], groups * split.shape[2]
+        x, y = gauges(input_of(node, 0)), gauges(node.outputs[0])
+        ones = (1,) * len(kernel)
+        scale = along(y.scale, outs)
+        read = along(x.read_scale, ins).reshape(groups, 1, -1, *ones)
+        shift = along(x.origin, ins).reshape(groups, 1, -1, *ones)
+        bias = _bias(node, 2, outs)
+        if np.any(shift):
+            bias = bias + (split * shift).sum(axis=tuple(range(2, split.ndim))).reshape(outs)
+        new = scale.reshape(groups, -1, 1, *ones) * split
+        if np.any(read != 1):
+            new *= read
+        new = np.swapaxes(new, 1, 2) if transposed else new
+        return {
+            1: new.reshape(weight.shape),
+            2: shifted(bias, scale, along(y.origin, outs)),
+        }
+
+    return Rule(relations, rewrite, lambda _node: (1, 2))
+
+
+def gemm_relations(node: ir.Node) -> Relations:
+    """Gemm with constant B and C absorbs every gauge; the channels of A are its columns."""
+    weights(node, 1)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        weights(node, 2)
+    if real(node, "beta", 1.0) == 0:
+        raise Opaque("its beta is 0")
+    x, y = input_of(node, 0), node.outputs[0]
+    return absorbs(node, (x, 0 if integer(node, "transA", 0) else 1), (y, 1))
+
+
+def gemm_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+    """y = alpha A B + beta C."""
+    flip = bool(integer(node, "transB", 0))
+    alpha, beta = real(node, "alpha", 1.0), real(node, "beta", 1.0)
+    weight = weights(node, 1).T if flip else weights(node, 1)
+    ins, outs = weight.shape
+    x, y = gauges(input_of(node, 0)), gauges(node.outputs[0])
+    scale, origin = along(y.scale, outs), along(y.origin, outs)
+    new = along(x.read_scale, ins)[:, None] * weight * scale
+    bias = beta * _bias(node, 2, outs) + alpha * (along(x.origin, ins) @ weight)
+    return {1: new.T if flip else new, 2: shifted(bias, scale, origin) / beta}
+
+
+def matmul_operand(node: ir.Node) -> tuple[int, Array]:
+    """The slot and the elements of the constant operand. Raises Opaque where there is none."""
+    held = one_constant(node)
+    if held is None:
+        raise Opaque("it multiplies two computed values")
+    slot, c = held
+    if c.array.ndim < 2 or len(dims(input_of(node, 1 - slot))) < 2:
+        raise Opaque("one of its operands is a vector")
+    return slot, c.array
+
+
+def matmul_relations(node: ir.Node) -> Relations:
+    """MatMul with one constant operand absorbs every gauge along the other one's channels.
+
+    The bias that it may need is an Add behind it, which takes a shift along any axis.
+    """
+    slot, _ = matmul_operand(node)
+    axis = -1 if slot == 1 else -2
+    x, y = input_of(node, 1 - slot), node.outputs[0]
+    scale_only, _ = only_along(y, axis, node)
+    demands = (*only_along(x, axis, node), scale_only, readable(x, node), writable(y, node))
+    return Relations(demands=demands)
+
+
+def matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+    """y = x W or y = W x; slot 2 stands for the bias that a MatMul does not have."""
+    slot, weight = matmul_operand(node)
+    x, y = gauges(input_of(node, 1 - slot)), gauges(node.outputs[0])
+    weight = weight if slot == 1 else np.swapaxes(weight, -1, -2)
+    ins, outs = weight.shape[-2:]
+    new = along(x.read_scale, ins)[:, None] * weight * along(y.scale, outs)
+    moved = (along(x.origin, ins) @ weight)[..., None, :]
+    if slot == 0:
+        new, moved = np.swapaxes(new, -1, -2), np.swapaxes(moved, -1, -2)
+    bias = shifted(moved, y.scale, y.origin)
+    while bias.ndim > 1 and bias.shape[0] == 1:
+        bias = bias[0]
+    return {slot: new, 2: bias}

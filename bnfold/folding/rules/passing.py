@@ -1,0 +1,201 @@
+"""Operators with one input that hold nothing back: one tie between input and output.
+
+structural, averaging (any gauge), monotone (no negative scale), additive (no shift), homogeneous (a
+positive scale, no shift); and "opaque", where nothing passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from bnfold.folding.affine import Array, canonical
+from bnfold.folding.constants import FLOATS, constant
+from bnfold.folding.rules.moves import padded, pooled, same
+from bnfold.folding.rules.node import (
+    Opaque,
+    auto_padded,
+    input_of,
+    integer,
+    integers,
+    label,
+    real,
+    string,
+    weights,
+)
+from bnfold.folding.rules.relations import (
+    Moves,
+    Relations,
+    Rule,
+    Tie,
+    identity_demands,
+    no_shift,
+    not_negative,
+    positive,
+    writable,
+)
+
+
+def opaque(node: ir.Node, why: str | None = None) -> Relations:
+    """Nothing passes: every value around the node keeps its identity gauge."""
+    reason = f" ({why})" if why else ""
+    sentence = f"{label(node)} lets no scale or shift pass{reason}"
+    around = {v for v in (*node.inputs, *node.outputs) if v is not None}
+    return Relations(demands=tuple(d for v in around for d in identity_demands(v, sentence)))
+
+
+def free(_node: ir.Node) -> Relations:
+    """Shape and Size: they look at no element, so every gauge may enter."""
+    return Relations()
+
+
+# --- structural, averaging, monotone, homogeneous: one tie ---------------------------------------
+
+
+def connect(x: ir.Value, y: ir.Value, moves: Moves) -> Tie:
+    """The tie between two values of which one is the other, moved."""
+    ahead, back = moves
+    return Tie(x, y, lambda array, _s: ahead(array), lambda array, _s: back(array))
+
+
+def structural(moves: Callable[[ir.Value, ir.Value, ir.Node], Moves] = same) -> Rule:
+    """y = f(x), f moves or averages elements with weights of sum 1: any gauge, re-indexed."""
+
+    def relations(node: ir.Node) -> Relations:
+        x, y = input_of(node, 0), node.outputs[0]
+        tie = connect(x, y, moves(x, y, node))
+        return Relations(scales=(tie,), origins=(tie,))
+
+    return Rule(relations)
+
+
+def monotone(moves: Callable[[ir.Value, ir.Value, ir.Node], Moves] = same) -> Rule:
+    """max(s x + t) = s max(x) + t for s >= 0: no negative scale, any shift."""
+
+    def relations(node: ir.Node) -> Relations:
+        x, y = input_of(node, 0), node.outputs[0]
+        tie = connect(x, y, moves(x, y, node))
+        demands = [not_negative(x, node), not_negative(y, node)]
+        if any(other.uses() or other.is_graph_output() for other in node.outputs[1:]):
+            # the places of the maxima are read too: they need the data itself
+            demands += [positive(x, node), writable(x, node)]
+        return Relations((tie,), (tie,), (), tuple(demands))
+
+    return Rule(relations)
+
+
+def summing(moves: Callable[[ir.Value, ir.Value, ir.Node], Moves] = same) -> Rule:
+    """y = A x, A without channels: any scale, no shift."""
+
+    def relations(node: ir.Node) -> Relations:
+        x, y = input_of(node, 0), node.outputs[0]
+        sentence = f"{label(node)} passes no shift"
+        demands = (no_shift(x, sentence), no_shift(y, sentence))
+        return Relations((connect(x, y, moves(x, y, node)),), (), (), demands)
+
+    return Rule(relations)
+
+
+def homogeneous(function: Callable[[ir.Node, Array], Array]) -> Rule:
+    """f(s x) = s f(x) for s > 0: the same positive scale on both sides, no shift.
+
+    A known constant k passes as f(k).
+    """
+
+    def relations(node: ir.Node) -> Relations:
+        x, y = input_of(node, 0), node.outputs[0]
+        scale = connect(x, y, same(x, y, node))
+        origin = Tie(
+            x,
+            y,
+            lambda array, _s: canonical(function(node, array)),
+            lambda array, _s: np.full_like(array, np.nan),
+        )
+        sentence = f"{label(node)} passes no shift"
+        demands = (
+            positive(x, node),
+            positive(y, node),
+            no_shift(x, sentence, known_constants=True),
+            no_shift(y, sentence, known_constants=True),
+        )
+        return Relations((scale,), (origin,), (), demands)
+
+    return Rule(relations)
+
+
+def leaky(node: ir.Node, x: Array) -> Array:
+    """LeakyRelu of an array."""
+    return np.where(x < 0, real(node, "alpha", 0.01) * x, x)
+
+
+def _prelu(node: ir.Node, x: Array) -> Array:
+    return np.where(x < 0, weights(node, 1) * x, x)
+
+
+def prelu_rule() -> Rule:
+    """PRelu with a constant slope, which a positive scale leaves as it is."""
+    rule = homogeneous(_prelu)
+
+    def relations(node: ir.Node) -> Relations:
+        weights(node, 1)  # a computed slope is opaque
+        return rule.relations(node)
+
+    return Rule(relations)
+
+
+def pad_rule() -> Rule:
+    """Reflected and repeated borders are structural; zeros pass any scale and no shift."""
+    copies, zeros = structural(padded), summing(padded)
+
+    def relations(node: ir.Node) -> Relations:
+        if string(node, "mode", "constant") != "constant":
+            return copies.relations(node)
+        value = real(node, "value", 0.0)
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            value = float(weights(node, 2).reshape(-1)[0])
+        if value != 0:
+            raise Opaque("it pads with a number that is not 0")
+        return zeros.relations(node)
+
+    return Rule(relations)
+
+
+def average_pool_rule() -> Rule:
+    """AveragePool averages what is there; where it counts padded zeros too, no shift passes."""
+    plain, counting = structural(pooled), summing(pooled)
+
+    def relations(node: ir.Node) -> Relations:
+        padded = any(integers(node, "pads") or ()) or auto_padded(node)
+        counts = integer(node, "count_include_pad", 0) and (padded or integer(node, "ceil_mode", 0))
+        return (counting if counts else plain).relations(node)
+
+    return Rule(relations)
+
+
+def cast_rule() -> Rule:
+    """Cast between floating types: any gauge, as far as the algebra goes."""
+    rule = structural()
+
+    def relations(node: ir.Node) -> Relations:
+        if input_of(node, 0).dtype not in FLOATS or node.outputs[0].dtype not in FLOATS:
+            raise Opaque("it is not a cast between floating types")
+        return rule.relations(node)
+
+    return Rule(relations)
+
+
+def dropout_rule() -> Rule:
+    """Dropout at inference is the identity."""
+    rule = structural()
+
+    def relations(node: ir.Node) -> Relations:
+        mode = node.inputs[2] if len(node.inputs) > 2 else None
+        if mode is not None:
+            held = constant(mode)
+            if held is None or bool(np.any(held.array)):
+                raise Opaque("it runs in training mode")
+        return rule.relations(node)
+
+    return Rule(relations)

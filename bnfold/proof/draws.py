@@ -1,0 +1,275 @@
+"""The inputs that a verification compares on: the caller's, or drawn ones.
+
+Drawn inputs are normal with the size that the network was trained for, read off its first batch
+normalization; then zeros, a constant, ten times the size, and a batch of one. The seed fixes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from bnfold.errors import InputError, NothingComparedError
+from bnfold.proof.counterpart import View, replaceable_inputs
+from bnfold.proof.reference import Float64Reference, NoReferenceError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BATCH_ELEMENTS = 1 << 18  # elements of an input that are run at a time: activations are larger
+BATCH_ROWS = 4  # but never fewer rows than this
+IMPLIED_SCALES = (1e-3, 1e3)  # outside: the first normalization says nothing about the input
+PIXELS = 256
+SMALL_INPUT = 1 << 14  # elements of a row, up to which many rows cost little
+
+
+@dataclass(frozen=True, eq=False)
+class InputSet:
+    """Batches of one kind of input: each maps the model's input names to arrays."""
+
+    name: str
+    batches: tuple[Mapping[str, Array], ...]
+
+    @property
+    def samples(self) -> int:
+        """Rows of the first input over all batches (1 for an input without axes)."""
+        return sum(_rows(next(iter(batch.values()))) for batch in self.batches)
+
+
+def _rows(array: Array) -> int:
+    return int(array.shape[0]) if array.ndim else 1
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input of the model: its numpy dtype, and its dims, None where they are dynamic.
+
+    dims is None where the model does not even say how many axes there are.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    dims: tuple[int | None, ...] | None
+
+
+def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
+    """The inputs that a caller has to give. Raises InputError for one that is no tensor."""
+    given = {tensor.name for tensor in model.graph.initializer}
+    specs = []
+    for value in model.graph.input:
+        if value.name in given:
+            continue
+        if not value.type.HasField("tensor_type"):
+            raise InputError(f"the input '{value.name}' is no tensor; it cannot be drawn.")
+        tensor = value.type.tensor_type
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        dims = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
+        specs.append(InputSpec(value.name, dtype, dims if tensor.HasField("shape") else None))
+    return specs
+
+
+# ------------------------------------------------------------------------------- given inputs
+
+
+def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[InputSet]:
+    """The caller's arrays in batches that the model takes, and their first row alone.
+
+    Raises InputError for names, ranks or sizes that do not fit, NothingComparedError for no rows.
+    """
+    specs = input_specs(model)
+    names = [spec.name for spec in specs]
+    if set(names) != set(inputs):
+        raise InputError(
+            f"the model's inputs are {', '.join(names)}; values were given for "
+            f"{', '.join(inputs) or 'none'}."
+        )
+    arrays = {spec.name: _fitting(spec, inputs[spec.name]) for spec in specs}
+    rows = {_rows(array) for array in arrays.values()}
+    if len(rows) != 1:
+        raise InputError(f"the inputs have different numbers of rows: {sorted(rows)}.")
+    total = rows.pop()
+    if total == 0:
+        raise NothingComparedError("the given inputs have no rows, so nothing can be compared.")
+    sizes = {spec.dims[0] for spec in specs if spec.dims and spec.dims[0] is not None}
+    if not sizes:
+        largest = max(math.prod(array.shape[1:]) for array in arrays.values())
+        size = max(BATCH_ROWS, BATCH_ELEMENTS // max(largest, 1))
+        sets = [InputSet("given", _split(arrays, size, total))]
+        if total > 1:
+            sets.append(InputSet("one row", _split(arrays, 1, 1)))
+        return sets
+    size = max(sizes)
+    if len(sizes) > 1 or size > total:
+        raise InputError(f"the model takes batches of {sorted(sizes)}; {total} rows were given.")
+    return [InputSet("given", _split(arrays, size, total - total % size))]
+
+
+def _fitting(spec: InputSpec, value: Array) -> Array:
+    array = np.asarray(value)
+    if spec.dims is None:
+        return array.astype(spec.dtype, copy=False)
+    if array.ndim != len(spec.dims):
+        raise InputError(
+            f"the input '{spec.name}' has {len(spec.dims)} axes {_shown(spec)}; the given array "
+            f"has shape {array.shape}."
+        )
+    wrong = [
+        axis
+        for axis, (size, dim) in enumerate(zip(array.shape, spec.dims, strict=True))
+        if axis > 0 and dim is not None and size != dim
+    ]
+    if wrong:
+        raise InputError(
+            f"the input '{spec.name}' has shape {_shown(spec)}; the given array has {array.shape}."
+        )
+    return array.astype(spec.dtype, copy=False)
+
+
+def _shown(spec: InputSpec) -> str:
+    if spec.dims is None:
+        return "of any shape"
+    return "(" + ", ".join("any" if dim is None else str(dim) for dim in spec.dims) + ")"
+
+
+def _split(arrays: Mapping[str, Array], size: int, total: int) -> tuple[dict[str, Array], ...]:
+    return tuple(
+        {name: np.ascontiguousarray(array[first : first + size]) for name, array in arrays.items()}
+        if all(array.ndim for array in arrays.values())
+        else dict(arrays)
+        for first in range(0, total, size)
+    )
+
+
+# ------------------------------------------------------------------------------- drawn inputs
+
+
+def drawn_inputs(
+    model: onnx.ModelProto,
+    reference: Float64Reference | None,
+    *,
+    seed: int,
+    samples: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> list[InputSet]:
+    """Normal draws, zeros, a constant, ten times the size, a single row.
+
+    samples: rows of the normal draws (default: 16, fewer for large inputs). input_shapes: sizes
+    for dynamic axes (default 224 for images, 32 for volumes, 64 for sequences).
+    """
+    specs = input_specs(model)
+    if not specs:
+        return [InputSet("no input", ({},))]
+    shapes = {spec.name: _shape(spec, (input_shapes or {}).get(spec.name)) for spec in specs}
+    any_batch = all(spec.dims and spec.dims[0] is None for spec in specs)
+    largest = max(math.prod(shape) for shape in shapes.values())
+    count = samples if samples is not None else _default_samples(largest)
+    if count < 1:
+        raise NothingComparedError("no samples were asked for, so nothing can be compared.")
+    rng = np.random.default_rng(seed)
+    bounds = {spec.name: _bound(model, spec) for spec in specs}
+
+    def draw(rows: int, kind: str, scale: float) -> dict[str, Array]:
+        sizes = {name: (rows, *shape[1:]) if any_batch else shape for name, shape in shapes.items()}
+        return {s.name: _draw(s, sizes[s.name], kind, scale, bounds[s.name], rng) for s in specs}
+
+    scale = _implied_scale(model, reference, draw(1, "normal", 1.0))
+    if any_batch:
+        rows = min(count, max(BATCH_ROWS, BATCH_ELEMENTS // max(largest, 1)))
+        parts = [min(rows, count - first) for first in range(0, count, rows)]
+        normal = tuple(draw(part, "normal", scale) for part in parts)
+    else:
+        normal = tuple(draw(1, "normal", scale) for _ in range(count))
+    sets = [InputSet("normal", normal)]
+    if any_batch and count > 1:
+        sets.append(InputSet("one row", ({n: a[:1].copy() for n, a in normal[0].items()},)))
+    sets.append(InputSet("zeros", (draw(1, "constant", 0.0),)))
+    sets.append(InputSet("constant", (draw(1, "constant", scale),)))
+    again = max(1, count // 2) if largest <= SMALL_INPUT else 1
+    large = draw(again, "normal", 10 * scale) if any_batch else None
+    tens = [large] if large else [draw(1, "normal", 10 * scale) for _ in range(again)]
+    sets.append(InputSet("ten times", tuple(tens)))
+    return sets
+
+
+def _default_samples(elements: int) -> int:
+    """16 rows of at most 2^14 elements, 8 of 2^16, else 4: the float64 reference is the cost."""
+    return 16 if elements <= SMALL_INPUT else 8 if elements <= 1 << 16 else 4
+
+
+def _shape(spec: InputSpec, given: Sequence[int] | None) -> tuple[int, ...]:
+    if spec.dims is None:
+        if given is None:
+            raise InputError(f"the input '{spec.name}' has no shape in the model; give one.")
+        return tuple(int(size) for size in given)
+    if given is not None and len(given) != len(spec.dims):
+        raise InputError(
+            f"the input '{spec.name}' has {len(spec.dims)} axes; {tuple(given)} was given for it."
+        )
+    rest = {4: 224, 5: 32}.get(len(spec.dims), 64)
+    sizes = []
+    for axis, dim in enumerate(spec.dims):
+        wanted = int(given[axis]) if given is not None else None
+        if dim is not None and wanted is not None and wanted != dim and axis > 0:
+            raise InputError(
+                f"axis {axis} of the input '{spec.name}' is {dim}; {wanted} was given."
+            )
+        sizes.append(dim or wanted or (1 if axis == 0 else rest))
+    return tuple(sizes)
+
+
+def _draw(spec: InputSpec, shape: tuple[int, ...], kind: str, scale: float, bound: int,
+          rng: np.random.Generator) -> Array:  # fmt: skip
+    if spec.dtype.kind == "b":
+        return rng.random(shape) < 0.5
+    if spec.dtype.kind in "iu":
+        if kind == "constant":
+            return np.full(shape, 0 if scale == 0 else bound - 1, dtype=spec.dtype)
+        return rng.integers(0, bound, shape).astype(spec.dtype)
+    if spec.dtype.kind not in "fV" and spec.dtype.name != "bfloat16":
+        raise InputError(f"the input '{spec.name}' holds {spec.dtype}; it cannot be drawn.")
+    if kind == "constant":
+        return np.full(shape, scale).astype(spec.dtype)
+    return (scale * rng.standard_normal(shape)).astype(spec.dtype)
+
+
+def _bound(model: onnx.ModelProto, spec: InputSpec) -> int:
+    """Integers below this are drawn: rows of the table that they index, pixels, else 0 and 1."""
+    if spec.dtype.kind not in "iu":
+        return 2
+    view = View.of(model, replaceable_inputs(model))
+    names = {spec.name}
+    rows = []
+    for node in view.nodes:
+        if node.op_type in ("Cast", "Identity", "Reshape", "Unsqueeze") and node.input[0] in names:
+            names.update(node.output)
+        if node.op_type == "Gather" and node.input[1] in names and view.is_constant(node.input[0]):
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            rows.append(view.constant(node.input[0]).value.shape[axis])
+    if rows:
+        return int(min(rows))
+    return PIXELS if spec.dtype == np.uint8 else 2
+
+
+def _implied_scale(model: onnx.ModelProto, reference: Float64Reference | None,
+                   unit: Mapping[str, Array]) -> float:  # fmt: skip
+    """The input's size for which the first normalization meets the variance that it stores."""
+    view = View.of(model)
+    node = next((n for n in view.nodes if n.op_type == "BatchNormalization"), None)
+    if node is None or reference is None or not view.is_constant(node.input[4]):
+        return 1.0
+    try:
+        before = reference.run(unit, [node.input[0]])[node.input[0]]
+        stored = view.constant(node.input[4]).value
+    except (NoReferenceError, InputError):
+        return 1.0
+    if before.ndim < 2 or before.shape[1] != stored.size:
+        return 1.0
+    spread = before.std(axis=(0, *range(2, before.ndim)))
+    with np.errstate(all="ignore"):
+        scale = float(np.nanmedian(np.sqrt(stored.ravel()) / spread))
+    low, high = IMPLIED_SCALES
+    return scale if low <= scale <= high else 1.0

@@ -1,0 +1,158 @@
+"""What a path becomes: a graph, and behind it a torch module or a state_dict where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from bnfold import graph
+from bnfold.errors import UsageError
+from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
+from bnfold.reading.factory import build_module
+from bnfold.reading.sniff import Kind, sniff
+from bnfold.reading.weights import check_batchnorm_statistics, load_into
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Shapes = Sequence[tuple[str, Sequence[int]]]  # (name, or "" where it is not known; shape)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was read.
+
+    graph: its inference graph, batch norms in place. module: the torch module, in the mode in which
+    it came, if there is one. state_dict: the tensors by name, for every torch source.
+    notes: what was done on the way, a sentence each.
+    """
+
+    path: Path
+    kind: Kind
+    graph: ir.Model
+    module: nn.Module | None = None
+    state_dict: Mapping[str, torch.Tensor] | None = None
+    example: tuple[torch.Tensor, ...] = ()
+    notes: tuple[str, ...] = ()
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_source(
+    path: Path | str,
+    *,
+    model: str | None = None,
+    input_shapes: Shapes | None = None,
+    opset: int = graph.DEFAULT_OPSET,
+    trust_pickle: bool = False,
+    freeze_inputs: bool = False,
+) -> Source:
+    """Read a model file of any kind; the kind is told by its content.
+
+    model: the factory of a checkpoint's network ("pkg.mod:factory", "path.py:factory").
+    input_shapes: (name or "", shape) of each argument of forward; needed for torch modules.
+    freeze_inputs: treat initializers that a caller could override as constants.
+    Raises InputError, UnsafeInputError, UsageError: a sentence about the file and what to do.
+    """
+    path = Path(path)
+    kind = sniff(path)
+    if kind in (Kind.ONNX, Kind.EXPORTED_PROGRAM) and model is not None:
+        raise UsageError(f"{path} is {kind.label}, which needs no factory: leave --model out.")
+    if kind is Kind.ONNX:
+        read = graph.read_onnx(path)
+        return Source(path, kind, graph.freeze_inputs(read) if freeze_inputs else read)
+    if kind is Kind.EXPORTED_PROGRAM:
+        from bnfold.reading.exported import load_exported_program
+
+        program = load_exported_program(path)
+        exported = graph.export_program(program, opset=opset)
+        return Source(path, kind, exported, state_dict=program.state_dict)
+    return _open_checkpoint(path, kind, model, input_shapes or (), opset, trust_pickle)
+
+
+def _open_checkpoint(
+    path: Path,
+    kind: Kind,
+    model: str | None,
+    shapes: Shapes,
+    opset: int,
+    trust_pickle: bool,
+) -> Source:
+    checkpoint = load_checkpoint(path, trust_pickle=trust_pickle)
+    described = checkpoint.description or {}
+    carried = described.get("graph")
+    if model is None and checkpoint.module is None and carried is not None:
+        if opset != graph.DEFAULT_OPSET:
+            raise UsageError(
+                f"{path} carries a graph of opset {graph.DEFAULT_OPSET}; for another opset pass"
+                " --model."
+            )
+        attached = graph.attach_weights(bytes(carried.numpy().tobytes()), checkpoint.state_dict)
+        return Source(
+            path,
+            kind,
+            attached,
+            state_dict=checkpoint.state_dict,
+            notes=(*checkpoint.notes, "the graph that the checkpoint carries was used"),
+            description=described,
+        )
+    module, notes = network_of(path, checkpoint, model)
+    shapes = shapes or list((described.get("input") or {}).items())
+    example = example_inputs(path, shapes)
+    if any(child.training for child in module.modules()):
+        notes = (*notes, "the model was in training mode; it is folded as it runs in eval mode")
+    exported = graph.export_module(module, example, opset=opset, input_names=_names(shapes))
+    return Source(
+        path, kind, exported, module, module.state_dict(), example, notes, description=described
+    )
+
+
+def network_of(
+    path: Path, checkpoint: Checkpoint, model: str | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The torch module of a checkpoint, its weights loaded, and notes on how.
+
+    Raises UsageError where nothing says which network it is, InputError where the weights do not
+    fit or hold statistics that no network can run with.
+    """
+    notes = checkpoint.notes
+    if model is not None:
+        module = build_module(model)
+        if (checkpoint.description or {}).get("kind") == "fold":
+            from bnfold.folding.module import take_shape_of
+
+            take_shape_of(module, checkpoint.state_dict)
+        notes = (*notes, *load_into(module, checkpoint))
+    elif checkpoint.module is not None:
+        module = checkpoint.module
+    else:
+        spec = (checkpoint.description or {}).get("model")
+        hint = f" It was made from {spec}: pass --model {spec} to run that file." if spec else ""
+        raise UsageError(
+            f"{path} holds weights alone ({len(checkpoint.state_dict)} tensors). Say which network"
+            f" they belong to: --model pkg.mod:factory or --model path/to/file.py:factory.{hint}"
+        )
+    check_batchnorm_statistics(module)
+    return module, notes
+
+
+def example_inputs(path: Path, shapes: Shapes) -> tuple[torch.Tensor, ...]:
+    """One seeded random tensor per input. Raises UsageError without shapes."""
+    import torch
+
+    if not shapes:
+        raise UsageError(
+            f"{path} does not say what its input looks like: pass --input-shape, for example"
+            " --input-shape 1,3,224,224."
+        )
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(tuple(shape), generator=generator) for _, shape in shapes)
+
+
+def _names(shapes: Shapes) -> list[str] | None:
+    names = [name for name, _ in shapes]
+    return names if all(names) else None
