@@ -102,9 +102,9 @@ def _add_data(parser: argparse.ArgumentParser, name: str, what: str, *, required
         metavar="DATA",
         help=f"{what}: .npy, .npz, a folder of images, path.py:factory, digits or digits:test",
     )
-    group.add_argument("--batch-size", type=int, default=64, metavar="N")
+    group.add_argument("--batch-size", type=int, default=64, metavar="N", help="default 64")
     group.add_argument("--samples", type=int, metavar="N", help="use N samples of the data")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     group.add_argument("--mean", type=_numbers, metavar="M,M,M", help="subtracted per channel")
     group.add_argument("--std", type=_numbers, metavar="S,S,S", help="divided by per channel")
     group.add_argument("--resize", type=_size, metavar="H[,W]", help="bilinear resize")
@@ -224,11 +224,16 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("factory", metavar="SPEC", help="path.py:name or pkg.mod:name of a network")
     _add_data(train, "--data", "training samples with labels (.npz with x and y)", required=True)
     train.add_argument("--test-data", metavar="DATA", help="samples to measure the accuracy on")
-    train.add_argument("--epochs", type=int, default=10, metavar="N")
-    train.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
-    train.add_argument("--schedule", choices=("onecycle", "cosine", "constant"), default="onecycle")
+    train.add_argument("--epochs", type=int, default=10, metavar="N", help="default 10")
+    train.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default sgd")
+    train.add_argument(
+        "--schedule",
+        choices=("onecycle", "cosine", "constant"),
+        default="onecycle",
+        help="of the learning rate (default onecycle)",
+    )
     train.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate")
-    train.add_argument("--weight-decay", type=float, metavar="W")
+    train.add_argument("--weight-decay", type=float, metavar="W", help="default 5e-4, adamw 1e-2")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.add_argument("--checkpoint", type=Path, metavar="FILE", help="run state after each epoch")
     train.add_argument("--resume", type=Path, metavar="FILE", help="continue from a run state")
