@@ -47,7 +47,9 @@ def row(name: str, module: torch.nn.Module, x: np.ndarray, test: tuple) -> None:
     exact = bnfold.adapt(module, batches, method="exact")
     order = np.random.default_rng(0).permutation(len(x))
     mixed = x[order]
-    fast = bnfold.adapt(module, [mixed[i : i + 250] for i in range(0, len(x), 250)], method="fast")
+    fast = bnfold.adapt(
+        module, [mixed[i : i + 250] for i in range(0, len(x), 250)], method="fast", diagnose=False
+    )
     figures = [
         realdata.accuracy(network, *test)
         for network in (module, plain(module, x), fast.module, exact.module)
@@ -67,6 +69,22 @@ def row(name: str, module: torch.nn.Module, x: np.ndarray, test: tuple) -> None:
     sys.stdout.flush()
 
 
+def cifar_rows(shared: Path, name: str) -> None:
+    """A CIFAR network under noise and loss of contrast, and on clean images."""
+    module = realdata.load_model(shared, name)
+    x, _ = realdata.cifar_train_part(shared)
+    test, y = realdata.cifar_test761(shared)
+    for shift, amount in (
+        ("gaussian_noise", 0.06),
+        ("gaussian_noise", 0.10),
+        ("contrast", 0.4),
+        ("contrast", 0.15),
+        ("contrast", 1.0),
+    ):
+        label = f"{name}, {shift} {amount}" if amount != 1 else f"{name}, clean"
+        row(label, module, cifar(x, shift, amount), (cifar(test, shift, amount), y))
+
+
 def main() -> None:
     """Print the table."""
     shared = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "shared" / "data"
@@ -74,19 +92,7 @@ def main() -> None:
         "| network, shift | source | plain | fast | exact | KL | entropy | agree | histogram |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     )
-    for name in ("resnet20", "resnet56"):
-        module = realdata.load_model(shared, name)
-        x, _ = realdata.cifar_train_part(shared)
-        test, y = realdata.cifar_test761(shared)
-        for shift, amount in (
-            ("gaussian_noise", 0.06),
-            ("gaussian_noise", 0.10),
-            ("contrast", 0.4),
-            ("contrast", 0.15),
-            ("contrast", 1.0),
-        ):
-            label = f"{name}, {shift} {amount}" if amount != 1 else f"{name}, clean"
-            row(label, module, cifar(x, shift, amount), (cifar(test, shift, amount), y))
+    cifar_rows(shared, "resnet20")
     for name in ("mnist_lenet5", "mnist_cnn", "mnist_mlp", "mnist_resnet"):
         module = realdata.load_model(shared, name)
         for layout in ("pad", "stretch"):
@@ -94,6 +100,7 @@ def main() -> None:
             row(f"{name}, USPS {layout}", module, x, realdata.usps(shared, "test", layout))
         x, y = realdata.mnistm(shared)
         row(f"{name}, MNIST-M", module, x, (x, y))
+    cifar_rows(shared, "resnet56")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fold a model and hold what comes out against what went in: the checks that every fold must pass."""
+"""Fold a model and hold what comes out against what went in: what every fold must pass."""
 
 from __future__ import annotations
 
@@ -103,6 +103,11 @@ def check_interface(made: Fold) -> None:
     assert list(before.metadata_props) == list(after.metadata_props)
     assert before.ir_version == after.ir_version
     assert before.producer_name == after.producer_name
+
+
+def check_shapes(made: Fold) -> None:
+    """The folded file does not contradict itself: shapes follow from its constants."""
+    onnx.shape_inference.infer_shapes(made.model, check_type=True, strict_mode=True)
 
 
 def check_folding_again(made: Fold) -> None:

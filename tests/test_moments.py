@@ -182,7 +182,13 @@ def test_images_needed_is_the_number_that_reaches_the_precision():
     v = np.full((1000, 1), 0.75 - 1e-12)
     found = ImageMoments.of(m, v, 100)
     assert found.images_needed(0.05, 0.0)[0] == pytest.approx(384.5, rel=2e-3)
+    # equal means, q_i of 0.5 and 1.5: the scale's relative error is std(q_i) / 2 of each image
+    q = ImageMoments.of(np.zeros((1000, 1)), 1 + m, 100)
+    assert q.images_needed(0.05, 0.0)[0] == pytest.approx((1.96 * 0.5 / 2 / 0.05) ** 2, rel=2e-3)
     assert np.isinf(ImageMoments.of(m[:1], v[:1], 100).images_needed(0.05, 0.0)).all()
+    # equal means, q_i of 0.5 and 1.5: the scale's relative error is std(q_i) / 2 of each image
+    q = ImageMoments.of(np.zeros((1000, 1)), 1 + m, 100)
+    assert q.images_needed(0.05, 0.0)[0] == pytest.approx((1.96 * 0.5 / 2 / 0.05) ** 2, rel=2e-3)
     assert np.isinf(ImageMoments.of(m[:1], v[:1], 100).mean_error).all()
 
 

@@ -236,7 +236,8 @@ def _same_shape(write: _Write) -> bool:
 def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[Any]:
     """The array rounded once to its own type. Raises InputError if it overflows there."""
     with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(array.astype(dtype.numpy()))
+        # ascontiguousarray makes a scalar a vector
+        stored = np.ascontiguousarray(array.astype(dtype.numpy())).reshape(array.shape)
     if not np.all(np.isfinite(stored.astype(np.float64))):
         raise InputError(
             f"Folding makes the weight '{name}' too large for {dtype.name}: its largest magnitude"

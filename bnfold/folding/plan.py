@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.constants import Constant, constant, readers
+from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
 from bnfold.folding.rules import RULES
 from bnfold.folding.rules.node import Opaque, input_of, name_of
@@ -150,6 +151,7 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
                 break
             try:
                 trial = _Trial(scales, _move_origin(network, node, scales, origin_side))
+                _check_result(network, trial)
                 _check_cost(network, trial)
                 if scope is not None:
                     _check_scope(network, trial, scope)
@@ -179,8 +181,9 @@ def _scale_ways(network: Network, node: ir.Node) -> Iterator[tuple[str, dict[ir.
             yield "x", {x: np.where(zero, np.nan, all_x), y: told}
         yield "y", {y: np.where(zero, np.inf, scale_x / s)}
         if np.any(s < 0):
-            sign = np.where(zero, np.nan, np.abs(scale_x) * np.sign(all_x))
-            yield "y", {x: sign, y: np.where(zero, np.inf, sign / s)}
+            known = zero | np.isinf(scale_x)
+            sign = np.where(known, np.nan, np.abs(scale_x) * np.sign(all_x))
+            yield "y", {x: sign, y: np.where(known, np.inf, sign / s)}
             flipped = np.where(zero, np.inf, np.sign(scale_x / s) * np.abs(scale_y))
             yield "x", {x: np.where(zero, np.nan, s * flipped), y: flipped}
 
@@ -216,6 +219,15 @@ def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wa
     for touched in scales.touched():
         wave.check_demands(touched)
     return wave
+
+
+def _check_result(network: Network, trial: _Trial) -> None:
+    """Read the whole result back, knowing nothing of how it was found. Raises Conflict."""
+    around = {node for value in trial.touched for node in network.around(value)}
+    assert network.trying is not None
+    fault = broken(network, {network.trying, *around}, trial.scales.now, trial.origins.now)
+    if fault is not None:
+        raise Conflict(fault)
 
 
 def _check_cost(network: Network, trial: _Trial) -> None:

@@ -148,6 +148,8 @@ class Wave:
     def _check_place(self, value: ir.Value, array: Array) -> None:
         if value.shape is None:
             raise Conflict(f"the rank of '{value.name}' is not known")
+        if len(array.shape) != len(value.shape):
+            raise Conflict(f"'{value.name}' is declared with a rank that it does not have")
         for axis, size in enumerate(array.shape):
             if size > 1 and value.shape[axis] != size:
                 raise Conflict(f"the extent of '{value.name}' along axis {axis} is not known")

@@ -547,6 +547,15 @@ class GlobalAveragePool(OpRun):  # type: ignore[misc]
         return (X.mean(axis=tuple(range(2, X.ndim)), keepdims=True),)
 
 
+class GlobalMaxPool(OpRun):  # type: ignore[misc]
+    """The largest over every spatial axis; onnx.reference drops axes where there is one alone."""
+
+    op_domain = ""
+
+    def _run(self, X: Array) -> tuple[Array]:
+        return (X.max(axis=tuple(range(2, X.ndim)), keepdims=True),)
+
+
 # --------------------------------------------------------------------- normalization, constants
 
 
@@ -657,6 +666,6 @@ class DequantizeLinear(OpRun):  # type: ignore[misc]
 
 
 _OPERATORS: list[type[OpRun]] = [
-    Conv, ConvTranspose, AveragePool, MaxPool, GlobalAveragePool, BatchNormalization, Cast,
-    Constant, ConstantOfShape, DequantizeLinear,
+    Conv, ConvTranspose, AveragePool, MaxPool, GlobalAveragePool, GlobalMaxPool,
+    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear,
 ]  # fmt: skip

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.folding.affine import Array
+from bnfold.folding import layout
+from bnfold.folding.affine import Array, canonical
+from bnfold.folding.constants import constant
 from bnfold.folding.rules.node import (
     Opaque,
     along,
@@ -29,6 +31,8 @@ from bnfold.folding.rules.relations import (
     Gauges,
     Relations,
     Rule,
+    Scales,
+    Tie,
     no_shift,
     only_along,
     readable,
@@ -155,14 +159,40 @@ def matmul_operand(node: ir.Node) -> tuple[int, Array]:
 def matmul_relations(node: ir.Node) -> Relations:
     """MatMul with one constant operand absorbs every gauge along the other one's channels.
 
-    The bias that it may need is an Add behind it, which takes a shift along any axis.
+    The bias that it may need is an Add behind it, which takes a shift along any axis. If one is
+    there already, the shift of the input goes on to that one.
     """
     slot, _ = matmul_operand(node)
     axis = -1 if slot == 1 else -2
     x, y = input_of(node, 1 - slot), node.outputs[0]
     scale_only, _ = only_along(y, axis, node)
     demands = (*only_along(x, axis, node), scale_only, readable(x, node), writable(y, node))
-    return Relations(demands=demands)
+    return Relations(origins=_shift_goes_on(node, x, y), demands=demands)
+
+
+def _shift_goes_on(node: ir.Node, x: ir.Value, y: ir.Value) -> tuple[Tie, ...]:
+    """origin_y = W origin_x where the only reader of y adds a constant, which takes any origin."""
+    uses = list(y.uses())
+    if len(uses) != 1 or y.is_graph_output():
+        return ()
+    reader, slot = uses[0]
+    other = reader.inputs[1 - slot] if reader.op_type in ("Add", "Sub") else None
+    if constant(other) is None:
+        return ()
+
+    def ahead(origin: Array, _scales: Scales) -> Array | None:
+        return _product_of_origin(node, origin, len(dims(y)))
+
+    return (Tie(x, y, ahead, lambda _origin, _s: np.full((1,) * len(dims(x)), np.nan)),)
+
+
+def _product_of_origin(node: ir.Node, origin: Array, rank: int) -> Array:
+    """W times the origin of the input, against the output; NaN where the origin is not known."""
+    slot, weight = matmul_operand(node)
+    weight = weight if slot == 1 else np.swapaxes(weight, -1, -2)
+    moved = (along(origin, weight.shape[-2]) @ weight)[..., None, :]
+    moved = moved if slot == 1 else np.swapaxes(moved, -1, -2)
+    return canonical(layout.broadcast(moved, rank))
 
 
 def matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
@@ -172,10 +202,8 @@ def matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
     weight = weight if slot == 1 else np.swapaxes(weight, -1, -2)
     ins, outs = weight.shape[-2:]
     new = along(x.read_scale, ins)[:, None] * weight * along(y.scale, outs)
-    moved = (along(x.origin, ins) @ weight)[..., None, :]
-    if slot == 0:
-        new, moved = np.swapaxes(new, -1, -2), np.swapaxes(moved, -1, -2)
-    bias = shifted(moved, y.scale, y.origin)
+    new = new if slot == 1 else np.swapaxes(new, -1, -2)
+    bias = shifted(_product_of_origin(node, x.origin, y.scale.ndim), y.scale, y.origin)
     while bias.ndim > 1 and bias.shape[0] == 1:
         bias = bias[0]
     return {slot: new, 2: bias}

@@ -110,7 +110,12 @@ def bypass(node: ir.Node, m: ChannelAffine) -> Relations:
         written_x, written_y = scales(x) == 0, scales(y) == 0
         point = np.where(s == 0, t + 0 * np.where(np.isnan(origin), 0, origin), s * origin + t)
         through = np.where(written_x & written_y & (s != 0), origin, point)
-        return np.where(written_x & (s == 0), np.nan, through)
+        # the constant that is written at x stands for this origin of y
+        scale_y = scales(y)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            implied = np.where(written_y, origin, t - origin / scale_y)
+        implied = np.where(np.isinf(scale_y), np.nan, implied)
+        return np.where(written_x & (s == 0), implied, through)
 
     def origin_back(origin: Array, scales: Scales) -> Array:
         scale_x, scale_y = scales(x), scales(y)

@@ -1,0 +1,224 @@
+"""Wrong rules, one line each, and a runner that says which law catches them.
+
+A mutant is a replacement in the source of `bnfold.folding`; the package is imported anew with it,
+and the laws are checked until one fails. Run as `python -m tests.mutants INDEX...`: prints one JSON
+object, index -> the law that fails, null for a mutant that survives. A text that is no longer in
+the source is an error: the list follows the code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+PACKAGE = Path(__file__).resolve().parent.parent / "bnfold" / "folding"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`right` in `file` becomes `wrong`; `hint` is in the names of laws that should notice."""
+
+    file: str
+    right: str
+    wrong: str
+    hint: str
+
+    @property
+    def source(self) -> str:
+        """The mutated file. Raises ValueError where there is nothing to mutate."""
+        text = (PACKAGE / self.file).read_text(encoding="utf-8")
+        if self.right not in text:
+            raise ValueError(f"{self.file} no longer says {self.right!r}")
+        return text.replace(self.right, self.wrong)
+
+
+LINEAR, NORM, PLAN, WAVE = "rules/linear.py", "rules/normalization.py", "plan.py", "wave.py"
+RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
+MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
+
+# fmt: off
+MUTANTS: list[Mutant] = [
+    # linear operators
+    Mutant(LINEAR, "bias = bias + (split * shift)", "bias = bias + 0 * (split * shift)", "bn, conv"),
+    Mutant(LINEAR, "2: shifted(bias, scale, along(y.origin, outs)),", "2: bias,", "conv"),
+    Mutant(LINEAR, 'return string(node, "auto_pad", "NOTSET") != "VALID" and any(', "return any(x != x for x in ", "padded"),
+    Mutant(LINEAR, "return any(size != 1 for size in kernel)", "return False", "SAME"),
+    Mutant(LINEAR, 'barrier = "sees fewer elements at the border"', "barrier = None", "transposed conv"),
+    Mutant(LINEAR, "split = np.swapaxes(split, 1, 2) if transposed else split", "split = split.copy()", "transposed conv"),
+    Mutant(LINEAR, "new = np.swapaxes(new, 1, 2) if transposed else new", "new = new.copy()", "transposed conv"),
+    Mutant(LINEAR, 'integer(node, "group", 1)', "1", "groups"),
+    Mutant(LINEAR, "new *= read", "new /= read", "bn, conv"),
+    Mutant(LINEAR, "new = scale.reshape(groups, -1, 1, *ones) * split", "new = scale.reshape(groups, 1, -1, *ones) * split", "conv"),
+    Mutant(LINEAR, "(x, 0 if integer(node, \"transA\", 0) else 1)", "(x, 1)", "transA"),
+    Mutant(LINEAR, 'flip = bool(integer(node, "transB", 0))', "flip = False", "transB"),
+    Mutant(LINEAR, "alpha * (along(x.origin, ins) @ weight)", "(along(x.origin, ins) @ weight)", "bn, gemm"),
+    Mutant(LINEAR, "2: shifted(bias, scale, origin) / beta}", "2: shifted(bias, scale, origin)}", "gemm"),
+    Mutant(LINEAR, "bias = beta * _bias(node, 2, outs)", "bias = _bias(node, 2, outs)", "gemm"),
+    Mutant(LINEAR, 'if real(node, "beta", 1.0) == 0:', "if False:", "beta 0"),
+    Mutant(LINEAR, "axis = -1 if slot == 1 else -2", "axis = -1", "left"),
+    Mutant(LINEAR, "(along(x.origin, ins) @ weight)[..., None, :]", "along(x.origin, ins) @ weight", "batched"),
+    Mutant(LINEAR, "return np.where(scale == 0, origin, scale * (bias - origin))", "return scale * (bias - origin)", "gamma 0"),
+    # batch norms: those that go and those that stay
+    Mutant(NORM, "spread = np.asarray(var + eps)", "spread = np.asarray(var + eps * eps)", "conv"),
+    Mutant(NORM, "scale = gamma / np.sqrt(spread)", "scale = gamma / spread", "conv"),
+    Mutant(NORM, "scale = gamma / np.sqrt(spread)", "scale = np.abs(gamma) / np.sqrt(spread)", "conv"),
+    Mutant(NORM, "(beta - scale * mean)", "(beta - mean)", "conv"),
+    Mutant(NORM, "1: scale * gamma * read,", "1: scale * gamma,", "bn, bn"),
+    Mutant(NORM, "forward_scale * (mean - origin)", "forward_scale * mean - origin", "bn, bn"),
+    Mutant(NORM, "np.where(known, at_origin, beta)", "beta", "bn, bn"),
+    Mutant(NORM, "back = s * scale", "back = np.abs(s) * scale", "stream"),
+    Mutant(NORM, "s * origin + t)", "s * origin - t)", "bn, conv"),
+    Mutant(NORM, "point = (origin - t) / s", "point = origin - t", "conv"),
+    Mutant(NORM, "scale_y * (t - origin))", "scale_y * t - origin)", "gamma 0"),
+    Mutant(NORM, "y: np.where(known, m.shift, np.nan)", "y: np.where(known, 0.0, np.nan)", "gamma 0"),
+    # what nodes demand
+    Mutant(RELATIONS, "lambda scale, _o: scale > 0, sentence", "lambda scale, _o: scale != 0, sentence", "Relu"),
+    Mutant(RELATIONS, "lambda scale, _o: scale >= 0, sentence", "lambda scale, _o: scale == scale, sentence", "axpool"),
+    Mutant(RELATIONS, "lambda scale, _o: scale != 0, sentence", "lambda scale, _o: scale == scale, sentence", "gamma 0"),
+    Mutant(RELATIONS, "lambda scale, _o: np.isfinite(scale), sentence", "lambda scale, _o: scale == scale, sentence", "known constant"),
+    Mutant(RELATIONS, "lambda s, o: (o == 0) | (np.isinf(s) if known_constants else False)", "lambda s, o: o == o", "padded"),
+    Mutant(RELATIONS, "(np.isinf(s) if known_constants else False)", "np.isinf(s)", "constants through"),
+    Mutant(RELATIONS, "fits = all(", "fits = array.size > 0 or all(", "axis"),
+    Mutant(RELATIONS, 'Demand(value, "scale", lambda scale, _o: scale == 1, sentence)', 'Demand(value, "scale", lambda scale, _o: scale == scale, sentence)', "clip"),
+    Mutant(RELATIONS, 'Demand(value, "origin", lambda _s, origin: origin == 0, sentence)', 'Demand(value, "origin", lambda _s, origin: origin == origin, sentence)', "instance"),
+    # sums, factors, concatenation
+    Mutant(JOINING, "data = -1 if (slot, sign) == (0, -1) else 1", "data = 1", "constant - "),
+    Mutant(JOINING, "(1, -1): -1, (0, -1): 1}", "(1, -1): 1, (0, -1): 1}", "sub"),
+    Mutant(JOINING, "new = np.where(y.scale == 0, y.origin - data * origin, regular)", "new = regular", "conv, add"),
+    Mutant(JOINING, "if held is None or (divide and held[0] == 0):", "if held is None:", "constant /"),
+    Mutant(JOINING, "* x.read_scale", "* x.scale", "mul"),
+    Mutant(JOINING, "canonical(m * origin)", "canonical(1 * origin + 0 * m)", "mul"),
+    Mutant(JOINING, "if a is b:", "if False:", "itself"),
+    Mutant(JOINING, "Term(value, sign, _operand(value, y))", "Term(value, 1, _operand(value, y))", "sub"),
+    Mutant(JOINING, "at += size", "at += 0", "concat"),
+    # operators that pass gauges on
+    Mutant(PASSING, "if value != 0:", "if value != value:", "pads with 2"),
+    Mutant(PASSING, 'if string(node, "mode", "constant") != "constant":', "if True:", "pads a shift"),
+    Mutant(PASSING, "for other in node.outputs[1:]", "for other in node.outputs[2:]", "places"),
+    Mutant(PASSING, 'np.where(x < 0, real(node, "alpha", 0.01) * x, x)', "x", "LeakyRelu"),
+    Mutant(PASSING, "lambda array, _s: canonical(function(node, array))", "lambda array, _s: array", "constants through"),
+    Mutant(PASSING, "if input_of(node, 0).dtype not in FLOATS or node.outputs[0].dtype not in FLOATS:", "if False:", "cast to integers"),
+    Mutant(MOVES, "return back, ahead  # SpaceToDepth", "return ahead, back  # SpaceToDepth", "space to depth"),
+    Mutant(MOVES, "axes = range(2, len(dims(x)))", "axes = range(0)", "rows"),
+    Mutant(MOVES, "shape[axis] = array.shape[position]", "shape[axis - 1] = array.shape[position]", "mean"),
+    # layout
+    Mutant(LAYOUT, 'rows = rows if mode == "DCR" else rows.T', "rows = rows if rows.size else rows.T", "CRD"),
+    Mutant(LAYOUT, 'np.tile(row, block**2) if mode == "DCR" else np.repeat(row, block**2)', "np.tile(row, block**2)", "CRD"),
+    Mutant(LAYOUT, "chosen = np.arange(array.shape[axis])[index]", "chosen = np.arange(array.shape[axis])[index][::-1]", "gather"),
+    Mutant(LAYOUT, "return [int(axis) for axis in np.argsort(perm)]", "return [int(axis) for axis in perm]", "nhwc"),
+    Mutant(LAYOUT, "moved[position] = row", "moved[position] = first", "slice of channels") ,
+    Mutant(LAYOUT, "return array if all(array.shape[axis] == 1 for axis in axes) else None", "return array", "over channels"),
+    # planning
+    Mutant(PLAN, 'yield "x", {x: all_x}', 'yield "x", {x: np.abs(all_x)}', "conv"),
+    Mutant(PLAN, "told = np.where(zero, np.inf, np.nan)", "told = np.where(zero, np.nan, np.nan)", "gamma 0"),
+    Mutant(PLAN, "np.where(zero, np.inf, scale_x / s)", "np.where(zero, np.inf, s * scale_x)", "bn, conv"),
+    Mutant(PLAN, "if added > 1:", "if added > 9:", "attention"),
+    Mutant(WAVE, "self._queue.extend(self.network.around(value))", "self._queue.extend(n for n in self.network.around(value) if n is not by)", "second"),
+    Mutant(WAVE, "trial._hold(total, position, where, node)", "pass", "stream"),
+    Mutant(WAVE, "self._balance(total, node)  # it may", "pass  # it may", "sums of sums"),
+    Mutant(WAVE, "if value.producer() is None:", "if False:", "constant"),
+    Mutant(WAVE, "if value.is_graph_input() or value.is_graph_output():", "if value.is_graph_input():", "output"),
+    Mutant(WAVE, "if value.is_graph_input() or value.is_graph_output():", "if value.is_graph_output():", "bn"),
+    Mutant(WAVE, "residue -= term.sign * number", "residue -= number", "sub"),
+    Mutant(WAVE, "term.sign * residue", "1 * residue", "sub"),
+    Mutant(WAVE, "if not np.all(held):", "if False:", "padded"),
+    Mutant(WAVE, "if np.any(clash):", "if False:", "second consumer"),
+    # writing
+    Mutant(APPLY, "and len(writes) == len(readers(root))", "and len(writes) > 0", "shared"),
+    Mutant(APPLY, "np.array_equal(w.held.as_root(w.array), first)", "first is not None", "shared"),
+    Mutant(APPLY, "name = self._fresh(name)", "name = str(name)", "straight"),
+    Mutant(APPLY, "graph.inputs.append(value)  # IR 3", "pass  # IR 3", "opset 7"),
+    Mutant(APPLY, "    x.name = name", "    x.name = None", "conv"),
+    Mutant(APPLY, "y.replace_all_uses_with(x)", "None", "bn, conv"),
+    Mutant(APPLY, "root.const_value = tensor\n        return", "return", "conv"),
+    Mutant(CONSTANTS, "if value.is_graph_input() and _overridable(value):", "if False:", "override"),
+    Mutant(CONSTANTS, 'if node.op_type not in _VIEWS or node.domain != "" or value.is_graph_output():', 'if node.op_type not in _VIEWS or node.domain != "":', "view"),
+    Mutant(CONSTANTS, "return all(view.op_type != \"Cast\" for view in self.views)", "return True", "cast"),
+    Mutant(CONSTANTS, "array = np.transpose(array, inverse(_perm(view, array.ndim)))", "array = array.reshape(shape)", "transpose"),
+]
+# fmt: on
+
+
+# --- the runner ----------------------------------------------------------------------------------
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads one file with other text."""
+
+    def __init__(self, name: str, path: str, text: str):
+        super().__init__(name, path)
+        self.text = text
+
+    def get_data(self, path: str | os.PathLike[str]) -> bytes:
+        return self.text.encode() if str(path) == self.path else super().get_data(str(path))
+
+    def path_stats(self, path: str | os.PathLike[str]) -> dict[str, float]:
+        raise OSError("no cached bytecode for a mutant")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the mutated module before anything else does."""
+
+    def __init__(self, mutant: Mutant):
+        self.path = PACKAGE / mutant.file
+        parts = Path(mutant.file).with_suffix("").parts
+        self.name = ".".join(("bnfold.folding", *parts))
+        self.text = mutant.source
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,  # noqa: ARG002 - the protocol
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        loader = _Loader(fullname, str(self.path), self.text)
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=loader)
+
+
+def _forget() -> None:
+    """Let bnfold and the checks be imported anew, their packages included, which hold on to them."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("bnfold", "tests") and name != "tests.mutants":
+            del sys.modules[name]
+
+
+def laws_of(hint: str) -> Iterator[object]:
+    """All laws, those that a hint names first."""
+    laws = importlib.import_module("tests.laws").LAWS
+    return iter(sorted(laws, key=lambda law: hint.lower() not in law.name.lower()))
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """The name of the first law that fails, None if all hold."""
+    finder = _Finder(mutant)
+    _forget()
+    sys.meta_path.insert(0, finder)
+    try:
+        rules = importlib.import_module("tests.test_rules")
+        for law in laws_of(mutant.hint):
+            try:
+                rules.check_law(law)
+            except Exception:
+                return str(law.name)  # type: ignore[attr-defined]
+        return None
+    except Exception as error:  # a module that cannot even be imported is caught as well
+        return f"import: {error}"
+    finally:
+        sys.meta_path.remove(finder)
+        _forget()
+
+
+if __name__ == "__main__":
+    wanted = [int(argument) for argument in sys.argv[1:]] or range(len(MUTANTS))
+    print(json.dumps({index: caught_by(MUTANTS[index]) for index in wanted}))

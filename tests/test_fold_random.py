@@ -1,0 +1,191 @@
+"""Random graphs of every operator: folded right, whatever the planner found to fold.
+
+Three things are asked of each. In exact arithmetic (float64 over dyadic weights, whose folds are
+exact in float32 too) every value of the folded network is its gauge of what it was. In float32 on
+onnxruntime the folded network is as near to the float64 reference as the original, within a factor.
+And the file keeps its face: inputs, outputs, opset, metadata, nothing left to fold.
+
+BNFOLD_FUZZ_EXAMPLES (default 20000) is the number of graphs of the long run.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bnfold.proof.reference import Float64Reference
+from tests import folding
+from tests.random_graphs import RandomModel, random_model
+
+UNIT = 2.0**-24  # float32 rounds by at most this, relatively
+ROUNDING_FACTOR = 10  # of the original's own error
+EXACT = 1e-10  # what float64 leaves behind in a network of twenty operators, relatively
+EXAMPLES = int(os.environ.get("BNFOLD_FUZZ_EXAMPLES", "20000"))
+CHUNKS = 20
+STEPS = 20
+
+
+def float_values(model: onnx.ModelProto, feeds: folding.Feeds) -> dict[str, np.ndarray]:
+    """Every float value of the main graph, in float64."""
+    names = [name for node in model.graph.node for name in node.output if name]
+    values = Float64Reference(model).run(feeds, names)
+    return {name: value for name, value in values.items() if value.dtype.kind == "f"}
+
+
+def largest(values: dict[str, np.ndarray]) -> float:
+    return max((float(np.max(np.abs(v), initial=0)) for v in values.values()), default=0.0)
+
+
+def check_error(made: folding.Fold, feeds: folding.Feeds) -> None:
+    """The folded network's error against float64 is that of the original, within a factor.
+
+    An operator rounds relatively to the numbers that it handles, and a fold re-scales and moves
+    these numbers. So each network may leave a few units of its own largest value, however small
+    the output is (two shifts that cancel, a Relu that gives exact zeros).
+    """
+    exact = float_values(made.original, feeds)
+    size = max(largest(exact), largest(float_values(made.model, feeds)))
+    before, after = folding.run(made.original, feeds), folding.run(made.model, feeds)
+    for name, original in before.items():
+        assert after[name].shape == original.shape
+        assert after[name].dtype == original.dtype
+        if original.dtype.kind != "f":
+            np.testing.assert_array_equal(after[name], original)
+            continue
+        error = np.max(np.abs(after[name] - exact[name]), initial=0)
+        own = np.max(np.abs(original - exact[name]), initial=0)
+        assert error <= ROUNDING_FACTOR * max(own, 4 * UNIT * size), f"'{name}' is off by {error:g}"
+
+
+def has_constants(made: folding.Fold) -> bool:
+    """The plan writes or knows a constant (gamma = 0), which changes what a next plan sees."""
+    return any(np.any(g.scale == 0) or np.any(np.isinf(g.scale)) for g in made.plan.gauges.values())
+
+
+def check_again(made: folding.Fold) -> None:
+    """Nothing is left to fold.
+
+    Left out: the plan's constants are ordinary zero weights in the new file, an Add that took a
+    MatMul's shift can take another one, and extents may be known that were not.
+    """
+    original = folding.fold(made.model)
+    free = any(
+        dim.dim_param for v in made.original.graph.input for dim in v.type.tensor_type.shape.dim
+    )
+    if original.plan.removed and (has_constants(made) or made.folded.biases or free):
+        return
+    folding.check_folding_again(made)
+
+
+def check(case: RandomModel, *, dyadic: bool) -> int:
+    """All checks on one graph; the number of batch norms that went."""
+    onnx.checker.check_model(case.proto)
+    made = folding.fold(case.proto)
+    folding.check_counts(made)
+    folding.check_interface(made)
+    folding.check_shapes(made)
+    check_error(made, case.feeds)
+    if dyadic:
+        folding.check_values(made, case.feeds, tolerance=EXACT)
+    check_again(made)
+    return len(made.plan.removed)
+
+
+def report(case: RandomModel) -> str:
+    return f"this graph is folded wrong:\n{onnx.printer.to_text(case.proto)}"
+
+
+# --- the short run: hypothesis, which shrinks what it finds --------------------------------------
+
+
+@st.composite
+def models(draw: st.DrawFn, *, dyadic: bool) -> RandomModel:
+    seed = draw(st.integers(0, 2**32 - 1))
+    steps = draw(st.integers(1, 12))
+    return random_model(lambda n: draw(st.integers(0, n - 1)), seed, dyadic=dyadic, steps=steps)
+
+
+FAST = settings(
+    max_examples=75,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@FAST
+@given(models(dyadic=True))
+def test_dyadic_graphs_are_folded_exactly(case: RandomModel) -> None:
+    try:
+        check(case, dyadic=True)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{report(case)}") from error
+
+
+@FAST
+@given(models(dyadic=False))
+def test_graphs_of_real_numbers_keep_their_accuracy(case: RandomModel) -> None:
+    try:
+        check(case, dyadic=False)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{report(case)}") from error
+
+
+# --- the long run: seeds, whose graphs grow by a step at a time ----------------------------------
+
+
+def seeded(seed: int, steps: int) -> RandomModel:
+    """The first steps of the graph of a seed."""
+    rng = np.random.default_rng(seed)
+    return random_model(lambda n: int(rng.integers(n)), seed, dyadic=seed % 4 != 0, steps=steps)
+
+
+def fault(seed: int, steps: int) -> str | None:
+    """What is wrong with this graph, None if nothing is."""
+    case = seeded(seed, steps)
+    try:
+        check(case, dyadic=seed % 4 != 0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}\n{report(case)}"
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_many_graphs(chunk: int) -> None:
+    for seed in range(chunk, EXAMPLES, CHUNKS):
+        if fault(seed, 2 + seed % STEPS) is None:
+            continue
+        shortest = next(steps for steps in range(1, STEPS + 2) if fault(seed, steps))
+        pytest.fail(f"seed {seed}, {shortest} steps: {fault(seed, shortest)}")
+
+
+# --- the net holds -------------------------------------------------------------------------------
+
+
+def test_most_random_graphs_have_something_to_fold() -> None:
+    removed = [check(seeded(seed, 12), dyadic=seed % 4 != 0) for seed in range(1000, 1040)]
+    assert sum(count > 0 for count in removed) >= 20
+
+
+def test_a_wrong_weight_is_caught() -> None:
+    caught = 0
+    for seed in range(1000, 1040):
+        case = seeded(seed, 12)
+        made = folding.fold(case.proto)
+        before = {t.name: onnx.numpy_helper.to_array(t) for t in case.proto.graph.initializer}
+        for tensor in made.model.graph.initializer:
+            array = onnx.numpy_helper.to_array(tensor)
+            if not np.array_equal(array, before.get(tensor.name, np.zeros(0))):
+                wrong = array * np.float32(1.001)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(wrong, tensor.name))
+        try:
+            check_error(made, case.feeds)
+        except AssertionError:
+            caught += 1
+    assert caught >= 15
