@@ -142,7 +142,7 @@ DIAGONAL = [
     Law("bn, bn, bn, conv", "Conv", f"{X} > y; a = BN4(x); b = BN4:tla(a); c = BN4:alt0(b); y = Conv(c, W[4,4,3,3])", 3),
     Law("conv, bn, bn, padded conv", "Conv", f"{X} > y; w = Conv(x, W[4,4,1,1]); a = BN4(w); b = BN4:alt0(a); y = Conv<{PAD}>(b, V[4,4,3,3])", 2),
     Law("conv, bn of gamma 0, bn, padded conv", "Conv", f"{X} > y; c = Conv(x, V[4,4,1,1]); a = BN4:all0(c); b = BN4(a); y = Conv<{PAD}>(b, W[4,4,3,3])", 2),
-    Law("a constant between four batch norms", "Conv", f"{X} > y z; c = Conv(x, V[4,4,1,1]); a = BN4:all0(c); b = BN4:pos(a); d = BN4:all0(b); y = BN4:pos(d); z = BN4:all0(a)", 5),
+    Law("a constant between four batch norms", "Conv", f"{X} > y z; c = Conv(x, V[4,4,1,1]); a = BN4:all0(c); b = BN4:pos(a); d = BN4:all0(b); y = BN4:pos(d); z = BN4:all0(a)", 4, ("output",)),
     Law("known and written constants meet", "Add", f"{X} > y; f = Floor(x); a = BN4:all0scale(f); r = LeakyRelu(a); b = BN4:altscale(r); s = Add(K[4,1,1], b); d = BN4:all0(s); y = BN4:pos(d)", 3),
     Law("bn of gamma 0, bn, conv", "Conv", f"{X} > y; f = Floor(x); a = BN4:all0(f); b = BN4(a); y = Conv(b, W[4,4,1,1])", 2),
     Law("bn of gamma 0, bn, padded conv", "BatchNormalization", f"{X} > y; f = Floor(x); a = BN4:all0(f); b = BN4(a); y = Conv<{PAD}>(b, W[4,4,3,3])", 1, ("pads",)),
