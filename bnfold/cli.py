@@ -270,10 +270,11 @@ def _run(args: argparse.Namespace) -> int:
         build_parser().print_help()
         return 2
     from bnfold import commands, report
+    from bnfold.outputs import write_text
 
     result = commands.VERBS[args.verb](args)
     if args.report is not None:
-        commands.write_text(args.report, report.render(result, args.report))
+        write_text(args.report, report.render(result, args.report))
     print(report.to_json(result) if args.json else report.to_text(result, verbose=args.verbose))
     sys.stdout.flush()
     return int(result["exit_code"])

@@ -12,10 +12,16 @@ from typing import Any
 
 from bnfold import report
 from bnfold.errors import InputError, UsageError
-from bnfold.graph import replacing
+from bnfold.outputs import (
+    add_file,
+    beside,
+    check_outputs,
+    record_path,
+    write_all,
+    writer_of,
+)
 
 Report = dict[str, Any]
-Writer = Callable[[Path], None]
 
 _FORMATS = (".onnx", ".pt", ".pth", ".safetensors")
 
@@ -25,23 +31,19 @@ _FORMATS = (".onnx", ".pt", ".pth", ".safetensors")
 
 def fold(args: argparse.Namespace) -> Report:
     """`bnfold fold MODEL`: plan, apply, prove, write; no file appears when a gate fails."""
-    from bnfold.api import count_operators, fold_source
+    from bnfold.api import fold_source
     from bnfold.reading.sniff import Kind, sniff
 
     torch_side = sniff(args.model) is not Kind.ONNX
-    outputs = args.outputs or _beside(args.model, "folded", [".onnx", ".pt"][: 1 + torch_side])
-    record = args.record or _record_path(outputs[0])
+    outputs = args.outputs or beside(args.model, "folded", [".onnx", ".pt"][: 1 + torch_side])
+    record = args.record or record_path(outputs[0])
     if not args.dry_run:
-        _check_outputs([*outputs, record], args.model, args.overwrite, _FORMATS)
+        check_outputs([*outputs, record], args.model, args.overwrite, _FORMATS)
     started = time.perf_counter()
     source = _open(args, args.model)
     result = fold_source(source)
     done = _new("fold", args, result.notes)
-    done["batch_norms"] = _norms(result.folded, result.kept)
-    done["operators"] = {
-        "before": count_operators(result.original),
-        "after": count_operators(result.graph),
-    }
+    _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
     done["summary"] = _fold_summary(found, len(result.folded), result.original.producer_name)
     if args.dry_run:
@@ -53,22 +55,18 @@ def fold(args: argparse.Namespace) -> Report:
         if not proof.passed:
             done["summary"] += " No file was written."
             return _timed(done, started)
-    writers = {path: _writer_of(path, args, result, source) for path in outputs}
-    _write_all(done, writers, record, result.record, args.model)
+    writers = {path: writer_of(path, args, result, source) for path in outputs}
+    write_all(done, writers, record, result.record, args.model)
     return _timed(done, started)
 
 
 def inspect(args: argparse.Namespace) -> Report:
     """`bnfold inspect MODEL`: where each batch norm would go, or why it would stay."""
-    from bnfold.api import count_operators, fold_source
+    from bnfold.api import fold_source
 
     result = fold_source(_open(args, args.model))
     done = _new("inspect", args, result.notes)
-    done["batch_norms"] = _norms(result.folded, result.kept)
-    done["operators"] = {
-        "before": count_operators(result.original),
-        "after": count_operators(result.graph),
-    }
+    _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
     done["summary"] = f"{len(result.folded)} of {found} batch norms fold exactly."
     args.verbose = True
@@ -85,7 +83,7 @@ def export(args: argparse.Namespace) -> Report:
     if sniff(args.model) is Kind.ONNX:
         raise UsageError(f"{args.model} is ONNX already; `bnfold fold` folds it.")
     outputs = args.outputs or [args.model.with_suffix(".onnx")]
-    _check_outputs(outputs, args.model, args.overwrite, (".onnx",))
+    check_outputs(outputs, args.model, args.overwrite, (".onnx",))
     source = _open(args, args.model)
     done = _new("export", args, source.notes)
     operators = count_operators(source.graph)
@@ -103,7 +101,7 @@ def export(args: argparse.Namespace) -> Report:
             return done
     for path in outputs:
         write_onnx(source.graph, path)
-        _add_file(done, "export", path)
+        add_file(done, "export", path)
     return done
 
 
@@ -116,7 +114,7 @@ def verify(args: argparse.Namespace) -> Report:
     from bnfold.proof.verify import verify as prove
 
     original, folded = _open(args, args.original), _open(args, args.folded)
-    path = args.record or _record_path(args.folded)
+    path = args.record or record_path(args.folded)
     record = load_record(path) if args.record is not None or path.is_file() else None
     done = _new("verify", args, (*original.notes, *folded.notes))
     if record is not None and record.files.get("original") != report.sha256(args.original):
@@ -159,8 +157,8 @@ def adapt(args: argparse.Namespace) -> Report:
             f"{args.model} is {kind.label}; bnfold adapts torch networks. Adapt the checkpoint that"
             " it was exported from, and fold the result."
         )
-    outputs = args.outputs or _beside(args.model, "adapted", [".pt"])
-    _check_outputs(outputs, args.model, args.overwrite, (".pt", ".pth"))
+    outputs = args.outputs or beside(args.model, "adapted", [".pt"])
+    check_outputs(outputs, args.model, args.overwrite, (".pt", ".pth"))
     checkpoint = load_checkpoint(args.model, trust_pickle=args.trust_pickle)
     module, notes = network_of(args.model, checkpoint, args.factory)
     data = _open_data(args, args.data)
@@ -213,7 +211,7 @@ def _write_checkpoint(
     )
     for path in outputs:
         write_bytes(path, content)
-        _add_file(done, "adapted", path)
+        add_file(done, "adapted", path)
 
 
 def train(args: argparse.Namespace) -> Report:
@@ -225,7 +223,7 @@ def train(args: argparse.Namespace) -> Report:
     from bnfold.training.train import train as fit
 
     outputs = args.outputs or [Path(f"{args.factory.rpartition(':')[2]}.pt")]
-    _check_outputs(outputs, None, args.overwrite, (".pt", ".pth"))
+    check_outputs(outputs, None, args.overwrite, (".pt", ".pth"))
     data = _labelled(args, args.data)
     tests = _labelled(args, args.test_data) if args.test_data else None
     torch.manual_seed(args.seed)
@@ -261,7 +259,7 @@ def train(args: argparse.Namespace) -> Report:
         save_checkpoint(
             path, result.module, model_spec=args.factory, example_input=example, metrics=figures
         )
-        _add_file(done, "checkpoint", path)
+        add_file(done, "checkpoint", path)
     return done
 
 
@@ -444,10 +442,16 @@ def _timed(done: Report, started: float) -> Report:
     return done
 
 
-def _norms(folded: Any, kept: Any) -> Report:
-    return {
-        "folded": [{"name": norm.name, "into": list(norm.into)} for norm in folded],
-        "kept": [{"name": norm.name, "reason": norm.reason} for norm in kept],
+def _add_fold(done: Report, result: Any) -> None:
+    from bnfold.api import count_operators
+
+    done["batch_norms"] = {
+        "folded": [{"name": norm.name, "into": list(norm.into)} for norm in result.folded],
+        "kept": [{"name": norm.name, "reason": norm.reason} for norm in result.kept],
+    }
+    done["operators"] = {
+        "before": count_operators(result.original),
+        "after": count_operators(result.graph),
     }
 
 
@@ -472,107 +476,6 @@ def _add_proof(done: Report, proof: Any) -> None:
         where = f" First difference: {proof.first_divergence}." if proof.first_divergence else ""
         done["summary"] += f" NOT the same function.{where}"
     done["summary"] = done["summary"].strip()
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def _beside(path: Path, word: str, suffixes: list[str]) -> list[Path]:
-    return [path.with_name(f"{path.stem}.{word}{suffix}") for suffix in suffixes]
-
-
-def _record_path(output: Path) -> Path:
-    return output.with_name(f"{output.stem}.record.safetensors")
-
-
-def _check_outputs(
-    outputs: list[Path], source: Path | None, overwrite: bool, formats: tuple[str, ...]
-) -> None:
-    """Refuse outputs before any work is done. Raises UsageError."""
-    seen: set[Path] = set()
-    for path in outputs:
-        if path.suffix.lower() not in formats:
-            raise UsageError(f"{path}: the suffix must be one of {', '.join(formats)}.")
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: there is no folder {path.parent}.")
-        if source is not None and path.exists() and path.samefile(source):
-            raise UsageError(f"{path} is the input itself, which is never overwritten.")
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; name a file.")
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} exists; pass --overwrite or another -o.")
-        if path.resolve() in seen:
-            raise UsageError(f"{path} is named twice as output.")
-        seen.add(path.resolve())
-
-
-def _writer_of(path: Path, args: argparse.Namespace, result: Any, source: Any) -> Writer:
-    """What writes a folded model to a path of this suffix."""
-    from bnfold.graph import save_onnx
-
-    if path.suffix.lower() == ".onnx":
-        return lambda staged: save_onnx(result.graph, staged)
-    if result.state_dict is None:
-        raise UsageError(
-            f"{path}: an ONNX model folds to .onnx; {path.suffix} needs a torch model."
-        )
-    if path.suffix.lower() == ".safetensors":
-        from safetensors.torch import save
-
-        tensors = {name: tensor.contiguous() for name, tensor in result.state_dict.items()}
-        return lambda staged: _write(staged, save(tensors))
-    from bnfold.saving import checkpoint_bytes
-
-    data = checkpoint_bytes(
-        result.state_dict,
-        result.graph,
-        kind="fold",
-        model=args.factory or source.description.get("model"),
-        shapes=_shapes_of(source),
-    )
-    return lambda staged: _write(staged, data)
-
-
-def _shapes_of(source: Any) -> dict[str, list[int]]:
-    described = source.description.get("input")
-    if described:
-        return {str(name): list(shape) for name, shape in described.items()}
-    names = _inputs_of(source)
-    return {name: list(x.shape) for name, x in zip(names, source.example, strict=False)}
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a report, replacing an older one. Raises UsageError."""
-    with replacing(path) as staged:
-        staged.write_text(text, encoding="utf-8")
-
-
-def _write_all(
-    done: Report, writers: Mapping[Path, Writer], record_path: Path, record: Any, source: Path
-) -> None:
-    """Stage every file, then let all of them appear; the record last, with the others' hashes."""
-    from dataclasses import replace
-
-    with contextlib.ExitStack() as stack:
-        hashes = {"original": report.sha256(source)}
-        for path, writer in writers.items():
-            staged = stack.enter_context(replacing(path))
-            writer(staged)
-            hashes[path.name] = report.sha256(staged)
-            done["files"].append({"role": "folded", "path": str(path), "sha256": hashes[path.name]})
-        staged = stack.enter_context(replacing(record_path))
-        replace(record, files=hashes).write(staged)
-        done["files"].append(
-            {"role": "record", "path": str(record_path), "sha256": report.sha256(staged)}
-        )
-
-
-def _add_file(done: Report, role: str, path: Path) -> None:
-    done["files"].append({"role": role, "path": str(path), "sha256": report.sha256(path)})
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], Report]] = {

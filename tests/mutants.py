@@ -65,7 +65,7 @@ MUTANTS: list[Mutant] = [
     Mutant(LINEAR, "bias = beta * _bias(node, 2, outs)", "bias = _bias(node, 2, outs)", "gemm"),
     Mutant(LINEAR, 'if real(node, "beta", 1.0) == 0:', "if False:", "beta 0"),
     Mutant(LINEAR, "axis = -1 if slot == 1 else -2", "axis = -1", "left"),
-    Mutant(LINEAR, "(along(x.origin, ins) @ weight)[..., None, :]", "along(x.origin, ins) @ weight", "batched"),
+    Mutant(LINEAR, "@ weight)[..., None, :]", "@ weight)", "batched"),
     Mutant(LINEAR, "return np.where(scale == 0, origin, scale * (bias - origin))", "return scale * (bias - origin)", "gamma 0"),
     # batch norms: those that go and those that stay
     Mutant(NORM, "spread = np.asarray(var + eps)", "spread = np.asarray(var + eps * eps)", "conv"),

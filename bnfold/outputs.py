@@ -1,0 +1,117 @@
+"""Files that a verb writes: named, checked before any work, staged together, never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bnfold import report
+from bnfold.errors import UsageError
+from bnfold.graph import graph_inputs, replacing
+
+Report = dict[str, Any]
+Writer = Callable[[Path], None]
+
+
+def beside(path: Path, word: str, suffixes: list[str]) -> list[Path]:
+    """Names beside a file: net.onnx -> net.folded.onnx."""
+    return [path.with_name(f"{path.stem}.{word}{suffix}") for suffix in suffixes]
+
+
+def record_path(output: Path) -> Path:
+    """Where the fold record of an output lies unless it is named."""
+    return output.with_name(f"{output.stem}.record.safetensors")
+
+
+def check_outputs(
+    outputs: list[Path], source: Path | None, overwrite: bool, formats: tuple[str, ...]
+) -> None:
+    """Refuse outputs before any work is done. Raises UsageError."""
+    seen: set[Path] = set()
+    for path in outputs:
+        if path.suffix.lower() not in formats:
+            raise UsageError(f"{path}: the suffix must be one of {', '.join(formats)}.")
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}.")
+        if source is not None and path.exists() and path.samefile(source):
+            raise UsageError(f"{path} is the input itself, which is never overwritten.")
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; name a file.")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists; pass --overwrite or another -o.")
+        if path.resolve() in seen:
+            raise UsageError(f"{path} is named twice as output.")
+        seen.add(path.resolve())
+
+
+def writer_of(path: Path, args: Namespace, result: Any, source: Any) -> Writer:
+    """What writes a folded model to a path of this suffix."""
+    from bnfold.graph import save_onnx
+
+    if path.suffix.lower() == ".onnx":
+        return lambda staged: save_onnx(result.graph, staged)
+    if result.state_dict is None:
+        raise UsageError(
+            f"{path}: an ONNX model folds to .onnx; {path.suffix} needs a torch model."
+        )
+    if path.suffix.lower() == ".safetensors":
+        from safetensors.torch import save
+
+        tensors = {name: tensor.contiguous() for name, tensor in result.state_dict.items()}
+        return lambda staged: _write(staged, save(tensors))
+    from bnfold.saving import checkpoint_bytes
+
+    data = checkpoint_bytes(
+        result.state_dict,
+        result.graph,
+        kind="fold",
+        model=args.factory or source.description.get("model"),
+        shapes=_shapes_of(source),
+    )
+    return lambda staged: _write(staged, data)
+
+
+def _shapes_of(source: Any) -> dict[str, list[int]]:
+    described = source.description.get("input")
+    if described:
+        return {str(name): list(shape) for name, shape in described.items()}
+    names = graph_inputs(source.graph)
+    return {name: list(x.shape) for name, x in zip(names, source.example, strict=False)}
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a report, replacing an older one. Raises UsageError."""
+    with replacing(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+def write_all(
+    done: Report, writers: Mapping[Path, Writer], target: Path, record: Any, source: Path
+) -> None:
+    """Stage every file, then let all of them appear; the record last, with the others' hashes."""
+    from dataclasses import replace
+
+    with contextlib.ExitStack() as stack:
+        hashes = {"original": report.sha256(source)}
+        for path, writer in writers.items():
+            staged = stack.enter_context(replacing(path))
+            writer(staged)
+            hashes[path.name] = report.sha256(staged)
+            done["files"].append({"role": "folded", "path": str(path), "sha256": hashes[path.name]})
+        staged = stack.enter_context(replacing(target))
+        replace(record, files=hashes).write(staged)
+        done["files"].append(
+            {"role": "record", "path": str(target), "sha256": report.sha256(staged)}
+        )
+
+
+def add_file(done: Report, role: str, path: Path) -> None:
+    """Note a file that was written, with its hash."""
+    done["files"].append({"role": role, "path": str(path), "sha256": report.sha256(path)})
