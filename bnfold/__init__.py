@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from bnfold.api import export as export
     from bnfold.api import fold as fold
     from bnfold.api import inspect as inspect
+    from bnfold.api import verify as verify
     from bnfold.errors import BnfoldError as BnfoldError
     from bnfold.folding.module import load_folded as load_folded
     from bnfold.proof.verify import VerifyReport as VerifyReport
-    from bnfold.proof.verify import verify as verify
 
 _HOMES = {
     "AdaptResult": "bnfold.adapting.adapt",
@@ -28,7 +28,7 @@ _HOMES = {
     "fold": "bnfold.api",
     "inspect": "bnfold.api",
     "load_folded": "bnfold.folding.module",
-    "verify": "bnfold.proof.verify",
+    "verify": "bnfold.api",
 }
 __all__ = sorted(_HOMES)
 

@@ -95,7 +95,7 @@ def fold(
     model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
     example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
     *,
-    opset: int = graph.DEFAULT_OPSET,
+    opset: int | None = None,
     freeze_inputs: bool = False,
     factory: str | None = None,
 ) -> FoldResult:
@@ -118,9 +118,38 @@ def inspect(
     factory: str | None = None,
 ) -> Inspection:
     """Where each batch norm would go, or why it would stay; arguments as for `fold`."""
-    source = _source(model, example_inputs, graph.DEFAULT_OPSET, freeze_inputs, factory)
+    source = _source(model, example_inputs, None, freeze_inputs, factory)
     result = fold_source(source)
     return Inspection(result.folded, result.kept, count_operators(source.graph))
+
+
+def verify(
+    original: ir.Model | onnx.ModelProto | bytes | Path | str,
+    folded: ir.Model | onnx.ModelProto | bytes | Path | str,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    *,
+    record: FoldRecord | None = None,
+    providers: Sequence[str] = ("cpu",),
+    seed: int = 0,
+) -> VerifyReport:
+    """Compare two ONNX models: gates B and C, and gate A where the record of the fold is given.
+
+    inputs: arrays by input name; drawn from `seed` if there are none. providers: "cpu", "cuda".
+    A failed gate is no exception: see `VerifyReport.passed` and `raise_for_failure`.
+    Raises RuntimeUnavailableError when a provider cannot run here (never a pass),
+    NothingComparedError when there is no output, InputError for models that cannot be read.
+    """
+    from bnfold.proof.verify import verify as prove
+
+    return prove(
+        graph.to_proto(original) if isinstance(original, ir.Model) else original,
+        graph.to_proto(folded) if isinstance(folded, ir.Model) else folded,
+        gauges=record.gauges if record else None,
+        aliases=record.aliases if record else None,
+        inputs=inputs,
+        providers=tuple(providers),
+        seed=seed,
+    )
 
 
 def export(
@@ -198,7 +227,7 @@ def _torch_side(
 def _source(
     model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
     example_inputs: torch.Tensor | Sequence[torch.Tensor] | None,
-    opset: int,
+    opset: int | None,
     freeze_inputs: bool,
     factory: str | None,
 ) -> Source:
@@ -232,7 +261,7 @@ def _source(
         )
     check_batchnorm_statistics(model)
     tensors = _tensors(example_inputs)
-    exported = graph.export_module(model, tensors, opset=opset)
+    exported = graph.export_module(model, tensors, opset=opset or graph.DEFAULT_OPSET)
     return Source(
         Path(type(model).__name__), Kind.CHECKPOINT, exported, model, model.state_dict(), tensors
     )

@@ -80,7 +80,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME:]N,C,H,W",
         help="shape of an input; repeat for several",
     )
-    group.add_argument("--opset", type=int, default=20, help="opset of an export (default 20)")
+    group.add_argument("--opset", type=int, help="opset of an export (default 20)")
     group.add_argument(
         "--trust-pickle",
         action="store_true",
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell_failure(error, as_json)
         return error.exit_code
     except KeyboardInterrupt:
-        print("bnfold: interrupted; nothing was written.", file=sys.stderr)
+        print("bnfold: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader of stdout went away, which is its right; keep Python from complaining at exit
@@ -270,20 +270,22 @@ def _run(args: argparse.Namespace) -> int:
         build_parser().print_help()
         return 2
     from bnfold import commands, report
-    from bnfold.outputs import write_text
+    from bnfold.outputs import check_report, write_text
 
-    result = commands.VERBS[args.verb](args)
     if args.report is not None:
-        write_text(args.report, report.render(result, args.report))
+        check_report(args)
+    result = commands.VERBS[args.verb](args)
     print(report.to_json(result) if args.json else report.to_text(result, verbose=args.verbose))
     sys.stdout.flush()
+    if args.report is not None:
+        write_text(args.report, report.render(result, args.report))
     return int(result["exit_code"])
 
 
 def _tell_failure(error: BnfoldError, as_json: bool) -> None:
-    # a message may quote names from a file, which may hold anything
-    text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(error))
-    print(f"bnfold: {text}", file=sys.stderr)
+    from bnfold.report import printable
+
+    print(f"bnfold: {printable(str(error))}", file=sys.stderr)
     if as_json:
         from bnfold.report import to_json
 

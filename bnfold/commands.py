@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold import report
-from bnfold.errors import InputError, UsageError
+from bnfold.errors import BnfoldError, InputError, UsageError
 from bnfold.outputs import (
     add_file,
     beside,
@@ -122,8 +122,11 @@ def verify(args: argparse.Namespace) -> Report:
         record = None
     inputs = None
     if args.data is not None:
-        name = next(iter(_inputs_of(original)))
-        inputs = {name: np.concatenate(list(_open_data(args, args.data)))}
+        names = list(_inputs_of(original))
+        parts = [b[0] if isinstance(b, list | tuple) else b for b in _open_data(args, args.data)]
+        if len(names) != 1 or not parts or isinstance(parts[0], Mapping):
+            raise UsageError("verify --data takes samples of a model's single input.")
+        inputs = {names[0]: np.concatenate([np.asarray(part) for part in parts])}
     modules = None
     if original.module is not None and folded.module is not None:
         modules = (original.module, folded.module)
@@ -170,14 +173,17 @@ def adapt(args: argparse.Namespace) -> Report:
     done["warnings"] = [*result.warnings, *_unread(data)]
     if result.outputs is not None:
         done["diagnostics"] = _output_table(result.outputs)
-    if data.labels is not None:
-        done["accuracy"] = _accuracy_table(module, result.module, data)
     done["summary"] = (
         f"{len(result.layers)} batch norms adapted to {result.images} images ({result.method})."
     )
     spec = args.factory or (checkpoint.description or {}).get("model")
     facts = {"method": result.method, "images": result.images, "data": args.data}
     _write_checkpoint(done, outputs, result.module, data, spec, facts, args)
+    if data.labels is not None:
+        try:
+            done["accuracy"] = _accuracy_table(module, result.module, data)
+        except BnfoldError as why:
+            done["warnings"].append(f"No accuracy with the labels: {why}")
     return done
 
 
@@ -193,7 +199,7 @@ def _write_checkpoint(
     """An adapted network as a checkpoint that describes itself, as far as it can be exported."""
     import torch
 
-    from bnfold.graph import export_module, graph_inputs
+    from bnfold.graph import DEFAULT_OPSET, export_module, graph_inputs
     from bnfold.saving import checkpoint_bytes, write_bytes
 
     batch = next(iter(data))
@@ -202,7 +208,7 @@ def _write_checkpoint(
     if not isinstance(first, Mapping):
         example = torch.as_tensor(first)[:1]
         try:
-            graph = export_module(module, (example,), opset=args.opset)
+            graph = export_module(module, (example,), opset=args.opset or DEFAULT_OPSET)
             shapes = {name: list(example.shape) for name in graph_inputs(graph)}
         except InputError as error:
             done["notes"].append(f"The checkpoint does not carry its graph: {error}")
@@ -251,8 +257,9 @@ def train(args: argparse.Namespace) -> Report:
         for e in result.history
     ]
     done["layers"] = {"head": ["epoch", "loss", "accuracy %", "test accuracy %"], "rows": rows}
-    last = _percent(result.test_accuracy)
-    done["summary"] = f"Trained for {args.epochs} epochs; test accuracy {last} %."
+    done["summary"] = f"Trained for {args.epochs} epochs."
+    if result.test_accuracy is not None:
+        done["summary"] += f" Test accuracy {_percent(result.test_accuracy)} %."
     example = torch.as_tensor(data[0][:1] if isinstance(data, tuple) else next(iter(data))[0][:1])
     figures = {"test_accuracy": result.test_accuracy, "epochs": args.epochs, "seed": args.seed}
     for path in outputs:
@@ -279,6 +286,10 @@ def _labelled(args: argparse.Namespace, spec: str) -> Any:
 def _open_data(args: argparse.Namespace, spec: str) -> Any:
     from bnfold.data import open_data
 
+    if args.seed < 0:
+        raise UsageError(f"--seed is {args.seed}; it must be 0 or more.")
+    shapes = getattr(args, "shapes", None)
+    shape = shapes[0][1] if shapes else None
     return open_data(
         spec,
         batch_size=args.batch_size,
@@ -289,6 +300,7 @@ def _open_data(args: argparse.Namespace, spec: str) -> Any:
         std=args.std,
         resize=args.resize,
         input_scale=args.input_scale,
+        input_shape=shape and (None, *shape[1:]),
     )
 
 
@@ -369,7 +381,7 @@ def doctor(args: argparse.Namespace) -> Report:
     rows = [[key, _fact(value)] for key, value in _flat(facts)]
     done["facts"] = facts
     done["diagnostics"] = {"head": ["", "found"], "rows": rows}
-    conflicts = [str(text) for text in facts.get("conflicts", ())]
+    conflicts = [str(facts["conflict"])] if facts["conflict"] else []
     done["warnings"] = conflicts
     done["summary"] = (
         "Something stands in the way: see the warnings." if conflicts else "Nothing in the way."

@@ -202,7 +202,8 @@ def prepare(model: ir.Model) -> ir.Model:
 
 def _tell_channels(node: ir.Node) -> bool:
     """A batch norm knows its own number of channels; true where its values did not."""
-    gamma = node.inputs[1] if node.op_type == "BatchNormalization" else None
+    own = node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
+    gamma = node.inputs[1] if own and len(node.inputs) > 1 else None
     tensor = ir.convenience.get_const_tensor(gamma) if gamma is not None else None
     told = False
     for value in (node.inputs[0], node.outputs[0]) if tensor is not None else ():

@@ -86,6 +86,20 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def check_report(args: Namespace) -> None:
+    """Refuse a report that could not be written, or would replace a model. Raises UsageError."""
+    path = args.report
+    if not path.parent.is_dir() or path.is_dir():
+        raise UsageError(f"--report {path}: there is no folder {path.parent}, or it is a folder.")
+    named = [getattr(args, name, None) for name in ("model", "original", "folded", "record")]
+    models = [*named, *(getattr(args, "outputs", None) or ())]
+    for other in models:
+        if isinstance(other, Path) and path.resolve() == other.resolve():
+            raise UsageError(f"--report {path} would replace {other}; name another file.")
+    if path.suffix.lower() not in (".md", ".markdown", ".json", ".txt"):
+        raise UsageError(f"--report {path}: the suffix must be .md, .json or .txt.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a report, replacing an older one. Raises UsageError."""
     with replacing(path) as staged:
@@ -100,15 +114,16 @@ def write_all(
 
     with contextlib.ExitStack() as stack:
         hashes = {"original": report.sha256(source)}
+        # what is entered first is renamed last
+        staged_record = stack.enter_context(replacing(target))
         for path, writer in writers.items():
             staged = stack.enter_context(replacing(path))
             writer(staged)
             hashes[path.name] = report.sha256(staged)
             done["files"].append({"role": "folded", "path": str(path), "sha256": hashes[path.name]})
-        staged = stack.enter_context(replacing(target))
-        replace(record, files=hashes).write(staged)
+        replace(record, files=hashes).write(staged_record)
         done["files"].append(
-            {"role": "record", "path": str(target), "sha256": report.sha256(staged)}
+            {"role": "record", "path": str(target), "sha256": report.sha256(staged_record)}
         )
 
 

@@ -49,6 +49,13 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
+def printable(text: str) -> str:
+    """The text with control characters spelled out: names from a file may hold anything."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> list[str]:
     """Aligned columns under a head, for a terminal."""
     lines = [list(head), *(list(row) for row in rows)]
@@ -117,7 +124,7 @@ def to_text(report: Mapping[str, Any], *, verbose: bool = False) -> str:
     lines += [f"note: {note}" for note in report.get("notes", ())]
     lines += [f"warning: {note}" for note in report.get("warnings", ())]
     lines.append(report["summary"])
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:

@@ -292,6 +292,7 @@ SEVERAL = [
     Law("bn of a shift less a conv, the result is an output", "Sub", f"{X} u[4,4,4,4] > s; f = Floor(x); a = BN4:shift(f); c = Conv(u, V[4,4,1,1]); s = Sub(a, c)", 1),
     Law("conv less a bn of a shift, the result is an output", "Sub", f"{X} u[4,4,4,4] > s; f = Floor(x); a = BN4:shift(f); c = Conv(u, V[4,4,1,1]); s = Sub(c, a)", 1),
     Law("a shift through sums of sums", "Sum", f"{X} w[4,4,4,4] > y; f = Floor(x); g = Floor(w); a = BN4(f); s = Sub(a, f); b = BN4(s); u = Add(b, s); e = BN4(g); v = Add(e, u); n = BN4:shift(v); y = Sum(a, n, v)", 1, ("Floor",)),
+    Law("a split shift that meets itself in sums of sums", "Add", f"{X} > y z; f = Floor(x); n = BN4:shift(f); a, b = Split<axis=1>(n, S{{2,2}}); c = Conv(b, V[2,2,1,1]); d = Sub(b, c); e = Add(d, a); y = Conv(e, W[4,2,1,1]); z = Conv(b, U[4,2,1,1])", 1),
     Law("bn second in a sub", "Sub", f"{X} u[4,4,4,4] > y; a = BN4(x); b = Conv(u, V[4,4,1,1]); s = Sub(b, a); y = Conv(s, W[4,4,1,1])", 1),
     Law("three convs, sum, bn", "Sum", f"{X} > y; a = Conv(x, V[4,4,1,1], A[4]); b = Conv<{PAD}>(x, W[4,4,3,3]); c = Conv(x, U[4,4,1,1]); s = Sum(a, b, c); y = BN4:alt0(s)", 1),
     Law("conv, bn, conv: sum: bn", "Sum", f"{X} > y; a = Conv(x, V[4,4,1,1]); b = BN4(a); c = Conv(x, U[4,4,1,1]); d = BN4:tla(c); s = Sum(b, d); y = BN4:alt0(s)", 3),

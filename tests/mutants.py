@@ -45,6 +45,8 @@ LINEAR, NORM, PLAN, WAVE = "rules/linear.py", "rules/normalization.py", "plan.py
 RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
 MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
 
+# a table is read by its columns
+# ruff: noqa: E501
 # fmt: off
 MUTANTS: list[Mutant] = [
     # linear operators
@@ -161,7 +163,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_data(self, path: str | os.PathLike[str]) -> bytes:
         return self.text.encode() if str(path) == self.path else super().get_data(str(path))
 
-    def path_stats(self, path: str | os.PathLike[str]) -> dict[str, float]:
+    def path_stats(self, path: str | os.PathLike[str]) -> dict[str, float]:  # noqa: ARG002
         raise OSError("no cached bytecode for a mutant")
 
 
@@ -187,7 +189,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _forget() -> None:
-    """Let bnfold and the checks be imported anew, their packages included, which hold on to them."""
+    """Let bnfold and the checks be imported anew, and the packages, which hold on to them."""
     for name in list(sys.modules):
         if name.split(".")[0] in ("bnfold", "tests") and name != "tests.mutants":
             del sys.modules[name]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 def with_statistics(module: nn.Module, *, seed: int = 0, positive: bool = False) -> nn.Module:
@@ -57,3 +58,41 @@ class CalledTwice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.bn(self.b(torch.relu(self.bn(self.a(x)))))
+
+
+class SharedHead(nn.Module):
+    """One convolution without bias, called for two branches with a batch norm each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.c1, self.c2 = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = self.c1(torch.relu(self.bn1(self.conv(x))))
+        return one + self.c2(torch.relu(self.bn2(self.conv(2 * x))))
+
+
+class Stateless(nn.Module):
+    """A batch norm that holds nothing, beside one that folds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.bare = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bare(self.bn(self.conv(x)))
+
+
+class ReadThroughCast(nn.Module):
+    """A weight stored in half precision and used in single."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 1, 1).half())
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(functional.conv2d(x, self.weight.float()))

@@ -277,6 +277,52 @@ def test_folding_onnx_needs_no_torch(net):
     assert done.stdout.endswith("0 False\n")
 
 
+def test_a_report_never_replaces_a_model(net, capsys):
+    content = (net / "net.onnx").read_bytes()
+    for report in (net / "net.onnx", net / "none" / "r.md", net / "r.exe"):
+        code, _, err = run(capsys, "fold", net / "net.onnx", "--report", report)
+        assert code == 2
+        assert "--report" in err
+    assert (net / "net.onnx").read_bytes() == content
+    assert files(net) == ["net.onnx", "net.pt"]
+
+
+def test_doctor_tells_of_two_onnxruntimes(capsys, monkeypatch):
+    from bnfold.proof import runtime
+
+    facts = runtime.available()
+    monkeypatch.setattr(runtime, "available", lambda: facts | {"conflict": None})
+    assert "Nothing in the way" in run(capsys, "doctor")[1]
+    monkeypatch.setattr(runtime, "available", lambda: facts | {"conflict": "two of them"})
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "two of them" in out
+    assert "Something stands in the way" in out
+
+
+def test_adapting_writes_a_checkpoint_that_folds_with_no_other_word(net, capsys):
+    data = np.random.default_rng(0).random((96, 1, 8, 8), dtype=np.float32)
+    np.savez(net / "target.npz", x=data, y=np.full(96, 99))
+    options = ["--model", SPEC, "--target-data", net / "target.npz"]
+    code, out, err = run(capsys, "adapt", net / "net.pt", *options)
+    assert code == 0, err
+    assert "4 batch norms adapted to 96 images (exact)" in out
+    assert "No accuracy with the labels" in out  # class 99 is none of the network's
+    code, out, _ = run(capsys, "fold", net / "net.adapted.pt")
+    assert code == 0
+    assert "All 4 batch norms folded. Proved" in out
+
+
+def test_a_negative_seed_and_a_bad_target_are_sentences(net, capsys):
+    np.save(net / "wrong.npy", np.zeros((4, 3, 9, 9), np.float32))
+    for extra, word in ((["--seed", "-1"], "--seed"), ([], "")):
+        options = ["--model", SPEC, "--target-data", net / "wrong.npy", *extra]
+        code, _, err = run(capsys, "adapt", net / "net.pt", *options)
+        assert code in (2, 3)
+        assert word in err
+        assert "Traceback" not in err
+
+
 def test_every_verb_has_help(capsys):
     for verb in ("fold", "adapt", "export", "verify", "inspect", "train", "doctor"):
         with pytest.raises(SystemExit) as stop:

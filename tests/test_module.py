@@ -4,12 +4,22 @@ import copy
 
 import pytest
 import torch
-from nets import CalledTwice, Reused, Tokens, with_statistics
+from nets import (
+    CalledTwice,
+    ReadThroughCast,
+    Reused,
+    SharedHead,
+    Stateless,
+    Tokens,
+    with_statistics,
+)
 from torch import nn
 
 import bnfold
 from bnfold.errors import InputError, UsageError
-from bnfold.folding.module import take_shape_of
+from bnfold.folding.apply import apply
+from bnfold.folding.module import folded_state, take_shape_of
+from bnfold.folding.plan import plan
 from models.digits import digits_cnn
 from models.preact_resnet import preact_resnet20
 from models.resnet_cifar import resnet20
@@ -84,6 +94,33 @@ def test_a_hooked_layer_is_left_alone():
     result = bnfold.fold(module, x)
     assert len(result.kept) == 1
     assert agree(module, result.model, x)
+
+
+@pytest.mark.parametrize("factory", [SharedHead, Stateless])
+def test_what_the_module_cannot_hold_is_not_asked_of_it(factory):
+    module, channels = with_statistics(factory(), positive=True), 4 if factory is SharedHead else 3
+    x = torch.randn(2, channels, 5, 5)
+    result = bnfold.fold(module, x)
+    assert agree(module, result.model, x)
+    assert {name for name, m in result.model.named_modules() if m in norms(result.model)} == {
+        kept.name for kept in result.kept if "." not in kept.name and "node" not in kept.name
+    } | ({"bare"} if factory is Stateless else set())
+
+
+def test_a_parameter_read_through_a_cast_keeps_its_batch_norm():
+    module, x = with_statistics(ReadThroughCast(), positive=True), torch.randn(2, 3, 5, 5)
+    result = bnfold.fold(module, x)
+    assert [kept.name for kept in result.kept] == ["bn"]
+    with torch.no_grad():
+        assert torch.allclose(result.model(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_constant_without_a_place_in_the_state_dict_is_an_error_not_a_wrong_file():
+    module, x = with_statistics(SharedHead(), positive=True), torch.randn(2, 4, 5, 5)
+    exported = bnfold.export(module, x)
+    chosen = plan(exported)  # without the module's scope: what must never reach it
+    with pytest.raises(InputError, match="cannot hold"):
+        folded_state(module.state_dict(), chosen, apply(chosen))
 
 
 def test_training_mode_is_as_before_and_the_result_is_in_eval_mode():

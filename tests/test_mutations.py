@@ -14,7 +14,8 @@ from tests.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 # eps, groups, padding, axes, signs, gamma 0, sums, sharing: one of each kind, in a few seconds
-QUICK = ["var + eps", '"group", 1', "!= \"VALID\"", "split, 1, 2", "scale > 0", "scale_y * (t", "Term(", "readers(root)"]  # fmt: skip
+QUICK = ["var + eps", '"group", 1', '!= "VALID"', "split, 1, 2", "scale > 0"]
+QUICK += ["scale_y * (t", "Term(", "readers(root)"]
 
 
 def caught(indices: list[int]) -> dict[str, str | None]:

@@ -18,8 +18,8 @@ from bnfold.errors import InputError
 from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.plan import FoldPlan
-from bnfold.folding.rules import RULES
-from bnfold.folding.rules.node import Opaque, label
+from bnfold.folding.rules import RULES, constant_slots
+from bnfold.folding.rules.node import label
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Folded:
     """The folded model, and where the values of the original are in it.
 
     aliases: original value name -> name of the tensor that carries it now, where they differ.
-    biases: weight name -> name of the bias that had to be added beside it.
+    biases: weight name -> names of the biases that had to be added beside it.
+    written: constant's name -> names of the initializers that hold its new values.
     """
 
     model: ir.Model
     aliases: Mapping[str, str]
-    biases: Mapping[str, str]
+    biases: Mapping[str, tuple[str, ...]]
+    written: Mapping[str, tuple[str, ...]]
 
 
 def apply(plan: FoldPlan) -> Folded:
@@ -50,7 +52,7 @@ def apply(plan: FoldPlan) -> Folded:
             writer.rewrite(nodes[node], _constants(node, plan))
     writer.flush()
     aliases = _bypass_all([nodes[removed.node] for removed in plan.removed], writer)
-    return Folded(model, aliases, writer.biases)
+    return Folded(model, aliases, writer.biases, writer.written)
 
 
 def _correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]:
@@ -78,18 +80,15 @@ class _New:
 
 def _constants(node: ir.Node, plan: FoldPlan) -> list[_New]:
     """The new constants of one node of the original model."""
-    rule = RULES.get(node.op_type)
-    try:
-        if rule is None or rule.rewrite is None or not rule.constants(node):
-            return []
-    except Opaque:
+    rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
+    if rewrite is None:
         return []
 
     def gauge(value: ir.Value) -> Gauge:
         return plan.gauge(value)
 
     news = []
-    for slot, array in rule.rewrite(node, gauge).items():
+    for slot, array in rewrite(node, gauge).items():
         value = node.inputs[slot] if slot < len(node.inputs) else None
         held = constant(value) if value is not None else None
         if held is None and not np.any(array):
@@ -113,7 +112,8 @@ class _Writer:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.writes: list[_Write] = []
-        self.biases: dict[str, str] = {}
+        self.biases: dict[str, tuple[str, ...]] = {}
+        self.written: dict[str, tuple[str, ...]] = {}
         self.names = {
             value.name
             for graph in model.graphs()
@@ -149,6 +149,7 @@ class _Writer:
             )
             if agreed and first is not None:
                 _set_root(root, _rounded(first, writes[0].held.dtype, root.name))
+                self.written[str(root.name)] = (str(root.name),)
             else:
                 for write in writes:
                     self._copy(write)
@@ -164,6 +165,8 @@ class _Writer:
         value = self._initializer(write.node, f"{write.root.name}_folded", tensor)
         write.node.replace_input_with(write.slot, value)
         self.suspects[old] = None
+        known = self.written.get(str(write.root.name), ())
+        self.written[str(write.root.name)] = (*known, str(value.name))
 
     def _initializer(self, node: ir.Node, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         name = self._fresh(name)
@@ -177,7 +180,7 @@ class _Writer:
         graph = node.graph
         assert isinstance(graph, ir.Graph)
         graph.register_initializer(value)
-        if (self.model.ir_version or 0) < 4:
+        if (self.model.ir_version or 0) < 4 and graph is self.model.graph:
             graph.inputs.append(value)  # IR 3 lists every initializer among the inputs
         return value
 
@@ -199,7 +202,8 @@ class _Writer:
         dtype = node.inputs[weight_slot].dtype or weight.dtype  # type: ignore[union-attr]
         value = self._initializer(node, name, _rounded(new.array, dtype, name))
         if weight.root.name:
-            self.biases[weight.root.name] = value.name or name
+            known = self.biases.get(weight.root.name, ())
+            self.biases[weight.root.name] = (*known, value.name or name)
         if node.op_type == "MatMul":
             _add_behind(node, value, self._fresh(f"{node.outputs[0].name}_product"))
             return

@@ -18,6 +18,7 @@ from torch import nn
 from bnfold.errors import InputError
 from bnfold.folding.apply import Folded
 from bnfold.folding.plan import FoldPlan, Scope
+from bnfold.folding.rules import is_batch_norm
 from bnfold.folding.rules.node import name_of
 from bnfold.reading.checkpoint import load_checkpoint
 from bnfold.reading.weights import load_into
@@ -38,7 +39,7 @@ _LAYERS = (
 
 def scope_of(module: nn.Module, graph: ir.Model) -> Scope:
     """What of a module a fold may change, given its exported graph."""
-    calls = Counter(name_of(node) for g in graph.graphs() for node in g if _is_norm(node))
+    calls = Counter(name_of(node) for g in graph.graphs() for node in g if is_batch_norm(node))
     named = list(module.named_modules(remove_duplicate=False))
     places = Counter(id(child) for _, child in named)
     norms = {
@@ -61,10 +62,6 @@ def scope_of(module: nn.Module, graph: ir.Model) -> Scope:
         for key in (*child._parameters, *child._buffers)
     }
     return Scope(frozenset(plain), frozenset(layers), frozenset(norms))
-
-
-def _is_norm(node: ir.Node) -> bool:
-    return node.op_type == "BatchNormalization"
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -91,22 +88,32 @@ def write_back(module: nn.Module, plan: FoldPlan, folded: Folded) -> nn.Module:
 def folded_state(
     state_dict: Mapping[str, torch.Tensor], plan: FoldPlan, folded: Folded
 ) -> dict[str, torch.Tensor]:
-    """The state_dict of the folded network: no folded batch norm, new weights, added biases."""
+    """The state_dict of the folded network: no folded batch norm, new weights, added biases.
+
+    Raises InputError if a constant that was written has no place in it.
+    """
     gone = {removed.name for removed in plan.removed}
     state = {
-        name: tensor.detach().clone()
+        name: copy.deepcopy(tensor)
         for name, tensor in state_dict.items()
         if name.rpartition(".")[0] not in gone
     }
     initializers = folded.model.graph.initializers
-    before = plan.model.graph.initializers
-    for name, value in initializers.items():
-        if name in state and value.const_value is not before[name].const_value:
-            state[name] = _tensor(value, state[name])
-    for weight, bias in folded.biases.items():
+    for name, written in folded.written.items():
+        if name not in state or written != (name,):
+            raise _unfit(name)
+        state[name] = _tensor(initializers[name], state[name])
+    for weight, biases in folded.biases.items():
         name = f"{weight.removesuffix('.weight')}.bias"
-        state[name] = _tensor(initializers[bias], state[weight])
+        if len(biases) != 1 or weight not in state or name in state:
+            raise _unfit(name)
+        state[name] = _tensor(initializers[biases[0]], state[weight])
     return state
+
+
+def _unfit(name: str) -> InputError:
+    """What a plan within its scope never asks for; a wrong file is worse than none."""
+    return InputError(f"The fold changes '{name}' in a way that the state_dict cannot hold.")
 
 
 def _tensor(value: ir.Value, like: torch.Tensor) -> torch.Tensor:
@@ -126,7 +133,7 @@ def take_shape_of(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> 
     for name, child in list(module.named_modules()):
         prefix = f"{name}." if name else ""
         owned = [key for key in state_dict if key.startswith(prefix)]
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and name and not owned:
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.state_dict() and not owned:
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, nn.Identity().train(child.training))
         elif isinstance(child, _LAYERS) and child.bias is None and f"{prefix}bias" in state_dict:
@@ -148,7 +155,7 @@ def load_folded(module: nn.Module, path: Path | str) -> nn.Module:
 
 def scope_of_names(state_dict: Mapping[str, torch.Tensor], graph: ir.Model) -> Scope:
     """What may change where only names are known: those of a state_dict and its graph."""
-    calls = Counter(name_of(node) for g in graph.graphs() for node in g if _is_norm(node))
+    calls = Counter(name_of(node) for g in graph.graphs() for node in g if is_batch_norm(node))
     norms = {name for name, count in calls.items() if count == 1}
     layers = {name.removesuffix(".weight") for name in state_dict if name.endswith(".weight")}
     return Scope(

@@ -23,7 +23,7 @@ from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
-from bnfold.folding.rules import RULES
+from bnfold.folding.rules import RULES, constant_slots, is_batch_norm
 from bnfold.folding.rules.node import Opaque, input_of, name_of
 from bnfold.folding.rules.normalization import constants_of_bypass, normalization_map
 from bnfold.folding.rules.relations import Gauges
@@ -85,9 +85,7 @@ def plan(model: ir.Model, scope: Scope | None = None) -> FoldPlan:
     """
     network = Network(model)
     outcomes: dict[ir.Node, tuple[str, ...] | str] = {
-        node: ""
-        for node in network.nodes
-        if node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
+        node: "" for node in network.nodes if is_batch_norm(node)
     }
     progress = True
     while progress:  # a batch norm that goes can free one that was tried before it
@@ -257,11 +255,16 @@ def _check_scope(network: Network, trial: _Trial, scope: Scope) -> None:
         for slot, array in rewrite(node, trial.gauge).items() if rewrite else ():
             held = constant(node.inputs[slot]) if slot < len(node.inputs) else None
             if held is None:
-                layer = _layer_name(node, slots[0])
-                if np.any(array) and (layer not in scope.layers or array.ndim != 1):
+                layer, weight = _layer_name(node, slots[0]), constant(node.inputs[slots[0]])
+                if not np.any(array):
+                    continue
+                if layer not in scope.layers or array.ndim != 1:
                     raise Conflict(f"'{layer}' is no module that could be given a bias")
+                if weight is None or len(readers(weight.root)) > 1:
+                    raise Conflict(f"'{layer}' is used in several places, which would share a bias")
             elif not np.array_equal(array, held.array):
-                if held.root.name not in scope.parameters or array.shape != held.array.shape:
+                fits = held.in_place and array.shape == held.array.shape
+                if held.root.name not in scope.parameters or not fits:
                     raise Conflict(f"'{held.root.name}' cannot take its new value in the module")
                 _check_shared(network, trial, held, array)
 
@@ -282,13 +285,7 @@ def _check_shared(network: Network, trial: _Trial, held: Constant, array: Array)
 
 def _constant_slots(network: Network, node: ir.Node) -> tuple[int, ...]:
     """The operands of a node that a rewrite may change; none for a batch norm that is gone."""
-    rule = RULES.get(node.op_type)
-    if rule is None or rule.rewrite is None or node in network.gone:
-        return ()
-    try:
-        return rule.constants(node)
-    except Opaque:
-        return ()
+    return () if node in network.gone else constant_slots(node)
 
 
 def _takers(network: Network, touched: Iterable[ir.Value]) -> tuple[str, ...]:

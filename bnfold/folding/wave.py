@@ -16,13 +16,13 @@ import onnx_ir as ir
 
 from bnfold.folding.affine import Array, Mask, canonical
 from bnfold.folding.network import Network
-from bnfold.folding.rules import RULES
+from bnfold.folding.rules import rule_of
 from bnfold.folding.rules.node import label, name_of
 from bnfold.folding.rules.relations import Sum, Tie
 
 Layer = Literal["scale", "origin"]
 # far above what any network needs; a plan that needs more is given up, never wrong
-_MAX_CHOICES = 64
+_MAX_CHOICES = 256
 _NOWHERE = np.zeros((), dtype=bool)
 
 
@@ -44,13 +44,14 @@ class Wave:
         # where an elementwise tie or a sum has itself derived one side from the others
         self._settled: dict[Tie | Sum, Mask] = {}
         self._came_by: dict[ir.Value, ir.Node | None] = {}
-        self._choices = 0
+        # what is left of the choices that one trial may make, shared by its forks
+        self._budget = [_MAX_CHOICES]
 
     def _fork(self) -> Wave:
         other = Wave(self.network, self.scales)
         other.new, other._queue = dict(self.new), deque(self._queue)
         other._undecided, other._settled = dict(self._undecided), dict(self._settled)
-        other._came_by, other._choices = dict(self._came_by), self._choices + 1
+        other._came_by, other._budget = dict(self._came_by), self._budget
         return other
 
     # --- numbers at a value
@@ -274,8 +275,6 @@ class Wave:
 
     def _choose(self, node: ir.Node, total: Sum) -> Wave:
         """Try the branches whose producer absorbs anything, then the result, then the others."""
-        if self._choices >= _MAX_CHOICES:
-            raise Conflict(f"there are too many ways to share a shift at {label(node)}")
         masks, residue = self._state(total)
         open_ = (residue != 0) & (_count_unknown(masks) >= 2)
         failure: Conflict | None = None
@@ -283,6 +282,9 @@ class Wave:
             where = open_ & ~masks[position]
             if not np.any(where):
                 continue
+            if not self._budget[0]:
+                raise Conflict(f"there are too many ways to share a shift at {label(node)}")
+            self._budget[0] -= 1
             trial = self._fork()
             try:
                 trial._hold(total, position, where, node)
@@ -311,7 +313,7 @@ class Wave:
             return 1
         value = total.terms[position - 1].value
         producer = value.producer()
-        if producer is None or producer.op_type not in RULES:
+        if producer is None or rule_of(producer) is None:
             return 2
         asks = self.network.relations(producer)
         tied = any(value in (tie.a, tie.b) for tie in asks.origins) or bool(asks.sums)

@@ -47,13 +47,14 @@ def open_source(
     *,
     model: str | None = None,
     input_shapes: Shapes | None = None,
-    opset: int = graph.DEFAULT_OPSET,
+    opset: int | None = None,
     trust_pickle: bool = False,
     freeze_inputs: bool = False,
 ) -> Source:
     """Read a model file of any kind; the kind is told by its content.
 
     model: the factory of a checkpoint's network ("pkg.mod:factory", "path.py:factory").
+    opset: of an export; None: 20, or what the file carries.
     input_shapes: (name or "", shape) of each argument of forward; needed for torch modules.
     freeze_inputs: treat initializers that a caller could override as constants.
     Raises InputError, UnsafeInputError, UsageError: a sentence about the file and what to do.
@@ -69,7 +70,7 @@ def open_source(
         from bnfold.reading.exported import load_exported_program
 
         program = load_exported_program(path)
-        exported = graph.export_program(program, opset=opset)
+        exported = graph.export_program(program, opset=opset or graph.DEFAULT_OPSET)
         return Source(path, kind, exported, state_dict=program.state_dict)
     return _open_checkpoint(path, kind, model, input_shapes or (), opset, trust_pickle)
 
@@ -79,19 +80,19 @@ def _open_checkpoint(
     kind: Kind,
     model: str | None,
     shapes: Shapes,
-    opset: int,
+    opset: int | None,
     trust_pickle: bool,
 ) -> Source:
     checkpoint = load_checkpoint(path, trust_pickle=trust_pickle)
     described = checkpoint.description or {}
     carried = described.get("graph")
     if model is None and checkpoint.module is None and carried is not None:
-        if opset != graph.DEFAULT_OPSET:
-            raise UsageError(
-                f"{path} carries a graph of opset {graph.DEFAULT_OPSET}; for another opset pass"
-                " --model."
-            )
         attached = graph.attach_weights(bytes(carried.numpy().tobytes()), checkpoint.state_dict)
+        found = attached.opset_imports.get("")
+        if opset not in (None, found):
+            raise UsageError(
+                f"{path} carries a graph of opset {found}; for opset {opset} pass --model."
+            )
         return Source(
             path,
             kind,
@@ -105,7 +106,9 @@ def _open_checkpoint(
     example = example_inputs(path, shapes)
     if any(child.training for child in module.modules()):
         notes = (*notes, "the model was in training mode; it is folded as it runs in eval mode")
-    exported = graph.export_module(module, example, opset=opset, input_names=_names(shapes))
+    exported = graph.export_module(
+        module, example, opset=opset or graph.DEFAULT_OPSET, input_names=_names(shapes)
+    )
     return Source(
         path, kind, exported, module, module.state_dict(), example, notes, description=described
     )

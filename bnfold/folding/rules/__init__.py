@@ -6,9 +6,9 @@ A family says what one node asks of the gauges around it, in three kinds of stat
 - sums: the origin of an Add is the sum of the origins of its branches;
 - demands: what a single gauge must be, with the sentence that explains why if it is not.
 
-An operator that holds constants absorbs what its ties leave free, and a fourth function, `rewrite`,
-gives its new constants from the gauges around it. An operator without a row lets nothing pass. A
-new operator is one row of RULES and one case in the law test.
+An operator that holds constants absorbs what its ties leave free, and `rewrite` gives its new
+constants from the gauges around it. An operator without a row lets nothing pass. A new operator is
+one row of RULES and one case in the law test.
 """
 
 from __future__ import annotations
@@ -120,9 +120,30 @@ RULES: dict[str, Rule] = {
 }
 
 
+def rule_of(node: ir.Node) -> Rule | None:
+    """The row of a node's operator; None for an operator without one, or of another domain."""
+    return RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+
+
+def constant_slots(node: ir.Node) -> tuple[int, ...]:
+    """The operands of a node that its row may rewrite."""
+    rule = rule_of(node)
+    if rule is None or rule.rewrite is None:
+        return ()
+    try:
+        return rule.constants(node)
+    except Opaque:
+        return ()
+
+
+def is_batch_norm(node: ir.Node) -> bool:
+    """True for ONNX's own BatchNormalization."""
+    return node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
+
+
 def relations_of(node: ir.Node) -> Relations:
     """What this node asks of the gauges around it. Raises InputError for impossible statistics."""
-    rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    rule = rule_of(node)
     if rule is None:
         return opaque(node)
     try:
