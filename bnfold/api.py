@@ -169,12 +169,16 @@ def export(
     return exported
 
 
-def fold_source(source: Source, given: object = None) -> FoldResult:
-    """Fold a source that was read; `given` is what the caller passed, whose type comes back."""
-    chosen = plan(source.graph, _scope(source))
+def fold_source(source: Source, given: object = None, *, torch_side: bool = True) -> FoldResult:
+    """Fold a source that was read; `given` is what the caller passed, whose type comes back.
+
+    torch_side: give the folded module or state_dict too, where the source has one; then only what
+    they can hold is folded.
+    """
+    chosen = plan(source.graph, _scope(source) if torch_side else None)
     folded = apply(chosen)
     record = record_of(chosen, folded)
-    state_dict, modules = _torch_side(source, chosen, folded)
+    state_dict, modules = _torch_side(source, chosen, folded) if torch_side else (None, None)
     result: object = folded.model
     if modules is not None:
         result = modules[1]
@@ -206,7 +210,7 @@ def _scope(source: Source) -> Scope | None:
     if source.state_dict is not None:
         from bnfold.folding.module import scope_of_names
 
-        return scope_of_names(source.state_dict, source.graph)
+        return scope_of_names(source.state_dict, source.description.get("plain") or {})
     return None
 
 

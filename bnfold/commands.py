@@ -23,6 +23,10 @@ from bnfold.outputs import (
 
 Report = dict[str, Any]
 
+_NOT_RUN = (
+    "The network's torch module was not at hand: the torch file holds the proved graph's weights by"
+    " name and was not run. `bnfold verify` with --model runs it."
+)
 _FORMATS = (".onnx", ".pt", ".pth", ".safetensors")
 
 
@@ -34,18 +38,21 @@ def fold(args: argparse.Namespace) -> Report:
     from bnfold.api import fold_source
     from bnfold.reading.sniff import Kind, sniff
 
-    torch_side = sniff(args.model) is not Kind.ONNX
-    outputs = args.outputs or beside(args.model, "folded", [".onnx", ".pt"][: 1 + torch_side])
+    checkpoint = sniff(args.model) not in (Kind.ONNX, Kind.EXPORTED_PROGRAM)
+    outputs = args.outputs or beside(args.model, "folded", [".onnx", ".pt"][: 1 + checkpoint])
+    torch_side = any(path.suffix.lower() != ".onnx" for path in outputs)
     record = args.record or record_path(outputs[0])
     if not args.dry_run:
         check_outputs([*outputs, record], args.model, args.overwrite, _FORMATS)
     started = time.perf_counter()
     source = _open(args, args.model)
-    result = fold_source(source)
+    result = fold_source(source, torch_side=torch_side)
     done = _new("fold", args, result.notes)
+    if torch_side and source.module is None and source.state_dict is not None:
+        done["warnings"] = [_NOT_RUN]
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
-    done["summary"] = _fold_summary(found, len(result.folded), result.original.producer_name)
+    done["summary"] = _fold_summary(found, result)
     if args.dry_run:
         done["summary"] += " Nothing was written (--dry-run)."
         return _timed(done, started)
@@ -138,6 +145,8 @@ def verify(args: argparse.Namespace) -> Report:
         inputs=inputs,
         providers=tuple(args.providers or ("cpu",)),
         torch_modules=modules,
+        seed=args.seed,
+        samples=args.samples,
     )
     done["summary"] = ""
     _add_proof(done, proof)
@@ -199,13 +208,16 @@ def _write_checkpoint(
     """An adapted network as a checkpoint that describes itself, as far as it can be exported."""
     import torch
 
+    from bnfold.folding.module import plain_modules, scope_of
     from bnfold.graph import DEFAULT_OPSET, export_module, graph_inputs
     from bnfold.saving import checkpoint_bytes, write_bytes
 
     batch = next(iter(data))
     first = batch[0] if isinstance(batch, list | tuple) else batch
     graph, shapes = None, {}
-    if not isinstance(first, Mapping):
+    if isinstance(first, Mapping):
+        done["notes"].append("The checkpoint does not carry its graph: the batches are mappings.")
+    else:
         example = torch.as_tensor(first)[:1]
         try:
             graph = export_module(module, (example,), opset=args.opset or DEFAULT_OPSET)
@@ -213,7 +225,13 @@ def _write_checkpoint(
         except InputError as error:
             done["notes"].append(f"The checkpoint does not carry its graph: {error}")
     content = checkpoint_bytes(
-        module.state_dict(), graph, kind="adapt", model=spec, shapes=shapes, metrics=facts
+        module.state_dict(),
+        graph,
+        kind="adapt",
+        model=spec,
+        shapes=shapes,
+        metrics=facts,
+        plain=plain_modules(scope_of(module, graph)) if graph is not None else None,
     )
     for path in outputs:
         write_bytes(path, content)
@@ -467,14 +485,17 @@ def _add_fold(done: Report, result: Any) -> None:
     }
 
 
-def _fold_summary(found: int, folded: int, producer: str | None) -> str:
+def _fold_summary(found: int, result: Any) -> str:
+    folded, producer = len(result.folded), result.original.producer_name
     if found == 0:
-        by_exporter = producer == "pytorch"
-        hint = " (torch's exporter folds by itself unless optimize=False)" if by_exporter else ""
-        return f"There is no batch norm in the model{hint}; nothing to fold."
+        hint = " (torch's exporter folds by itself unless optimize=False)"
+        return f"There is no batch norm in the model{hint * (producer == 'pytorch')}."
     if folded == found:
         return f"All {found} batch norms folded."
-    return f"{folded} of {found} batch norms folded; the reasons for the others are above."
+    text = f"{folded} of {found} batch norms folded; the reasons for the others are above."
+    if any("--freeze-inputs" in kept.reason for kept in result.kept):
+        text += " Pass --freeze-inputs if nobody overrides the weights as inputs."
+    return text
 
 
 def _add_proof(done: Report, proof: Any) -> None:
@@ -482,10 +503,15 @@ def _add_proof(done: Report, proof: Any) -> None:
     done["gates"] = found.pop("gates")
     done["proof"] = found
     done["exit_code"] = 0 if proof.passed else 1
+    gates = ", ".join(sorted({gate["gate"] for gate in done["gates"]}))
+    if "A" not in gates:
+        done.setdefault("warnings", []).append(
+            "Gate A, the algebra, was not checked: it needs the record that `bnfold fold` wrote."
+        )
     if proof.passed:
-        done["summary"] += f" Proved: R = {proof.r:.2f} (limit 4)."
+        done["summary"] += f" Proved by gates {gates}: R = {proof.r:.2f} (limit 4)."
     else:
-        where = f" First difference: {proof.first_divergence}." if proof.first_divergence else ""
+        where = f" {proof.notes[-1]}" if proof.first_divergence else ""
         done["summary"] += f" NOT the same function.{where}"
     done["summary"] = done["summary"].strip()
 

@@ -274,6 +274,12 @@ def export_module(
     the names of the module's parameters and buffers. The module's training flags are as before
     afterwards. Raises InputError if torch cannot export it.
     """
+    for name, parameter in module.named_parameters():
+        if str(parameter.dtype) in ("torch.float64", "torch.bfloat16"):
+            raise InputError(
+                f"'{name}' is in {parameter.dtype}, which onnxruntime's CPU provider does not run;"
+                " call .float() on the network first."
+            )
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -323,9 +329,8 @@ def _run_exporter(
     if dynamic and example_inputs is not None:
         batch = torch.export.Dim("batch")
         shapes = tuple({0: batch} if x.dim() else {} for x in example_inputs)
-    loud = logging.getLogger("torch.onnx")
-    level = loud.level
-    loud.setLevel(logging.ERROR)
+    # torch logs a failure, with its traceback, before it raises it
+    logging.disable(logging.CRITICAL)
     try:
         with (
             warnings.catch_warnings(),
@@ -345,7 +350,7 @@ def _run_exporter(
                 verbose=False,
             )
     finally:
-        loud.setLevel(level)
+        logging.disable(logging.NOTSET)
     assert program is not None
     return _tidy_export(program.model)
 

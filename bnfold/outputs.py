@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from bnfold import report
 from bnfold.errors import UsageError
 from bnfold.graph import graph_inputs, replacing
+from bnfold.reading.checkpoint import DESCRIPTION_KEY
+from bnfold.saving import SCHEMA
 
 Report = dict[str, Any]
 Writer = Callable[[Path], None]
@@ -57,11 +60,14 @@ def writer_of(path: Path, args: Namespace, result: Any, source: Any) -> Writer:
         raise UsageError(
             f"{path}: an ONNX model folds to .onnx; {path.suffix} needs a torch model."
         )
+    names = [norm.name for norm in result.folded]
     if path.suffix.lower() == ".safetensors":
         from safetensors.torch import save
 
         tensors = {name: tensor.contiguous() for name, tensor in result.state_dict.items()}
-        return lambda staged: _write(staged, save(tensors))
+        about = {"schema": SCHEMA, "kind": "fold", "model": args.factory, "folded": names}
+        metadata = {DESCRIPTION_KEY: json.dumps(about)}
+        return lambda staged: _write(staged, save(tensors, metadata=metadata))
     from bnfold.saving import checkpoint_bytes
 
     data = checkpoint_bytes(
@@ -70,6 +76,7 @@ def writer_of(path: Path, args: Namespace, result: Any, source: Any) -> Writer:
         kind="fold",
         model=args.factory or source.description.get("model"),
         shapes=_shapes_of(source),
+        folded=names,
     )
     return lambda staged: _write(staged, data)
 

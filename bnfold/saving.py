@@ -33,6 +33,8 @@ def checkpoint_bytes(
     model: str | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    plain: Mapping[str, Sequence[str]] | None = None,
+    folded: Sequence[str] = (),
 ) -> bytes:
     """The file as bytes: `state_dict`, and `bnfold` with the graph, which loads weights_only.
 
@@ -40,6 +42,8 @@ def checkpoint_bytes(
     left out of it.
     kind: what wrote it ("train", "adapt", "fold"). model: the factory it came from, for people to
     read; it is never imported from here. metrics: numbers and strings, nested as JSON.
+    plain: "layers" and "norms": the modules of plain torch classes, which a fold may change.
+    folded: the batch norms that are gone.
     Raises UsageError for metrics that are not JSON, InputError where the file could not be loaded
     safely again.
     """
@@ -59,6 +63,8 @@ def checkpoint_bytes(
             if graph is None
             else torch.frombuffer(bytearray(detach_weights(graph, state_dict)), dtype=torch.uint8),
             "metrics": as_json(metrics or {}),
+            "plain": {key: list(names) for key, names in (plain or {}).items()},
+            "folded": list(folded),
             "created_by": f"bnfold {VERSION}",
         },
     }

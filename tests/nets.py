@@ -12,7 +12,8 @@ def with_statistics(module: nn.Module, *, seed: int = 0, positive: bool = False)
     """
     generator = torch.Generator().manual_seed(seed)
     for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        norm = isinstance(child, nn.modules.batchnorm._BatchNorm)
+        if norm and child.running_mean is not None:
             n = child.num_features
             child.running_mean.copy_(torch.randn(n, generator=generator) * 0.5)
             child.running_var.copy_(torch.rand(n, generator=generator) * 1.5 + 0.5)

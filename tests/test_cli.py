@@ -13,8 +13,10 @@ import torch
 from nets import with_statistics
 from torch import nn
 
+import bnfold
 from bnfold import graph
 from bnfold.cli import main
+from bnfold.errors import InputError
 from models.digits import digits_cnn
 
 SPEC = "models/digits.py:digits_cnn"
@@ -51,7 +53,7 @@ def files(folder):
 def test_fold_writes_a_proved_model_and_its_record(net, capsys):
     code, out, _ = run(capsys, "fold", net / "net.onnx")
     assert code == 0
-    assert "All 4 batch norms folded. Proved: R = " in out
+    assert "All 4 batch norms folded. Proved by gates A, B, C: R = " in out
     assert files(net) == ["net.folded.onnx", "net.folded.record.safetensors", "net.onnx", "net.pt"]
     assert all(
         n.op_type != "BatchNormalization" for n in onnx.load(net / "net.folded.onnx").graph.node
@@ -246,9 +248,29 @@ def test_wrong_use_says_what_to_do(net, capsys, arguments, word):
 
 
 def test_a_model_in_training_mode_is_folded_as_it_infers(net, capsys):
-    code, _, err = run(capsys, "fold", net / "net.pt", "--model", SPEC, *SHAPE)
+    whole = with_statistics(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))).train()
+    torch.save(whole, net / "whole.pt")
+    code, out, err = run(capsys, "fold", net / "whole.pt", *SHAPE)
     assert code == 0
     assert "training mode" in err
+    assert "All 1 batch norms folded. Proved by gates A, B, C" in out
+
+
+def test_a_folded_torch_file_loads_into_a_fresh_network(net, capsys):
+    outputs = ["-o", net / "f.pt", "-o", net / "f.safetensors"]
+    assert run(capsys, "fold", net / "net.pt", "--model", SPEC, *SHAPE, *outputs)[0] == 0
+    module = digits_cnn().eval()
+    module.load_state_dict(torch.load(net / "net.pt"))
+    x = torch.rand(4, 1, 8, 8)
+    for path in (net / "f.pt", net / "f.safetensors"):
+        folded = bnfold.load_folded(digits_cnn(), path)
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+        assert torch.allclose(folded(x), module(x), rtol=1e-4, atol=1e-4)
+        code, out, _ = run(capsys, "verify", net / "net.pt", path, "--model", SPEC, *SHAPE)
+        assert code == 0
+        assert "R = " in out
+    with pytest.raises(InputError):
+        bnfold.load_folded(digits_cnn(), net / "net.pt")
 
 
 def test_help_needs_neither_torch_nor_onnx():

@@ -20,6 +20,7 @@ from bnfold.errors import InputError, UsageError
 from bnfold.folding.apply import apply
 from bnfold.folding.module import folded_state, take_shape_of
 from bnfold.folding.plan import plan
+from bnfold.reading.checkpoint import Checkpoint
 from models.digits import digits_cnn
 from models.preact_resnet import preact_resnet20
 from models.resnet_cifar import resnet20
@@ -136,9 +137,13 @@ def test_a_folded_state_dict_loads_into_the_users_class():
     module, x = with_statistics(digits_cnn(), positive=True), torch.randn(2, 1, 8, 8)
     result = bnfold.fold(module, x)
     fresh = digits_cnn().eval()
-    take_shape_of(fresh, result.state_dict)
+    names = [norm.name for norm in result.folded]
+    description = {"kind": "fold", "folded": names}
+    take_shape_of(fresh, Checkpoint(dict(result.state_dict), description=description))
     fresh.load_state_dict(result.state_dict)
     assert torch.equal(fresh(x), result.model(x))
+    with pytest.raises(InputError, match="not one that bnfold has folded"):
+        take_shape_of(fresh, Checkpoint(dict(result.state_dict)))
 
 
 def test_impossible_statistics_are_refused_by_name():

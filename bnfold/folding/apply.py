@@ -242,6 +242,8 @@ def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[An
     with np.errstate(over="ignore"):
         # ascontiguousarray makes a scalar a vector
         stored = np.ascontiguousarray(array.astype(dtype.numpy())).reshape(array.shape)
+    if not np.all(np.isfinite(array)):
+        raise InputError(f"The weight '{name}' or what is folded into it holds NaN or infinity.")
     if not np.all(np.isfinite(stored.astype(np.float64))):
         raise InputError(
             f"Folding makes the weight '{name}' too large for {dtype.name}: its largest magnitude"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,7 +20,7 @@ from bnfold.folding.apply import Folded
 from bnfold.folding.plan import FoldPlan, Scope
 from bnfold.folding.rules import is_batch_norm
 from bnfold.folding.rules.node import name_of
-from bnfold.reading.checkpoint import load_checkpoint
+from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
 from bnfold.reading.weights import load_into
 
 # Their forward is the batch norm and nothing else; a subclass may add to it.
@@ -80,7 +80,7 @@ def write_back(module: nn.Module, plan: FoldPlan, folded: Folded) -> nn.Module:
             f"{type(module).__name__} cannot be copied ({error}); fold it to ONNX instead."
         ) from error
     state = folded_state(module.state_dict(), plan, folded)
-    take_shape_of(result, state)
+    _take_shape(result, state, {removed.name for removed in plan.removed})
     result.load_state_dict(state)
     return result
 
@@ -124,20 +124,32 @@ def _tensor(value: ir.Value, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(array.copy()).to(like.dtype)
 
 
-def take_shape_of(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Give a module, in place, the structure of a folded state_dict.
+def take_shape_of(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a module, in place, the structure of a folded checkpoint, so that its weights fit.
 
-    A batch norm of which the state_dict holds nothing becomes an Identity, and a layer whose bias
-    it holds gets a bias; then `module.load_state_dict(state_dict)` fits.
+    The batch norms that the checkpoint names as folded become Identity, and a layer whose bias it
+    holds gets a bias. Raises InputError for a checkpoint that does not say what was folded.
     """
+    described = checkpoint.description or {}
+    if described.get("kind") != "fold":
+        raise InputError("The checkpoint is not one that bnfold has folded.")
+    _take_shape(module, checkpoint.state_dict, set(described.get("folded", ())))
+
+
+def _take_shape(
+    module: nn.Module, state_dict: Mapping[str, torch.Tensor], gone: Collection[str]
+) -> None:
     for name, child in list(module.named_modules()):
-        prefix = f"{name}." if name else ""
-        owned = [key for key in state_dict if key.startswith(prefix)]
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.state_dict() and not owned:
+        if name in gone:
+            if type(child) not in _NORMS:
+                raise InputError(
+                    f"'{name}' was folded as a plain batch norm; in this module it is a"
+                    f" {type(child).__name__}."
+                )
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, nn.Identity().train(child.training))
-        elif isinstance(child, _LAYERS) and child.bias is None and f"{prefix}bias" in state_dict:
-            bias = state_dict[f"{prefix}bias"]
+        elif type(child) in _LAYERS and child.bias is None and f"{name}.bias" in state_dict:
+            bias = state_dict[f"{name}.bias"]
             child.register_parameter("bias", nn.Parameter(bias.detach().clone()))
 
 
@@ -148,18 +160,19 @@ def load_folded(module: nn.Module, path: Path | str) -> nn.Module:
     Raises InputError where file and module do not belong together.
     """
     checkpoint = load_checkpoint(path)
-    take_shape_of(module, checkpoint.state_dict)
+    take_shape_of(module, checkpoint)
     load_into(module, checkpoint)
     return module.eval()
 
 
-def scope_of_names(state_dict: Mapping[str, torch.Tensor], graph: ir.Model) -> Scope:
-    """What may change where only names are known: those of a state_dict and its graph."""
-    calls = Counter(name_of(node) for g in graph.graphs() for node in g if is_batch_norm(node))
-    norms = {name for name, count in calls.items() if count == 1}
-    layers = {name.removesuffix(".weight") for name in state_dict if name.endswith(".weight")}
-    return Scope(
-        frozenset(state_dict),
-        frozenset(layers),
-        frozenset(name for name in norms if f"{name}.running_mean" in state_dict),
-    )
+def plain_modules(scope: Scope) -> dict[str, list[str]]:
+    """The part of a scope that a checkpoint keeps for when the module is not at hand."""
+    return {"layers": sorted(scope.layers), "norms": sorted(scope.norms)}
+
+
+def scope_of_names(
+    state_dict: Mapping[str, torch.Tensor], plain: Mapping[str, Sequence[str]]
+) -> Scope:
+    """What may change where the module is not at hand, only what `plain_modules` kept of it."""
+    layers, norms = plain.get("layers", ()), plain.get("norms", ())
+    return Scope(frozenset(state_dict), frozenset(layers), frozenset(norms))

@@ -153,7 +153,8 @@ class Tally:
         self.trouble = self.trouble or problem
         if problem:
             return
-        self.elements += exact.size
+        # a NaN that both agree on says nothing about two networks
+        self.elements += int(np.count_nonzero(np.isfinite(exact)))
         if exact.dtype.kind not in "fc":
             self.discrete = True
             self.flips += int(np.count_nonzero(value != exact))

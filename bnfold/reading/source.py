@@ -104,7 +104,7 @@ def _open_checkpoint(
     module, notes = network_of(path, checkpoint, model)
     shapes = shapes or list((described.get("input") or {}).items())
     example = example_inputs(path, shapes)
-    if any(child.training for child in module.modules()):
+    if checkpoint.module is not None and any(child.training for child in module.modules()):
         notes = (*notes, "the model was in training mode; it is folded as it runs in eval mode")
     exported = graph.export_module(
         module, example, opset=opset or graph.DEFAULT_OPSET, input_names=_names(shapes)
@@ -128,7 +128,7 @@ def network_of(
         if (checkpoint.description or {}).get("kind") == "fold":
             from bnfold.folding.module import take_shape_of
 
-            take_shape_of(module, checkpoint.state_dict)
+            take_shape_of(module, checkpoint)
         notes = (*notes, *load_into(module, checkpoint))
     elif checkpoint.module is not None:
         module = checkpoint.module

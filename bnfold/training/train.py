@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfold.errors import BnfoldError, InputError, RuntimeUnavailableError, UsageError
+from bnfold.folding.module import plain_modules, scope_of
 from bnfold.graph import export_module, graph_inputs, replacing
 from bnfold.saving import checkpoint_bytes, write_bytes
 from bnfold.training.batches import ArrayBatches, Data, GivenBatches, describe, labelled
@@ -202,6 +203,7 @@ def save_checkpoint(
         model=model_spec,
         shapes=shapes,
         metrics=metrics,
+        plain=plain_modules(scope_of(portable, graph)),
     )
     write_bytes(path, data)
 
