@@ -23,7 +23,7 @@ from tests import folding
 from tests.random_graphs import RandomModel, random_model
 
 UNIT = 2.0**-24  # float32 rounds by at most this, relatively
-ROUNDING_FACTOR = 10  # of the original's own error
+ROUNDING_FACTOR = 4  # of the original's own error; the worst of 1500 graphs needs 1.5
 EXACT = 1e-10  # what float64 leaves behind in a network of twenty operators, relatively
 EXAMPLES = int(os.environ.get("BNFOLD_FUZZ_EXAMPLES", "20000"))
 CHUNKS = 20
@@ -44,12 +44,12 @@ def largest(values: dict[str, np.ndarray]) -> float:
 def check_error(made: folding.Fold, feeds: folding.Feeds) -> None:
     """The folded network's error against float64 is that of the original, within a factor.
 
-    An operator rounds relatively to the numbers that it handles, and a fold re-scales and moves
-    these numbers. So each network may leave a few units of its own largest value, however small
-    the output is (two shifts that cancel, a Relu that gives exact zeros).
+    An operator rounds relatively to the numbers that it handles. So a network may leave a few units
+    of its largest value, however small the output is (two shifts that cancel, a Relu's zeros); the
+    largest value of the original, for a fold may not make a network handle larger ones.
     """
     exact = float_values(made.original, feeds)
-    size = max(largest(exact), largest(float_values(made.model, feeds)))
+    size = largest(exact)
     before, after = folding.run(made.original, feeds), folding.run(made.model, feeds)
     for name, original in before.items():
         assert after[name].shape == original.shape

@@ -24,7 +24,7 @@ from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
 from bnfold.folding.rules import RULES, constant_slots, is_batch_norm
-from bnfold.folding.rules.node import Opaque, input_of, name_of
+from bnfold.folding.rules.node import Opaque, input_of, name_of, real, weights
 from bnfold.folding.rules.normalization import constants_of_bypass, normalization_map
 from bnfold.folding.rules.relations import Gauges
 from bnfold.folding.wave import Conflict, Wave
@@ -150,6 +150,7 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
             try:
                 trial = _Trial(scales, _move_origin(network, node, scales, origin_side))
                 _check_result(network, trial)
+                _check_precision(network, trial)
                 _check_cost(network, trial)
                 if scope is not None:
                     _check_scope(network, trial, scope)
@@ -226,6 +227,37 @@ def _check_result(network: Network, trial: _Trial) -> None:
     fault = broken(network, {network.trying, *around}, trial.scales.now, trial.origins.now)
     if fault is not None:
         raise Conflict(fault)
+
+
+# Measured on pre-activation networks: a stream moved 18 of its spreads away from its mean costs a
+# factor 1.8 in R, 45 spreads 3, 300 spreads 22. Where there is no such channel nothing changes.
+_FARTHEST = 16
+
+
+def _check_precision(network: Network, trial: _Trial) -> None:
+    """A value that several layers read stays near its own mean. Raises Conflict.
+
+    Its batch norms know its mean and spread. A channel of small gamma and ordinary beta asks for an
+    origin beta / gamma spreads away, and the digits that this costs are lost to the other readers.
+    """
+    for value in trial.origins.touched():
+        readers_ = {user for user, _ in value.uses()}
+        for node in readers_ if len(readers_) > 1 else ():
+            if not is_batch_norm(node) or _why_no_map(network.model, node):
+                continue
+            shape = network.map_of(node).scale.shape
+            mean = weights(node, 3).reshape(shape)
+            spread = np.sqrt(weights(node, 4).reshape(shape) + real(node, "epsilon", 1e-5))
+            scale = trial.scales.now(value)
+            plain = np.isfinite(scale) & (scale != 0)
+            distance = np.abs(mean - trial.origins.now(value))
+            far = plain & (distance > np.maximum(np.abs(mean), _FARTHEST * spread))
+            if np.any(far):
+                raise Conflict(
+                    f"'{name_of(node)}' would see '{value.name}' moved"
+                    f" {np.max(np.where(far, distance / spread, 0)):.0f} of its spreads away, which"
+                    " would cost the other layers that read it their digits"
+                )
 
 
 def _check_cost(network: Network, trial: _Trial) -> None:

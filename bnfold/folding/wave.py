@@ -136,7 +136,9 @@ class Wave:
                 if demand.value is value and demand.layer == self.layer:
                     held = demand.holds(self.scale_now(value), self.now(value))
                     if not np.all(held):
-                        raise Conflict(demand.sentence + _channels(~held) + self._path(value))
+                        of_sign = "positive" in demand.sentence or "negative" in demand.sentence
+                        path = self._path(value) if of_sign else ""
+                        raise Conflict(demand.sentence + _channels(~held) + path)
 
     def _check_facts(self, value: ir.Value) -> None:
         """A channel that was known to be a constant and still is keeps that constant."""
@@ -157,9 +159,7 @@ class Wave:
 
     def _clash(self, value: ir.Value, where: Mask) -> Conflict:
         what = "scales" if self.layer == "scale" else "shifts"
-        return Conflict(
-            f"two different {what} are asked of '{value.name}'{_channels(where)}{self._path(value)}"
-        )
+        return Conflict(f"two different {what} are asked of '{value.name}'{_channels(where)}")
 
     def _path(self, value: ir.Value) -> str:
         """The batch norm, folded before, through which a change of scale came to this value."""
