@@ -225,6 +225,7 @@ WINDOWS = [
     Law("mean without axes", "", "x[4,4] > y; b = BN4(x); s = ReduceMean(b); y = Mul(s, M[4])", 0, ("ReduceMean",)),
     Law("mean without axes, noop", "ReduceMean", "x[4,4] > y; b = BN4(x); s = ReduceMean<noop_with_empty_axes=1>(b); y = MatMul(s, W[4,4])", 1),
     Law("mean, bn, gemm", "ReduceMean", f"{X} > y; b = BN4(x); s = ReduceMean<keepdims=0>(b, A{{3,2}}); y = Gemm(s, W[4,4])", 1),
+    Law("resize that fills in", "", f'{X} > y; b = BN4(x); s = Resize<mode="linear", coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=3.0>(b, R, S); y = Conv(s, W[4,4,1,1])', 0, ("Resize",), constants={"R": np.array([0, 0, 0, 0, 1, 1, 1.5, 1.5], np.float32), "S": np.array([1, 1, 2, 2], np.float32)}),
     Law("resize of the channels", "", 'x[4,4,4] > y; b = BN4(x); s = Resize<mode="nearest">(b, , S); y = Conv(s, W[4,8,1])', 0, ("Resize",), constants={"S": np.array([1, 2, 1], np.float32)}),
 ]
 

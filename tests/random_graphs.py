@@ -41,7 +41,7 @@ class Builder:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
-    inputs: list[tuple[Live, bool]] = field(default_factory=list)
+    inputs: list[tuple[Live, list[int | str]]] = field(default_factory=list)
 
     # --- choices
 
@@ -126,9 +126,11 @@ def operator(times: int = 1) -> Callable[[Operator], Operator]:
 
 
 def gammas(b: Builder, channels: int) -> np.ndarray:
-    """Positive, mixed signs, some or all zero, one."""
+    """Positive, mixed signs, some or all zero, one; of real numbers some channels nearly dead."""
     kind = b.pick(6)
     size = b.factors(channels)
+    if not b.dyadic and b.flag(4):
+        size *= np.float32(10) ** -b.rng.integers(0, 7, channels).astype(np.float32)
     if kind in (0, 1):
         return np.abs(size)
     if kind == 2:
@@ -588,7 +590,13 @@ def _add_input(b: Builder) -> None:
     if b.flag(4):
         shape = [b.one_of([2, 1, 3, 4, 6]) for _ in range(rank)]
     live = Live(f"x{len(b.inputs)}", tuple(shape))
-    b.inputs.append((live, b.flag(3)))
+    # one name never means two extents; the first axis is free most often
+    free = b.pick(4)
+    declared: list[int | str] = [
+        f"size{n}" if (free == 1 and axis == 0) or (free == 2 and b.flag(3)) else n
+        for axis, n in enumerate(shape)
+    ]
+    b.inputs.append((live, declared))
     b.values.append(live)
 
 
@@ -635,7 +643,7 @@ def _finish(b: Builder) -> onnx.ModelProto:
     graph = helper.make_graph(
         b.nodes,
         "random",
-        [info(v, ["N", *v.shape[1:]] if dynamic else v.shape) for v, dynamic in b.inputs],
+        [info(v, declared) for v, declared in b.inputs],
         [info(v, [None] * v.rank) for v in outputs],
         [numpy_helper.from_array(array, name) for name, array in b.constants.items()],
     )

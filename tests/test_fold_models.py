@@ -335,6 +335,18 @@ def test_an_operator_of_another_domain_is_not_the_one_of_the_table() -> None:
     assert "Relu" in made.plan.kept[0].reason
 
 
+def test_the_long_name_of_the_standard_domain_is_the_standard_domain() -> None:
+    text = f"m ({SHAPE} x) => ({SHAPE} y) {{ d = Conv(x, W)\n c = Identity(d)\n {CONV} }}"
+    proto = model(text, constants())
+    for node in proto.graph.node:
+        node.domain = "ai.onnx"
+    made = folding.fold(proto)
+    assert len(made.plan.removed) == 1
+    np.testing.assert_array_equal(
+        folding.run(made.model, feeds(proto))["y"], folding.run(proto, feeds(proto))["y"]
+    )
+
+
 def test_batch_norms_in_functions_are_left_alone() -> None:
     function = (
         '<domain: "own", opset_import: ["" : 20]> Block (x, w, g, b, m, v) => (y)'
