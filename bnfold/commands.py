@@ -102,7 +102,7 @@ def export(args: argparse.Namespace) -> Report:
         proof = prove(
             proto, proto, providers=tuple(args.providers or ("cpu",)), torch_modules=modules
         )
-        _add_proof(done, proof)
+        _add_proof(done, proof, is_fold=False)
         if not proof.passed:
             done["summary"] += " No file was written."
             return done
@@ -418,7 +418,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _fact(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(str(item) for item in value) or "none"
-    return {True: "yes", False: "no", None: "not installed"}.get(value, str(value))
+    return {True: "yes", False: "no", None: "-"}.get(value, str(value))
 
 
 # --- what they share -----------------------------------------------------------------------------
@@ -498,13 +498,13 @@ def _fold_summary(found: int, result: Any) -> str:
     return text
 
 
-def _add_proof(done: Report, proof: Any) -> None:
+def _add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
     found = proof.to_dict()
     done["gates"] = found.pop("gates")
     done["proof"] = found
     done["exit_code"] = 0 if proof.passed else 1
     gates = ", ".join(sorted({gate["gate"] for gate in done["gates"]}))
-    if "A" not in gates:
+    if is_fold and "A" not in gates:
         done.setdefault("warnings", []).append(
             "Gate A, the algebra, was not checked: it needs the record that `bnfold fold` wrote."
         )
