@@ -71,13 +71,16 @@ def check_again(made: folding.Fold) -> None:
     """Nothing is left to fold.
 
     Left out: the plan's constants are ordinary zero weights in the new file, an Add that took a
-    MatMul's shift can take another one, and extents may be known that were not.
+    MatMul's shift can take another one, extents may be known that were not, and what was kept for
+    its precision may have a neighbour now whose statistics no longer tell.
     """
     original = folding.fold(made.model)
     free = any(
         dim.dim_param for v in made.original.graph.input for dim in v.type.tensor_type.shape.dim
     )
-    if original.plan.removed and (has_constants(made) or made.folded.biases or free):
+    precise = any("spreads away" in kept.reason for kept in made.plan.kept)
+    more_known = has_constants(made) or made.folded.biases or free or precise
+    if original.plan.removed and more_known:
         return
     folding.check_folding_again(made)
 
