@@ -176,12 +176,13 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def prepare(model: ir.Model) -> ir.Model:
-    """The same model with what planning needs, in place: inferred shapes, the IR version.
+    """The same model with what planning needs, in place: inferred shapes, IR version and opset.
 
     What is inferred stays in memory: a file gets the shapes that were declared.
     """
     for graph in model.graphs():
         graph.meta["ir_version"] = model.ir_version
+        graph.meta["opset"] = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     for value in _values(model):
         value.meta.setdefault(_DECLARED, value.shape)
         if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):

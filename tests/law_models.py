@@ -43,7 +43,8 @@ GAMMAS: Mapping[str, tuple[float, ...]] = {
 class Law:
     """One case. op: the row of RULES through which a gauge must really have gone ('': any).
 
-    removed: how many batch norms go. kept: for each that stays, a word of the reason. listed:
+    removed: how many batch norms go. kept: for each that stays, a word of the reason. absorbed: how
+    many constant multiplications and additions go (None: they are left alone). repairs: the exact repairs allowed. listed:
     initializers also listed as inputs. nodes: constants as Constant nodes. reference: the float64
     reference can run it.
     """
@@ -60,6 +61,8 @@ class Law:
     reference: bool = True
     dtype: int = TensorProto.FLOAT
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+    absorbed: int | None = None
+    repairs: tuple[str, ...] = ()
 
 
 # --- from words to a model -----------------------------------------------------------------------

@@ -410,6 +410,57 @@ GRAPHS = [
     Law("inside a branch", "Conv", f"{X} > y; s = ReduceSum<keepdims=0>(x); b = Greater(s, Z); y = If(b) <then_branch = t () => (float[4,4,4,4] o) {{ c = Conv(x, W[4,4,1,1]); o = BN4:alt0(c) }}, else_branch = e () => (float[4,4,4,4] p) {{ p = Identity(x) }}>", 1, constants={"Z": np.float32(-1e6)}),
 ]
 
+MAPS = [  # constant multiplications and additions that go
+    Law("taken-apart bn behind a conv", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); s = Sub(c, M[4,1,1]); d = Mul(G:pow[4,1,1], s); y = Add(d, A[4,1,1])", 0, absorbed=3),
+    Law("taken-apart bn before a conv", "Conv", f"{X} > y; s = Sub(x, M[1,4,1,1]); d = Div(s, D:pow[4,1,1]); m = Mul(d, G:pow[4,1,1]); a = Add(A[4,1,1], m); y = Conv(a, W[4,4,3,3])", 0, absorbed=4),
+    Law("constant - value, conv", "Conv", f"{X} > y; s = Sub(A[4,1,1], x); y = Conv(s, W[4,4,3,3])", 0, absorbed=1),
+    Law("scalars around a conv", "Conv", f"{X} > y; s = Sub(x, M[]); c = Conv(s, W[4,4,3,3]); y = Mul(D:pow[], c)", 0, absorbed=2),
+    Law("mean and std of an input, padded conv", "Conv", f"{X} > y; s = Sub(x, M[4,1,1]); m = Mul(s, G:pow[4,1,1]); y = Conv<{PAD}>(m, W[4,4,3,3])", 0, absorbed=1),
+    Law("scale of a layer inside a residual", "Conv", f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3]); m = Mul(c, G:pow[4,1,1]); y = Add(x, m)", 0, absorbed=1),
+    Law("mul between relus", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1]); r = Relu(c); m = Mul(r, G:pos[4,1,1]); s = Relu(m); y = Floor(s)", 0, absorbed=1),
+    Law("bias of a matmul stays", "", "x[4,4] > y; c = MatMul(x, W[4,4]); y = Add(c, B[4])", 0, absorbed=0),
+    Law("add before a matmul without bias stays", "", "x[4,4] > y; a = Add(x, A[4]); y = MatMul(a, W[4,4])", 0, absorbed=0),
+    Law("mul along the columns stays", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); y = Mul(c, M:pow[4])", 0, absorbed=0),
+    Law("mul that stretches stays", "", "x[4,1,4,4] > y; c = Conv(x, W[1,1,1,1]); y = Mul(c, M:pow[4,1,1])", 0, absorbed=0),
+    Law("add that stretches stays", "", "x[4,4,1,1] > y; c = Conv(x, W[4,4,1,1]); y = Add(c, A[1,1,4,1])", 0, absorbed=0),
+    Law("mul by 0 stays", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); d = Mul(c, M); y = Floor(d)", 0, absorbed=0, constants={"M": np.array([0, 2, -1, 1], np.float32).reshape(4, 1, 1)}),
+    Law("mul of a value with two readers", "", f"{X} > y z; c = Conv(x, W[4,4,1,1]); y = Floor(c); z = Mul(c, M:pow[4,1,1])", 0, absorbed=0, reference=True),
+    Law("mul of a branch of a sum", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1]); m = Mul(c, M); a = Add(m, c); r = Relu(a); b = BN4:pos(r); y = Conv(b, V[4,4,1,1])", 1, absorbed=0, constants={"M": np.array([-2, -1, -4, -2], np.float32).reshape(4, 1, 1)}),
+]
+
+REPAIRED = [
+    Law("conv, relu, bn", "Relu", f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); y = BN4:pos(r); z = Floor(y)", 1, repairs=("clamp",)),
+    Law("conv, relu, bn of both signs", "Relu", f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); y = BN4(r); z = Floor(y)", 1, repairs=("clamp",)),
+    Law("conv, relu, bn of negative signs", "Relu", f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); y = BN4:neg(r); z = Floor(y)", 1, repairs=("clamp",)),
+    Law("bn, relu, conv", "Relu", f"{X} > y; b = BN4:pos(x); r = Relu(b); y = Conv(r, W[4,4,3,3])", 1, repairs=("clamp",)),
+    Law("bn of both signs, relu, conv", "Relu", f"{X} > y; b = BN4:alt(x); r = Relu(b); y = Conv(r, W[4,4,3,3])", 1, repairs=("clamp",)),
+    Law("bn, gamma 0, relu, conv", "Relu", f"{X} > y; b = BN4:alt0(x); r = Relu(b); y = Conv(r, W[4,4,3,3])", 1, repairs=("clamp",)),
+    Law("bn, clip, conv", "", f"{X} > y; b = BN4:alt(x); r = Clip(b, L, H); y = Conv(r, W[4,4,3,3])", 1, repairs=("clamp",), constants={"L": np.float32(-1), "H": np.float32(6)}),
+    Law("bn, clip from below, conv", "", f"{X} > y; b = BN4:alt(x); r = Clip(b, L); y = Conv(r, W[4,4,3,3])", 1, repairs=("clamp",), constants={"L": np.float32(-1)}),
+    Law("bn, clip with attributes, conv", "", f"{X} > y; b = BN4:alt(x); r = Clip<min=-1.0, max=6.0>(b); y = Conv(r, W[4,4,3,3])", 1, repairs=("clamp",), opset=8, ir_version=4),
+    Law("bn, relu, conv without the repair", "", f"{X} > y; b = BN4:pos(x); r = Relu(b); y = Conv(r, W[4,4,3,3])", 0, ("Relu",), repairs=("border",)),
+    Law("no max that broadcasts", "", f"{X} > y; b = BN4:pos(x); r = Relu(b); y = Conv(r, W[4,4,3,3])", 0, ("Relu",), repairs=("clamp",), opset=7, ir_version=4),
+    Law("no clamp where none is needed", "Conv", f"{X} > y; b = BN4:pos(x); c = Conv(b, W[4,4,1,1]); r = Relu(c); d = BN4:altscale(r); y = Conv<{PAD}>(d, V[4,4,3,3])", 2, repairs=("clamp", "border")),
+    Law("concat, bn, relu, conv", "Relu", f"{X} u[4,4,4,4] > y z; a = Concat<axis=1>(x, u); b = BN8:alt(a); r = Relu(b); y = Conv(r, W[4,8,1,1]); c = BN8:pos(a); s = Relu(c); z = Conv(s, V[4,8,1,1])", 2, repairs=("clamp",)),
+    Law("bn, padded conv, repaired", "Conv", f"{X} > y; b = BN4(x); y = Conv<{PAD}>(b, W[4,4,3,3], B[4])", 1, repairs=("border",)),
+    Law("bn, gamma 0, padded conv, repaired", "Conv", f"{X} > y; b = BN4:alt0(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 1, repairs=("border",)),
+    Law("bn, conv padded at one end, repaired", "Conv", f"{X} > y; b = BN4(x); y = Conv<pads=[0,2,1,0], strides=[1,2], dilations=[1,2]>(b, W[4,4,3,2])", 1, repairs=("border",)),
+    Law("bn, SAME_UPPER conv, repaired", "Conv", f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,2,3])', 1, repairs=("border",)),
+    Law("bn, SAME_LOWER conv, repaired", "Conv", f'{X} > y; b = BN4(x); y = Conv<auto_pad="SAME_LOWER", strides=[2,2]>(b, W[4,4,3,2])', 1, repairs=("border",)),
+    Law("bn, padded grouped conv, repaired", "Conv", f"{X} > y; b = BN4(x); y = Conv<{PAD}, group=2>(b, W[4,2,3,3])", 1, repairs=("border",)),
+    Law("bn, padded depthwise conv, repaired", "Conv", f"{X} > y; b = BN4(x); y = Conv<{PAD}, group=4>(b, W[8,1,3,3], B[8])", 1, repairs=("border",)),
+    Law("bn, padded conv 1-D, repaired", "Conv", "x[4,4,4] > y; b = BN4(x); y = Conv<pads=[1,1]>(b, W[4,4,3])", 1, repairs=("border",)),
+    Law("bn, padded conv 3-D, repaired", "Conv", "x[2,2,2,2,2] > y; b = BN2(x); y = Conv<pads=[1,0,1,0,1,1]>(b, W[2,2,2,2,2])", 1, repairs=("border",)),
+    Law("bn, padded conv, bn, repaired", "Conv", f"{X} > y; b = BN4:alt(x); c = Conv<{PAD}>(b, W[4,4,3,3]); y = BN4:alt0(c)", 2, repairs=("border",)),
+    Law("bn, transposed conv, repaired", "ConvTranspose", f"{X} > y; b = BN4(x); y = ConvTranspose(b, W[4,4,3,3], B[4])", 1, repairs=("border",)),
+    Law("bn, transposed conv, groups, repaired", "ConvTranspose", f"{X} > y; b = BN4(x); y = ConvTranspose<group=2, strides=[2,2], pads=[1,0,0,1], output_padding=[1,0]>(b, W[4,3,3,2])", 1, repairs=("border",)),
+    Law("bn, transposed conv, dilated, repaired", "ConvTranspose", f"{X} > y; b = BN4(x); y = ConvTranspose<strides=[3,2], dilations=[2,3]>(b, W[4,4,2,3])", 1, repairs=("border",)),
+    Law("bn, transposed conv with an output shape", "", f"{X} > y; b = BN4(x); y = ConvTranspose<output_shape=[6,6]>(b, W[4,4,3,3])", 0, ("border",), repairs=("border",)),
+    Law("bn, relu, padded conv, both repairs", "Relu", f"{X} > y; b = BN4:alt(x); r = Relu(b); y = Conv<{PAD}>(r, W[4,4,3,3])", 1, repairs=("border", "clamp")),
+    Law("bn, padded conv of free size", "", "x[N,4,H,W] > y; b = BN4(x); y = Conv<pads=[1,1,1,1]>(b, W[4,4,3,3])", 0, ("pads with zeros",), repairs=("border",)),
+    Law("bn, padded conv, free batch, repaired", "Conv", "x[N,4,4,4] > y; b = BN4(x); y = Conv<pads=[1,1,1,1]>(b, V[4,4,3,3])", 1, repairs=("border",)),
+]
+
 LAWS: list[Law] = [
-    *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GRAPHS,
+    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GRAPHS,
 ]

@@ -24,9 +24,11 @@ def through(made: folding.Fold) -> set[str]:
 def check_law(law: Law) -> None:
     """Fold the case, count, compare bit by bit, fold again. Raises AssertionError."""
     original = build(law)
-    made = folding.fold(original)
+    absorb = law.absorbed is not None
+    made = folding.fold(original, absorb=absorb, repairs=frozenset(law.repairs))
     reasons = [kept.reason for kept in made.plan.kept]
     assert len(made.plan.removed) == law.removed, reasons
+    assert len(made.plan.absorbed) == (law.absorbed or 0), [r.name for r in made.plan.absorbed]
     for word in law.kept:
         assert any(word in reason for reason in reasons), reasons
     folding.check_counts(made)
@@ -43,7 +45,7 @@ def check_law(law: Law) -> None:
     assert any(np.any(value != 0) for value in before.values()), "the case computes only zeros"
     if law.reference:
         folding.check_values(made, feeds)
-    folding.check_folding_again(made)
+    folding.check_folding_again(made, absorb=absorb)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)

@@ -15,11 +15,21 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.errors import InputError
-from bnfold.folding.affine import Array, Gauge
+from bnfold.folding.affine import Array
 from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules import RULES, constant_slots
 from bnfold.folding.rules.node import label
+from bnfold.folding.rules.relations import Rewrite, Step
+from bnfold.folding.rules.repairs import repair_of
+
+# the largest number of each type: a bound where there is none
+_LARGEST = {
+    ir.DataType.FLOAT: float(np.finfo(np.float32).max),
+    ir.DataType.DOUBLE: float(np.finfo(np.float64).max),
+    ir.DataType.FLOAT16: float(np.finfo(np.float16).max),
+    ir.DataType.BFLOAT16: (2 - 2**-7) * 2.0**127,
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,19 @@ def apply(plan: FoldPlan) -> Folded:
     model = plan.model.clone()
     nodes = _correspondence(plan.model, model)
     writer = _Writer(model)
-    gone = {removed.node for removed in plan.removed}
-    touched = {node for value in plan.gauges for node in _around(value)} - gone
+    gone = {removed.node: removed.slot for removed in (*plan.removed, *plan.absorbed)}
+    touched = {node for value in plan.gauges for node in _around(value)} - set(gone)
     for node in nodes:
         if node in touched:
-            writer.rewrite(nodes[node], _constants(node, plan))
+            repair = repair_of(node, plan.repairs)
+            steps = repair.steps(node, plan.gauge) if repair is not None else []
+            rewrite = repair.rewrite if repair is not None and steps else _rewrite_of(node)
+            if rewrite is not None:
+                writer.rewrite(nodes[node], _constants(node, rewrite, plan))
+            if repair is not None and steps:
+                writer.add_steps(nodes[node], steps, in_place=repair.rewrite is None)
     writer.flush()
-    aliases = _bypass_all([nodes[removed.node] for removed in plan.removed], writer)
+    aliases = _bypass_all([(nodes[node], slot) for node, slot in gone.items()], writer)
     return Folded(model, aliases, writer.biases, writer.written)
 
 
@@ -78,17 +94,14 @@ class _New:
     held: Constant | None
 
 
-def _constants(node: ir.Node, plan: FoldPlan) -> list[_New]:
+def _rewrite_of(node: ir.Node) -> Rewrite | None:
+    return RULES[node.op_type].rewrite if constant_slots(node) else None
+
+
+def _constants(node: ir.Node, rewrite: Rewrite, plan: FoldPlan) -> list[_New]:
     """The new constants of one node of the original model."""
-    rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
-    if rewrite is None:
-        return []
-
-    def gauge(value: ir.Value) -> Gauge:
-        return plan.gauge(value)
-
     news = []
-    for slot, array in rewrite(node, gauge).items():
+    for slot, array in rewrite(node, plan.gauge).items():
         value = node.inputs[slot] if slot < len(node.inputs) else None
         held = constant(value) if value is not None else None
         if held is None and not np.any(array):
@@ -205,10 +218,44 @@ class _Writer:
             known = self.biases.get(weight.root.name, ())
             self.biases[weight.root.name] = (*known, value.name or name)
         if node.op_type == "MatMul":
-            _add_behind(node, value, self._fresh(f"{node.outputs[0].name}_product"))
+            self._put_behind(node.outputs[0], "Add", value)
             return
         node.resize_inputs(max(len(node.inputs), new.slot + 1))
         node.replace_input_with(new.slot, value)
+
+    def add_steps(self, node: ir.Node, steps: list[Step], *, in_place: bool) -> None:
+        """Put operators with a constant behind a node, or in its place."""
+        value = node.outputs[0]
+        stem = node.name or value.name
+        for step in steps:
+            assert value.dtype is not None
+            name = f"{stem}_{step.op_type.lower()}"
+            bound = np.clip(step.constant, -_LARGEST[value.dtype], _LARGEST[value.dtype])
+            held = self._initializer(node, name, _rounded(bound, value.dtype, name))
+            value = self._put_behind(value, step.op_type, held)
+        if in_place:
+            x, inner = node.inputs[0], node.outputs[0]
+            assert x is not None
+            assert isinstance(node.graph, ir.Graph)
+            self.suspects.update(dict.fromkeys(v for v in node.inputs[1:] if v is not None))
+            inner.replace_all_uses_with(x)
+            node.graph.remove(node, safe=True)
+
+    def _put_behind(self, value: ir.Value, op_type: str, held: ir.Value) -> ir.Value:
+        """An operator behind a value, whose name and readers its result takes over."""
+        node = value.producer()
+        assert node is not None
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        name = f"{node.name or value.name}_{op_type.lower()}"
+        result = ir.Value(name=value.name, shape=value.shape, type=value.type)
+        behind = ir.node(op_type, inputs=[value, held], name=name, outputs=[result])
+        graph.insert_after(node, behind)
+        result.meta.update(value.meta)
+        ir.convenience.replace_all_uses_with(value, result, replace_graph_outputs=True)
+        behind.replace_input_with(0, value)
+        value.name = self._fresh(f"{value.name}_before_{op_type.lower()}")
+        return result
 
     def forget_unread(self) -> None:
         """Drop the suspects that nothing reads any more, and what only they read."""
@@ -262,35 +309,17 @@ def _set_root(root: ir.Value, tensor: ir.Tensor[Any]) -> None:
     root.const_value = tensor
 
 
-def _add_behind(node: ir.Node, bias: ir.Value, product_name: str) -> None:
-    """MatMul -> Add, the Add taking over the MatMul's output value and its name."""
-    output = node.outputs[0]
-    add = ir.node(
-        "Add",
-        inputs=[output, bias],
-        name=f"{node.name or output.name}_bias",
-        outputs=[ir.Value(name=output.name, shape=output.shape, type=output.type)],
-    )
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    graph.insert_after(node, add)
-    fresh = add.outputs[0]
-    fresh.meta.update(output.meta)
-    ir.convenience.replace_all_uses_with(output, fresh, replace_graph_outputs=True)
-    add.replace_input_with(0, output)
-    output.name = product_name
-
-
-def _bypass_all(nodes: list[ir.Node], writer: _Writer) -> dict[str, str]:
-    """Let the readers of each removed batch norm read its input; where the values went."""
+def _bypass_all(nodes: list[tuple[ir.Node, int]], writer: _Writer) -> dict[str, str]:
+    """Let the readers of each removed node read the operand in this slot; where values went."""
     merged: dict[str, str] = {}
-    for node in nodes:
-        x, y = node.inputs[0], node.outputs[0]
+    for node, slot in nodes:
+        x, y = node.inputs[slot], node.outputs[0]
         assert x is not None
         graph = node.graph
         assert isinstance(graph, ir.Graph)
         x_name, y_name = x.name or "", y.name or ""
-        writer.suspects.update(dict.fromkeys(v for v in node.inputs[1:] if v is not None))
+        others = [v for at, v in enumerate(node.inputs) if at != slot and v is not None]
+        writer.suspects.update(dict.fromkeys(others))
         if y.is_graph_output():
             _hand_over_output(graph, node, x, y)
             if x.name == y_name:

@@ -8,51 +8,81 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from bnfold.folding.affine import ChannelAffine, Gauge
-from bnfold.folding.rules import relations_of
-from bnfold.folding.rules.normalization import bypass, normalization_map
-from bnfold.folding.rules.relations import Relations
+from bnfold.folding.rules import affine_of, relations_of
+from bnfold.folding.rules.node import input_of
+from bnfold.folding.rules.normalization import bypass
+from bnfold.folding.rules.relations import Relations, Repair
+from bnfold.folding.rules.repairs import repair_of
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMap:
+    """A node y = scale * x + shift, channel by channel, that may go."""
+
+    x: ir.Value
+    y: ir.Value
+    affine: ChannelAffine
 
 
 @dataclass
 class Network:
     """A model that stays as it is, and a growing assignment of gauges.
 
-    gone: the batch norms that disappear. trying: the one under trial, which is among them.
+    gone: the per-channel maps that disappear. trying: the one under trial, which is among them.
+    repairs: the names of the exact repairs that nodes may take.
     """
 
     model: ir.Model
     gauges: dict[ir.Value, Gauge] = field(default_factory=dict)
     gone: set[ir.Node] = field(default_factory=set)
     trying: ir.Node | None = None
+    repairs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.nodes = [node for graph in self.model.graphs() for node in graph]
         self._relations: dict[ir.Node, Relations] = {}
-        self._maps: dict[ir.Node, ChannelAffine] = {}
+        self._maps: dict[ir.Node, ChannelMap] = {}
+        self._repairs: dict[ir.Node, Repair | None] = {}
 
     def relations(self, node: ir.Node) -> Relations:
-        """What a node asks of the gauges around it; a batch norm that goes asks as a bypass."""
+        """What a node asks of the gauges around it; one that goes asks as a bypass."""
         if node not in self._relations:
-            self._relations[node] = self._bypass(node) if node in self.gone else relations_of(node)
+            repair = self.repair(node)
+            if node in self.gone:
+                m = self.map_of(node)
+                self._relations[node] = bypass(m.x, m.y, m.affine)
+            else:
+                self._relations[node] = repair.relations if repair else relations_of(node)
         return self._relations[node]
 
-    def _bypass(self, node: ir.Node) -> Relations:
-        return bypass(node, self.map_of(node))
+    def repair(self, node: ir.Node) -> Repair | None:
+        """The repair that a node may take, if there is one."""
+        if not self.repairs or node in self.gone:
+            return None
+        if node not in self._repairs:
+            self._repairs[node] = repair_of(node, self.repairs)
+        return self._repairs[node]
 
-    def map_of(self, node: ir.Node) -> ChannelAffine:
-        """The affine map of a batch norm that has one."""
+    def allow(self, repairs: frozenset[str]) -> None:
+        """From now on nodes may take these repairs. What was agreed before stays right."""
+        self.repairs = repairs
+        self._relations.clear()
+
+    def map_of(self, node: ir.Node) -> ChannelMap:
+        """The per-channel map of a node that is one. Raises Opaque."""
         if node not in self._maps:
-            self._maps[node] = normalization_map(node)
+            slot, affine = affine_of(node)
+            self._maps[node] = ChannelMap(input_of(node, slot), node.outputs[0], affine)
         return self._maps[node]
 
     def try_without(self, node: ir.Node) -> None:
-        """Treat a batch norm as gone."""
+        """Treat a per-channel map as gone."""
         self.gone.add(node)
         self.trying = node
         self._relations.pop(node, None)
 
     def put_back(self, node: ir.Node) -> None:
-        """Treat a batch norm as one that stays."""
+        """Treat a per-channel map as one that stays."""
         self.gone.discard(node)
         self._relations.pop(node, None)
 

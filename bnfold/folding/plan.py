@@ -7,13 +7,17 @@ origin two (x moves or y moves). Scale to x and origin to x is folding backward,
 folding forward; size to y and origin to x passes a Relu and telescopes whole residual streams. Of
 the ways that work the one that touches the fewest values is taken.
 
+The same search takes out constant multiplications and additions (a batch norm that some exporter
+has taken apart, an input's mean and std). Last, where the caller allows exact repairs, what is left
+is tried with them, and of the ways that work the one with the fewest operators is taken.
+
 A plan never changes the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,20 +27,24 @@ from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
-from bnfold.folding.rules import RULES, constant_slots, is_batch_norm
+from bnfold.folding.rules import RULES, affine_of, constant_slots, is_batch_norm
 from bnfold.folding.rules.node import Opaque, input_of, name_of, real, weights
-from bnfold.folding.rules.normalization import constants_of_bypass, normalization_map
+from bnfold.folding.rules.normalization import constants_of_bypass
 from bnfold.folding.rules.relations import Gauges
 from bnfold.folding.wave import Conflict, Wave
 
 
 @dataclass(frozen=True)
 class Removed:
-    """A batch norm that disappears, and the layers whose constants take it up."""
+    """A per-channel map that disappears, and the layers whose constants take it up.
+
+    slot: the operand that it maps.
+    """
 
     name: str
     node: ir.Node
     into: tuple[str, ...]
+    slot: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,18 @@ class Kept:
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """An assignment of gauges to the values of a model, and what becomes of each batch norm."""
+    """An assignment of gauges to the values of a model, and what becomes of each batch norm.
+
+    absorbed: the constant multiplications and additions that disappear besides. repairs: the exact
+    repairs that the plan may use.
+    """
 
     model: ir.Model
     gauges: Mapping[ir.Value, Gauge]
     removed: tuple[Removed, ...]
     kept: tuple[Kept, ...]
+    absorbed: tuple[Removed, ...] = ()
+    repairs: frozenset[str] = frozenset()
 
     def gauge(self, value: ir.Value) -> Gauge:
         """The gauge of a value; identity where the plan says nothing."""
@@ -76,37 +90,79 @@ class Scope:
     norms: frozenset[str]
 
 
-def plan(model: ir.Model, scope: Scope | None = None) -> FoldPlan:
+Outcomes = dict[ir.Node, tuple[str, ...] | str]
+
+
+def plan(
+    model: ir.Model,
+    scope: Scope | None = None,
+    *,
+    absorb: bool = True,
+    repairs: frozenset[str] = frozenset(),
+) -> FoldPlan:
     """Which batch norms of the model disappear, into what, and why the others stay.
 
     scope: restricts the plan to what a torch module can take back; without it every constant may
-    change, and a weight that two nodes share may be written once for each of them.
+    change, and a weight that two nodes share may be written once for each of them. absorb: take out
+    constant multiplications and additions too. repairs: names of exact repairs that may put
+    operators in the place of a batch norm (`rules.repairs`).
     Raises InputError for statistics that no network can run with.
     """
     network = Network(model)
-    outcomes: dict[ir.Node, tuple[str, ...] | str] = {
-        node: "" for node in network.nodes if is_batch_norm(node)
-    }
-    progress = True
-    while progress:  # a batch norm that goes can free one that was tried before it
+    norms: Outcomes = {node: "" for node in network.nodes if is_batch_norm(node)}
+    absorb = absorb and scope is None  # a module's own arithmetic is code, no parameter
+    others: Outcomes = {n: "" for n in network.nodes if absorb and _is_map(n)}
+    _take_out(network, norms, scope)
+    if _take_out(network, others, scope):
+        _take_out(network, norms, scope)
+    if repairs and any(isinstance(outcome, str) for outcome in norms.values()):
+        network.allow(repairs)
+        _take_out(network, norms, scope)
+    kept = [Kept(name_of(n), n, o) for n, o in norms.items() if isinstance(o, str)]
+    gauges = {value: g for value, g in network.gauges.items() if not g.is_identity}
+    removed, absorbed = _removed(network, norms), _removed(network, others)
+    return FoldPlan(model, gauges, removed, tuple(kept), absorbed, network.repairs)
+
+
+def _removed(network: Network, outcomes: Outcomes) -> tuple[Removed, ...]:
+    return tuple(
+        Removed(name_of(node), node, outcome, list(node.inputs).index(network.map_of(node).x))
+        for node, outcome in outcomes.items()
+        if isinstance(outcome, tuple)
+    )
+
+
+def _is_map(node: ir.Node) -> bool:
+    """True for a multiplication or addition of a constant that may go."""
+    if is_batch_norm(node):
+        return False
+    try:
+        affine_of(node)
+    except Opaque:
+        return False
+    return True
+
+
+def _take_out(network: Network, outcomes: Outcomes, scope: Scope | None) -> bool:
+    """Try each node that still stays; one that goes can free one that was tried before it."""
+    any_gone, progress = False, True
+    while progress:
         progress = False
         for node, before in outcomes.items():
             if isinstance(before, str):
-                outcomes[node] = _why_no_map(model, node) or _remove(network, node, scope)
+                outcomes[node] = _why_no_map(network.model, node) or _remove(network, node, scope)
                 progress |= isinstance(outcomes[node], tuple)
-    removed = [Removed(name_of(n), n, o) for n, o in outcomes.items() if isinstance(o, tuple)]
-    kept = [Kept(name_of(n), n, o) for n, o in outcomes.items() if isinstance(o, str)]
-    gauges = {value: g for value, g in network.gauges.items() if not g.is_identity}
-    return FoldPlan(model, gauges, tuple(removed), tuple(kept))
+        any_gone |= progress
+    return any_gone
 
 
 def _why_no_map(model: ir.Model, node: ir.Node) -> str | None:
-    """Why this batch norm is no fixed affine map, if it is none."""
+    """Why this node is no fixed per-channel map, if it is none."""
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     if opset < 7:
         return f"the model uses opset {opset}; convert it to opset 7 or newer first"
     try:
-        normalization_map(node)
+        affine_of(node)
     except Opaque as why:
         return str(why)
     return None
@@ -117,21 +173,27 @@ def _why_no_map(model: ir.Model, node: ir.Node) -> str | None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A way that works: the new scales and origins."""
+    """A way that works: the new scales and origins, and the operators that they bring."""
 
     scales: Wave
     origins: Wave
+    extra: int = 0
 
     @cached_property
     def touched(self) -> list[ir.Value]:
         return list(dict.fromkeys((*self.scales.touched(), *self.origins.touched())))
+
+    @property
+    def burden(self) -> tuple[int, int]:
+        """What a better way has less of."""
+        return self.extra, len(self.touched)
 
     def gauge(self, value: ir.Value) -> Gauge:
         return Gauge(self.scales.now(value), self.origins.now(value))
 
 
 def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, ...] | str:
-    """Make one batch norm disappear: the layers that take it up, or the reason why it stays."""
+    """Make one node disappear: the layers that take it up, or the reason why it stays."""
     if scope is not None and name_of(node) not in scope.norms:
         return "it is not a batch norm module of its own, called once, that could be taken out"
     network.try_without(node)
@@ -145,16 +207,11 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
             failures.setdefault(side, str(conflict))
             continue
         for origin_side in ("x", "y"):
-            if best is not None and len(scales.touched()) >= len(best.touched):
+            if best is not None and not best.extra and len(scales.touched()) >= len(best.touched):
                 break
             try:
-                trial = _Trial(scales, _move_origin(network, node, scales, origin_side))
-                _check_result(network, trial)
-                _check_precision(network, trial)
-                _check_cost(network, trial)
-                if scope is not None:
-                    _check_scope(network, trial, scope)
-                if best is None or len(trial.touched) < len(best.touched):
+                trial = _trial(network, node, scales, origin_side, scope)
+                if best is None or trial.burden < best.burden:
                     best = trial
             except Conflict as conflict:
                 failures.setdefault(origin_side, str(conflict))
@@ -165,10 +222,21 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
     return _takers(network, best.touched)
 
 
+def _trial(network: Network, node: ir.Node, scales: Wave, side: str, scope: Scope | None) -> _Trial:
+    """The whole change for new scales, if one side takes the origin. Raises Conflict."""
+    trial = _Trial(scales, _move_origin(network, node, scales, side))
+    _check_result(network, trial)
+    _check_precision(network, trial)
+    _check_cost(network, trial)
+    if scope is not None:
+        _check_scope(network, trial, scope)
+    return replace(trial, extra=_extra_operators(network, trial))
+
+
 def _scale_ways(network: Network, node: ir.Node) -> Iterator[tuple[str, dict[ir.Value, Array]]]:
     """The new scales at x and y to try, each with the side that takes the size; NaN: as it is."""
-    s = network.map_of(node).scale
-    x, y = input_of(node, 0), node.outputs[0]
+    m = network.map_of(node)
+    x, y, s = m.x, m.y, m.affine.scale
     zero = s == 0
     scale_x, scale_y = network.gauge(x).scale, network.gauge(y).scale
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -189,8 +257,8 @@ def _scale_ways(network: Network, node: ir.Node) -> Iterator[tuple[str, dict[ir.
 
 def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wave:
     """The origins, given the scales, if one side of the batch norm moves. Raises Conflict."""
-    x, y = input_of(node, 0), node.outputs[0]
-    wave, m = Wave(network, scales), network.map_of(node)
+    m = network.map_of(node)
+    x, y, s, wave = m.x, m.y, m.affine.scale, Wave(network, scales)
     tie = network.relations(node).origins[0]
     to_x = tie.backward(wave.before(y), scales.now)
     to_y = tie.forward(wave.before(x), scales.now)
@@ -199,10 +267,10 @@ def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wa
     # what is known of x is a fact; only y can follow
     moves_y = np.isinf(scales.now(x)) if side == "x" else np.True_
     numbers = {
-        x: np.where((m.scale != 0) & ~moves_y, to_x, np.nan),
-        y: np.where((m.scale != 0) & moves_y, to_y, np.nan),
+        x: np.where((s != 0) & ~moves_y, to_x, np.nan),
+        y: np.where((s != 0) & moves_y, to_y, np.nan),
     }
-    for place, array in constants_of_bypass(node, m, scales.now, wave.now).items():
+    for place, array in constants_of_bypass(x, y, m.affine, scales.now, wave.now).items():
         before = numbers.get(place, np.nan)
         numbers[place] = np.where(np.isnan(array), before, array)
     wave.start(tie, numbers, node)
@@ -210,9 +278,9 @@ def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wa
         for other in network.around(touched):
             if other in network.gone and other is not node:
                 # gamma = 0 in a batch norm that is gone already: its constant follows the scale
-                for place, array in constants_of_bypass(
-                    other, network.map_of(other), scales.now, wave.now
-                ).items():
+                o = network.map_of(other)
+                found = constants_of_bypass(o.x, o.y, o.affine, scales.now, wave.now)
+                for place, array in found.items():
                     wave.put(place, array, other)
     wave = wave.settle()
     for touched in scales.touched():
@@ -244,12 +312,11 @@ def _check_precision(network: Network, trial: _Trial) -> None:
     moved = trial.origins.touched()
     if all(len({user for user, _ in value.uses()}) < 2 for value in moved):
         return
-    norms = {user for value in moved for user, _ in value.uses() if is_batch_norm(user)}
-    assert network.trying is not None
+    norms = {user for value in moved for user, _ in value.uses()}
     for node in {network.trying, *norms}:
-        if _why_no_map(network.model, node):
+        if node is None or not is_batch_norm(node) or _why_no_map(network.model, node):
             continue
-        value, shape = input_of(node, 0), network.map_of(node).scale.shape
+        value, shape = input_of(node, 0), network.map_of(node).affine.scale.shape
         mean = weights(node, 3).reshape(shape)
         spread = np.sqrt(weights(node, 4).reshape(shape) + real(node, "epsilon", 1e-5))
         scale = trial.scales.now(value)
@@ -265,15 +332,28 @@ def _check_precision(network: Network, trial: _Trial) -> None:
 
 
 def _check_cost(network: Network, trial: _Trial) -> None:
-    """One operator goes; no more than one may come. Raises Conflict."""
+    """A batch norm that goes leaves room for one addition; anything else for none. Conflict."""
     around = {node for value in trial.touched for node in network.around(value)}
     products = [node for node in around if node.op_type == "MatMul"]
     added = sum(
         _needs_bias(network, node, trial.gauge) and not _needs_bias(network, node, network.gauge)
         for node in products
     )
-    if added > 1:
-        raise Conflict(f"it would put {added} additions in the place of one batch norm")
+    assert network.trying is not None
+    if added > (1 if is_batch_norm(network.trying) else 0):
+        what = "batch norm" if is_batch_norm(network.trying) else network.trying.op_type
+        raise Conflict(f"it would put {added} additions in the place of one {what}")
+
+
+def _extra_operators(network: Network, trial: _Trial) -> int:
+    """How many operators the repairs bring that these gauges ask for."""
+    extra = 0
+    for node in {node for value in trial.touched for node in network.around(value)}:
+        repair = network.repair(node)
+        if repair is not None:
+            extra += repair.extra_operators(node, trial.gauge)
+            extra -= repair.extra_operators(node, network.gauge)
+    return extra
 
 
 def _needs_bias(network: Network, node: ir.Node, gauge: Gauges) -> bool:

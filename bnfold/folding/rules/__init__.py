@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from bnfold.folding.affine import ChannelAffine
 from bnfold.folding.rules.joining import (
     add_rule,
     concat_relations,
@@ -44,7 +45,11 @@ from bnfold.folding.rules.moves import (
     transposed,
 )
 from bnfold.folding.rules.node import Opaque
-from bnfold.folding.rules.normalization import normalization_relations, normalization_rewrite
+from bnfold.folding.rules.normalization import (
+    normalization_map,
+    normalization_relations,
+    normalization_rewrite,
+)
 from bnfold.folding.rules.passing import (
     average_pool_rule,
     cast_rule,
@@ -71,7 +76,10 @@ RULES: dict[str, Rule] = {
     "MatMul": Rule(matmul_relations, matmul_rewrite, lambda n: (matmul_operand(n)[0],)),
     # diagonal: absorbs channel by channel
     "BatchNormalization": Rule(
-        normalization_relations, normalization_rewrite, lambda _node: (1, 2, 3)
+        normalization_relations,
+        normalization_rewrite,
+        lambda _node: (1, 2, 3),
+        lambda node: (0, normalization_map(node)),
     ),
     "Add": add_rule(1),
     "Sub": add_rule(-1),
@@ -139,6 +147,17 @@ def constant_slots(node: ir.Node) -> tuple[int, ...]:
 def is_batch_norm(node: ir.Node) -> bool:
     """True for ONNX's own BatchNormalization."""
     return node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
+
+
+def affine_of(node: ir.Node) -> tuple[int, ChannelAffine]:
+    """The operand of which a node is a per-channel map, and the map.
+
+    Raises Opaque for a node that is none, and InputError for impossible statistics.
+    """
+    rule = rule_of(node)
+    if rule is None or rule.affine is None:
+        raise Opaque("it is no map of one operand")
+    return rule.affine(node)
 
 
 def relations_of(node: ir.Node) -> Relations:

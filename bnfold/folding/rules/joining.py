@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.folding import layout
-from bnfold.folding.affine import Array, canonical
-from bnfold.folding.constants import constant
+from bnfold.folding.affine import Array, ChannelAffine, canonical
+from bnfold.folding.constants import FLOATS, constant
 from bnfold.folding.rules.moves import same
 from bnfold.folding.rules.node import Opaque, constant_slots, dims, input_of, integer, one_constant
 from bnfold.folding.rules.passing import connect
@@ -75,7 +75,39 @@ def add_rule(sign: int) -> Rule:
         new = np.where(y.scale == 0, y.origin - data * origin, regular)
         return {slot: _fitted(value * new, c.array.ndim)}
 
-    return Rule(relations, rewrite, lambda node: constant_slots(node))
+    def affine(node: ir.Node) -> tuple[int, ChannelAffine]:
+        held = one_constant(node)
+        if held is None:
+            raise Opaque("it adds two computed values")
+        slot, c = held
+        producer = input_of(node, 1 - slot).producer()
+        if producer is not None and producer.op_type == "MatMul":
+            raise Opaque("it is the bias of a MatMul, which has none of its own")
+        shift = _per_channel(node, slot, c.array)
+        scale = -1.0 if (slot, sign) == (0, -1) else 1.0
+        value = sign * shift if slot == 1 else shift
+        return 1 - slot, ChannelAffine(np.full((1,) * shift.ndim, scale), value)
+
+    return Rule(relations, rewrite, lambda node: constant_slots(node), affine)
+
+
+def _per_channel(node: ir.Node, slot: int, constant: Array) -> Array:
+    """The constant of a two-operand node against its data, if it varies along one axis at most."""
+    x, y = input_of(node, 1 - slot), node.outputs[0]
+    shape = dims(x)
+    if y.dtype not in FLOATS or len(shape) != len(dims(y)):
+        raise Opaque("its constant changes the shape or type of the data")
+    array = canonical(layout.broadcast(constant, len(shape)))
+    fits = all(extent in (1, size) for extent, size in zip(array.shape, shape, strict=True))
+    if not fits or sum(extent > 1 for extent in array.shape) > 1:
+        raise Opaque("its constant varies along more than the channels")
+    # an axis that the constant stretches is one whose extent in the data is 1
+    wide = layout.broadcast(constant, len(shape)).shape
+    if any(extent not in (1, size) for extent, size in zip(wide, shape, strict=True)):
+        raise Opaque("its constant changes the shape of the data")
+    if not np.all(np.isfinite(array)):
+        raise Opaque("its constant is not finite")
+    return array
 
 
 def _fitted(array: Array, rank: int) -> Array:
@@ -127,7 +159,14 @@ def factor_rule(*, divide: bool) -> Rule:
         new = y.scale * layout.broadcast(m, y.scale.ndim) * x.read_scale
         return {slot: _fitted(1 / new if divide else new, m.ndim)}
 
-    return Rule(relations, rewrite, lambda node: constant_slots(node))
+    def affine(node: ir.Node) -> tuple[int, ChannelAffine]:
+        slot, m = factor(node)
+        scale = _per_channel(node, slot, m)
+        if np.any(scale == 0):
+            raise Opaque("it multiplies by 0")
+        return 1 - slot, ChannelAffine(scale, np.zeros((1,) * scale.ndim))
+
+    return Rule(relations, rewrite, lambda node: constant_slots(node), affine)
 
 
 def concat_relations(node: ir.Node) -> Relations:

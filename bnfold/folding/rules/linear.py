@@ -80,43 +80,51 @@ def shifted(bias: Array, scale: Array, origin: Array) -> Array:
     return np.where(scale == 0, origin, scale * (bias - origin))
 
 
+def conv_barrier(node: ir.Node, *, transposed: bool) -> str | None:
+    """What stands against a shift at the input of a convolution, if something does."""
+    if transposed:
+        return "sees fewer elements at the border"
+    return "pads with zeros" if _pads_with_zeros(node, weights(node, 1).shape[2:]) else None
+
+
+def conv_rewrite(node: ir.Node, gauges: Gauges, *, transposed: bool) -> dict[int, Array]:
+    """Conv, weights (g O/g) I/g k..., and ConvTranspose, weights (g I/g) O/g k..."""
+    weight, groups = weights(node, 1), integer(node, "group", 1)
+    kernel = weight.shape[2:]
+    # (group, out, in, kernel...)
+    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    split = np.swapaxes(split, 1, 2) if transposed else split
+    outs, ins = groups * split.shape[1], groups * split.shape[2]
+    x, y = gauges(input_of(node, 0)), gauges(node.outputs[0])
+    ones = (1,) * len(kernel)
+    scale = along(y.scale, outs)
+    read = along(x.read_scale, ins).reshape(groups, 1, -1, *ones)
+    shift = along(x.origin, ins).reshape(groups, 1, -1, *ones)
+    bias = _bias(node, 2, outs)
+    if np.any(shift):
+        bias = bias + (split * shift).sum(axis=tuple(range(2, split.ndim))).reshape(outs)
+    new = scale.reshape(groups, -1, 1, *ones) * split
+    if np.any(read != 1):
+        new *= read
+    new = np.swapaxes(new, 1, 2) if transposed else new
+    return {
+        1: new.reshape(weight.shape),
+        2: shifted(bias, scale, along(y.origin, outs)),
+    }
+
+
 def conv_rule(*, transposed: bool) -> Rule:
-    """Conv, weights (g O/g) I/g k..., and ConvTranspose, weights (g I/g) O/g k...; 1-D to 3-D."""
+    """Conv and ConvTranspose, 1-D to 3-D, grouped and depthwise."""
 
     def relations(node: ir.Node) -> Relations:
-        kernel = weights(node, 1).shape[2:]
+        weights(node, 1)
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             weights(node, 2)
-        barrier = None
-        if transposed:
-            barrier = "sees fewer elements at the border"
-        elif _pads_with_zeros(node, kernel):
-            barrier = "pads with zeros"
+        barrier = conv_barrier(node, transposed=transposed)
         return absorbs(node, (input_of(node, 0), 1), (node.outputs[0], 1), barrier=barrier)
 
     def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
-        weight, groups = weights(node, 1), integer(node, "group", 1)
-        kernel = weight.shape[2:]
-        # (group, out, in, kernel...)
-        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-        split = np.swapaxes(split, 1, 2) if transposed else split
-        outs, ins = groups * split.shape[1], groups * split.shape[2]
-        x, y = gauges(input_of(node, 0)), gauges(node.outputs[0])
-        ones = (1,) * len(kernel)
-        scale = along(y.scale, outs)
-        read = along(x.read_scale, ins).reshape(groups, 1, -1, *ones)
-        shift = along(x.origin, ins).reshape(groups, 1, -1, *ones)
-        bias = _bias(node, 2, outs)
-        if np.any(shift):
-            bias = bias + (split * shift).sum(axis=tuple(range(2, split.ndim))).reshape(outs)
-        new = scale.reshape(groups, -1, 1, *ones) * split
-        if np.any(read != 1):
-            new *= read
-        new = np.swapaxes(new, 1, 2) if transposed else new
-        return {
-            1: new.reshape(weight.shape),
-            2: shifted(bias, scale, along(y.origin, outs)),
-        }
+        return conv_rewrite(node, gauges, transposed=transposed)
 
     return Rule(relations, rewrite, lambda _node: (1, 2))
 

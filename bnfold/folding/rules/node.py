@@ -43,6 +43,12 @@ def input_of(node: ir.Node, slot: int) -> ir.Value:
     return value
 
 
+def opset_of(node: ir.Node) -> int:
+    """The opset that a node is written in (`graph.prepare` notes it on every graph)."""
+    graph = node.graph
+    return int(graph.meta.get("opset", 0)) if graph is not None else 0
+
+
 # --- attributes ----------------------------------------------------------------------------------
 
 

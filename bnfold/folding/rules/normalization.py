@@ -85,14 +85,13 @@ def normalization_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
     }
 
 
-def bypass(node: ir.Node, m: ChannelAffine) -> Relations:
-    """A batch norm y = s x + t that goes: its two sides become one tensor, x~ = y~.
+def bypass(x: ir.Value, y: ir.Value, m: ChannelAffine) -> Relations:
+    """A per-channel map y = s x + t that goes: its two sides become one tensor, x~ = y~.
 
     scale_x = s * scale_y, and origins move as points do: origin_y = s * origin_x + t. Where s = 0
     the output is t whatever comes in: either x~ is written as that constant (scale_x = 0), or the
     readers of y know it (scale_y = inf).
     """
-    x, y = input_of(node, 0), node.outputs[0]
     s, t = m.scale, m.shift
 
     def scale_ahead(scale: Array, _scales: Scales) -> Array:
@@ -131,10 +130,13 @@ def bypass(node: ir.Node, m: ChannelAffine) -> Relations:
 
 
 def constants_of_bypass(
-    node: ir.Node, m: ChannelAffine, scales: Scales, origins: Callable[[ir.Value], Array]
+    x: ir.Value,
+    y: ir.Value,
+    m: ChannelAffine,
+    scales: Scales,
+    origins: Callable[[ir.Value], Array],
 ) -> dict[ir.Value, Array]:
     """Where a batch norm that goes has gamma = 0: the constant to write at x, or to know at y."""
-    x, y = input_of(node, 0), node.outputs[0]
     if np.all(m.scale != 0):
         return {}
     written = (m.scale == 0) & (scales(x) == 0)

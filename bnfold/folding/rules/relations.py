@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.folding.affine import Array, Gauge, Mask
+from bnfold.folding.affine import Array, ChannelAffine, Gauge, Mask
 from bnfold.folding.rules.node import dims, label
 
 Moves = tuple[Callable[[Array], Array | None], Callable[[Array], Array | None]]
@@ -85,12 +85,42 @@ class Relations:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """A row of the table: what the operator asks, and its new constants if it holds any."""
+    """A row of the table: what the operator asks, and its new constants if it holds any.
+
+    constants: the operands that `rewrite` may change. affine: the slot of the one operand of which
+    the operator is a per-channel map, and that map: what can be folded away.
+    """
 
     relations: Callable[[ir.Node], Relations]
     rewrite: Rewrite | None = None
-    # the operands that `rewrite` may change
     constants: Callable[[ir.Node], tuple[int, ...]] = field(default=lambda _node: ())
+    affine: Callable[[ir.Node], tuple[int, ChannelAffine]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """An operator of two operands, of which the second is this constant (Max, Min, Add)."""
+
+    op_type: str
+    constant: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """Another form of one node: what it asks then, and the operators that it costs.
+
+    steps: what comes behind the node, given the gauges around it; none where its own form does.
+    rewrite: the node's constants in this form. Without it the steps take the node's place.
+    """
+
+    relations: Relations
+    steps: Callable[[ir.Node, Gauges], list[Step]]
+    rewrite: Rewrite | None = None
+
+    def extra_operators(self, node: ir.Node, gauges: Gauges) -> int:
+        """How many operators more there are with these gauges."""
+        steps = self.steps(node, gauges)
+        return len(steps) - (1 if steps and self.rewrite is None else 0)
 
 
 def identity_demands(value: ir.Value, sentence: str) -> tuple[Demand, Demand]:
