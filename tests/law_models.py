@@ -44,9 +44,9 @@ class Law:
     """One case. op: the row of RULES through which a gauge must really have gone ('': any).
 
     removed: how many batch norms go. kept: for each that stays, a word of the reason. absorbed: how
-    many constant multiplications and additions go (None: they are left alone). repairs: the exact repairs allowed. listed:
-    initializers also listed as inputs. nodes: constants as Constant nodes. reference: the float64
-    reference can run it.
+    many constant multiplications and additions go (None: they are left alone). repairs: the exact
+    repairs allowed. listed: initializers also listed as inputs. nodes: constants as Constant nodes.
+    reference: the float64 reference can run it.
     """
 
     name: str

@@ -154,15 +154,12 @@ def put(array: Array, index: Array | Sequence[int] | slice, axis: int, size: Dim
     full = np.full(shape, np.nan)
     picked = list(array.shape)
     picked[axis] = len(chosen)
-    moved = np.moveaxis(full, axis, 0)
-    for position, row in zip(
-        chosen, np.moveaxis(np.broadcast_to(array, picked), axis, 0), strict=True
-    ):
-        if not np.isnan(moved[position]).all() and not np.array_equal(
-            moved[position], row, equal_nan=True
-        ):
-            return None
-        moved[position] = row
+    moved, rows = np.moveaxis(full, axis, 0), np.moveaxis(np.broadcast_to(array, picked), axis, 0)
+    unset = np.isnan(rows).all(axis=tuple(range(1, rows.ndim)))
+    moved[chosen[~unset]] = rows[~unset]
+    # a channel that was selected twice holds the last of its numbers; the others must be the same
+    if not np.array_equal(moved[chosen], rows, equal_nan=True):
+        return None
     return canonical(full)
 
 

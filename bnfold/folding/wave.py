@@ -39,7 +39,8 @@ class Wave:
         self.layer: Layer = "scale" if scales is None else "origin"
         self.new: dict[ir.Value, Array] = {}
         self._now: dict[ir.Value, Array] = {}
-        self._queue: deque[ir.Node] = deque()
+        # what is left to do: a node, and the value beside it whose numbers have changed
+        self._queue: deque[tuple[ir.Node, ir.Value]] = deque()
         self._undecided: dict[tuple[ir.Node, Sum], None] = {}
         # where an elementwise tie or a sum has itself derived one side from the others
         self._settled: dict[Tie | Sum, Mask] = {}
@@ -127,7 +128,7 @@ class Wave:
         if value.producer() is None:
             raise Conflict(f"'{value.name}' is a constant that is used as data and stays as it is")
         self.check_demands(value)
-        self._queue.extend(self.network.around(value))
+        self._queue.extend((node, value) for node in self.network.around(value))
 
     def check_demands(self, value: ir.Value) -> None:
         """Hold the numbers at a value against what its nodes demand. Raises Conflict."""
@@ -194,21 +195,17 @@ class Wave:
 
     def _run(self) -> None:
         while self._queue:
-            node = self._queue.popleft()
+            node, changed = self._queue.popleft()
             asks = self.network.relations(node)
             for tie in asks.scales if self.layer == "scale" else asks.origins:
-                self._cross(tie, node)
+                if tie.elementwise:
+                    self._cross_elementwise(tie, node)
+                elif tie.a is changed:
+                    self.put(tie.b, tie.forward(self.new[tie.a], self.scale_now), node)
+                elif tie.b is changed:
+                    self.put(tie.a, tie.backward(self.new[tie.b], self.scale_now), node)
             for total in asks.sums if self.layer == "origin" else ():
                 self._balance(total, node)
-
-    def _cross(self, tie: Tie, node: ir.Node) -> None:
-        if tie.elementwise:
-            self._cross_elementwise(tie, node)
-            return
-        if tie.a in self.new:
-            self.put(tie.b, tie.forward(self.new[tie.a], self.scale_now), node)
-        if tie.b in self.new:
-            self.put(tie.a, tie.backward(self.new[tie.b], self.scale_now), node)
 
     def _cross_elementwise(self, tie: Tie, node: ir.Node) -> None:
         """Derive the unknown side of each channel; hold two known sides against each other.
