@@ -22,6 +22,7 @@ from bnfold.errors import UsageError
 from bnfold.folding.apply import Folded, apply
 from bnfold.folding.plan import FoldPlan, Scope, plan
 from bnfold.folding.record import FoldedNorm, FoldRecord, record_of
+from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.reading.sniff import Kind
 from bnfold.reading.source import Source, open_source
 
@@ -46,8 +47,9 @@ class FoldResult:
 
     model: the folded network, of the type that came in (a path gives the type of what it holds).
     original, graph: the ONNX graphs before and after. folded, kept: what became of each batch norm.
-    record: what verifies, undoes and re-adapts the fold. state_dict: for torch sources, the folded
-    tensors by name.
+    absorbed: names of the constant multiplications and additions that are gone besides. record:
+    what verifies, undoes and re-adapts the fold. state_dict: for torch sources, the folded tensors
+    by name.
     """
 
     model: Any
@@ -59,6 +61,7 @@ class FoldResult:
     state_dict: Mapping[str, torch.Tensor] | None = None
     modules: tuple[nn.Module, nn.Module] | None = None
     notes: tuple[str, ...] = ()
+    absorbed: tuple[str, ...] = ()
 
     def verify(
         self,
@@ -98,16 +101,20 @@ def fold(
     opset: int | None = None,
     freeze_inputs: bool = False,
     factory: str | None = None,
+    repair: Sequence[str] = (),
 ) -> FoldResult:
     """Fold every batch norm that folds exactly into the neighbouring weights.
 
     model: an nn.Module (with `example_inputs`, one tensor per argument of forward), an onnx_ir or
     onnx model, or the path of a model file. It is not changed; a module comes back as a copy of its
     own class in eval mode. factory: the network of a checkpoint path ("path.py:name").
-    freeze_inputs: treat initializers that a caller could override as constants.
+    freeze_inputs: treat initializers that a caller could override as constants. repair: exact
+    repairs ("clamp", "border") that may put other operators in the place of a batch norm; they are
+    of the graph, so the result of a module is its folded ONNX graph then.
     Raises BnfoldError with a sentence: an unreadable or unsupported model, impossible statistics.
     """
-    return fold_source(_source(model, example_inputs, opset, freeze_inputs, factory), model)
+    source = _source(model, example_inputs, opset, freeze_inputs, factory)
+    return fold_source(source, model, torch_side=not repair, repair=repair)
 
 
 def inspect(
@@ -169,13 +176,23 @@ def export(
     return exported
 
 
-def fold_source(source: Source, given: object = None, *, torch_side: bool = True) -> FoldResult:
+def fold_source(
+    source: Source,
+    given: object = None,
+    *,
+    torch_side: bool = True,
+    repair: Sequence[str] = (),
+) -> FoldResult:
     """Fold a source that was read; `given` is what the caller passed, whose type comes back.
 
     torch_side: give the folded module or state_dict too, where the source has one; then only what
-    they can hold is folded.
+    they can hold is folded. repair: as for `fold`.
     """
-    chosen = plan(source.graph, _scope(source) if torch_side else None)
+    unknown = sorted(set(repair) - set(REPAIRS))
+    if unknown:
+        raise UsageError(f"There is no repair '{unknown[0]}'; there are {', '.join(REPAIRS)}.")
+    scope = _scope(source) if torch_side else None
+    chosen = plan(source.graph, scope, repairs=frozenset(repair))
     folded = apply(chosen)
     record = record_of(chosen, folded)
     state_dict, modules = _torch_side(source, chosen, folded) if torch_side else (None, None)
@@ -190,6 +207,7 @@ def fold_source(source: Source, given: object = None, *, torch_side: bool = True
         graph=folded.model,
         folded=record.norms,
         kept=tuple(KeptNorm(kept.name, kept.reason) for kept in chosen.kept),
+        absorbed=tuple(removed.name for removed in chosen.absorbed),
         record=record,
         state_dict=state_dict,
         modules=modules,

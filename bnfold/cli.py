@@ -93,6 +93,30 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_folding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("folding")
+    group.add_argument(
+        "--repair",
+        dest="repairs",
+        choices=("clamp", "border", "all"),
+        action="append",
+        default=[],
+        help="allow an exact repair where a batch norm would stay: Relu as Max and Min (clamp), a"
+        " constant map behind a padded convolution (border); it may be slower than the batch norm"
+        " (docs/results/repairs.md)",
+    )
+    group.add_argument(
+        "--input-mean",
+        type=_numbers,
+        metavar="M,M,M",
+        help="the network is fed (x - mean) / std: fold that into it, so that it takes x itself",
+    )
+    group.add_argument("--input-std", type=_numbers, metavar="S,S,S", help="see --input-mean")
+    group.add_argument(
+        "--input-name", metavar="NAME", help="the input of --input-mean, where there are several"
+    )
+
+
 def _add_data(parser: argparse.ArgumentParser, name: str, what: str, *, required: bool) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -174,6 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fold.add_argument("--no-verify", action="store_true", help="write without proof")
     fold.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
+    _add_folding(fold)
     _add_source(fold)
     _add_proof(fold)
     _add_report(fold)
@@ -210,6 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="where each batch norm would go, or why it stays")
     _add_model(inspect)
+    _add_folding(inspect)
     _add_source(inspect)
     _add_report(inspect)
 

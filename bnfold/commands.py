@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,18 @@ def fold(args: argparse.Namespace) -> Report:
     from bnfold.reading.sniff import Kind, sniff
 
     checkpoint = sniff(args.model) not in (Kind.ONNX, Kind.EXPORTED_PROGRAM)
-    outputs = args.outputs or beside(args.model, "folded", [".onnx", ".pt"][: 1 + checkpoint])
+    in_graph = _changes_operators(args)
+    both = checkpoint and in_graph is None
+    outputs = args.outputs or beside(args.model, "folded", [".onnx", ".pt"][: 1 + both])
     torch_side = any(path.suffix.lower() != ".onnx" for path in outputs)
+    if torch_side and in_graph is not None:
+        raise UsageError(f"{in_graph} changes operators, not only weights: write .onnx only.")
     record = args.record or record_path(outputs[0])
     if not args.dry_run:
         check_outputs([*outputs, record], args.model, args.overwrite, _FORMATS)
     started = time.perf_counter()
-    source = _open(args, args.model)
-    result = fold_source(source, torch_side=torch_side)
+    source = _open_scaled(args)
+    result = fold_source(source, torch_side=torch_side, repair=_repairs(args))
     done = _new("fold", args, result.notes)
     if torch_side and source.module is None and source.state_dict is not None:
         done["warnings"] = [_NOT_RUN]
@@ -71,7 +76,8 @@ def inspect(args: argparse.Namespace) -> Report:
     """`bnfold inspect MODEL`: where each batch norm would go, or why it would stay."""
     from bnfold.api import fold_source
 
-    result = fold_source(_open(args, args.model))
+    source, in_graph = _open_scaled(args), _changes_operators(args)
+    result = fold_source(source, torch_side=in_graph is None, repair=_repairs(args))
     done = _new("inspect", args, result.notes)
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
@@ -440,6 +446,33 @@ def _open(args: argparse.Namespace, path: Path) -> Any:
     )
 
 
+def _repairs(args: argparse.Namespace) -> tuple[str, ...]:
+    """The exact repairs that were asked for."""
+    return ("clamp", "border") if "all" in args.repairs else tuple(dict.fromkeys(args.repairs))
+
+
+def _changes_operators(args: argparse.Namespace) -> str | None:
+    """The option that asks for more than new weights, if one does."""
+    if args.repairs:
+        return "--repair"
+    return "--input-mean" if args.input_mean is not None or args.input_std is not None else None
+
+
+def _open_scaled(args: argparse.Namespace) -> Any:
+    """The model of a verb that folds, its input's mean and std in front where they are given."""
+    source = _open(args, args.model)
+    if args.input_mean is None and args.input_std is None:
+        if args.input_name is not None:
+            raise UsageError("--input-name says which input --input-mean is about; give that too.")
+        return source
+    from bnfold.input_scaling import scale_input
+
+    mean, std = args.input_mean or (0.0,), args.input_std or (1.0,)
+    scaled = scale_input(source.graph, mean, std, args.input_name)
+    note = "the network takes its input as it is; (x - mean) / std is part of it now"
+    return replace(source, graph=scaled, notes=(*source.notes, note))
+
+
 def _inputs_of(source: Any) -> dict[str, Any]:
     from bnfold.graph import graph_inputs
 
@@ -478,6 +511,7 @@ def _add_fold(done: Report, result: Any) -> None:
     done["batch_norms"] = {
         "folded": [{"name": norm.name, "into": list(norm.into)} for norm in result.folded],
         "kept": [{"name": norm.name, "reason": norm.reason} for norm in result.kept],
+        "absorbed": list(result.absorbed),
     }
     done["operators"] = {
         "before": count_operators(result.original),
@@ -487,12 +521,14 @@ def _add_fold(done: Report, result: Any) -> None:
 
 def _fold_summary(found: int, result: Any) -> str:
     folded, producer = len(result.folded), result.original.producer_name
+    others = len(result.absorbed)
+    more = f" With them went {others} Mul, Add, Sub or Div by constants." if others else ""
     if found == 0:
         hint = " (torch's exporter folds by itself unless optimize=False)"
-        return f"There is no batch norm in the model{hint * (producer == 'pytorch')}."
+        return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"
     if folded == found:
-        return f"All {found} batch norms folded."
-    text = f"{folded} of {found} batch norms folded; the reasons for the others are above."
+        return f"All {found} batch norms folded.{more}"
+    text = f"{folded} of {found} batch norms folded; the reasons for the others are above.{more}"
     if any("--freeze-inputs" in kept.reason for kept in result.kept):
         text += " Pass --freeze-inputs if nobody overrides the weights as inputs."
     return text
