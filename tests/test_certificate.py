@@ -729,6 +729,21 @@ def test_uncounted_padding_lets_a_shift_pass() -> None:
 # ------------------------------------------------------------------------- what else may go wrong
 
 
+def test_depth_is_no_limit() -> None:
+    """Real networks are a thousand nodes deep, deeper than a stack of calls."""
+    fold = conv_then_bn()
+    deep = [node("Relu", f"r{i}", f"r{i + 1}") for i in range(1500)]
+    deep[0].input[0], deep[-1].output[0] = "n", "out"
+    folded_deep = [onnx.NodeProto.FromString(relu.SerializeToString()) for relu in deep]
+    folded_deep[0].input[0] = "c"
+    deepened = replace(
+        fold,
+        nodes=[*fold.nodes[:-1], *deep],
+        folded_nodes=[*fold.folded_nodes[:-1], *folded_deep],
+    )
+    assert deepened.certify().passed
+
+
 def test_every_node_is_accounted_for() -> None:
     records = conv_then_bn().certify().records
     assert [record.op_type for record in records] == ["graph", "Conv", "BatchNormalization", "Relu"]

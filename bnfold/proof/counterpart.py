@@ -97,9 +97,14 @@ class View:
         self.producers = {name: node for node in self.nodes for name in node.output if name}
         self.inputs = [value.name for value in graph.input]
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
-        self._fixed: dict[str, bool] = {}
         self._computed: dict[str, Constant] = {}
         self._evaluators: dict[int, NodeReference] = {}
+        self._fixed = dict.fromkeys(self.inputs, False)
+        self._fixed.update((name, name not in replaceable) for name in self.initializers)
+        for node in self.nodes:  # in order of evaluation: a network is deeper than a stack of calls
+            self._fixed.update(
+                dict.fromkeys(filter(None, node.output), self._gives_constants(node))
+            )
 
     @staticmethod
     def of(model: onnx.ModelProto, replaceable: frozenset[str] = frozenset()) -> View:
@@ -118,16 +123,11 @@ class View:
 
     def is_constant(self, name: str) -> bool:
         """True for an initializer, a Constant, and what deterministic operators make of them."""
-        if name not in self._fixed:
-            self._fixed[name] = self._is_fixed(name)
-        return self._fixed[name]
+        if name in self._fixed:
+            return self._fixed[name]
+        return bool(self.outer and self.outer.is_constant(name))
 
-    def _is_fixed(self, name: str) -> bool:
-        if name in self.initializers:
-            return name not in self.replaceable
-        node = self.producers.get(name)
-        if node is None:
-            return name not in self.inputs and bool(self.outer and self.outer.is_constant(name))
+    def _gives_constants(self, node: onnx.NodeProto) -> bool:
         if node.op_type in UNPREDICTABLE or any(a.HasField("g") for a in node.attribute):
             return False
         given = [source for source in node.input if source]
