@@ -362,6 +362,30 @@ STREAMS = [
     Law("bn, squeeze and excitation", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); n = BN4(c); g = GlobalAveragePool(n); e = Conv(g, V[4,4,1,1]); h = Floor(e); y = Mul(n, h)", 1),
 ]
 
+_SE = "g = GlobalAveragePool(c); e = Conv(g, V[4,4,1,1]); h = Floor(e); "
+GATES = [
+    Law("conv, gate of its mean, bn of scale", "Mul", f"{X} > z; c = Conv(x, W[4,4,1,1]); {_SE}m = Mul(c, h); y = BN4:altscale(m); z = Floor(y)", 1),
+    Law("bn of scale, gate of its mean, padded conv", "Mul", f"{X} > y; f = Floor(x); c = BN4:alt0scale(f); {_SE}m = Mul(h, c); y = Conv<{PAD}>(m, U[4,4,3,3])", 1),
+    Law("bn of scale, gate, bn, conv", "Mul", f"{X} u[4,4,4,4] > y; f = Floor(x); g = Floor(u); b = BN4:altscale(f); m = Mul(b, g); n = BN4(m); y = Conv(n, W[4,4,1,1])", 2),
+    Law("bn, gate", "", f"{X} u[4,4,4,4] > y; f = Floor(x); g = Floor(u); b = BN4(f); m = Mul(b, g); y = Conv(m, W[4,4,1,1])", 0, ("passes no shift",)),
+    Law("bn of scale, gate over positions", "Mul", f"{X} u[4,1,4,4] > y; f = Floor(x); g = Floor(u); b = BN4:altscale(f); m = Mul(g, b); y = Conv(m, W[4,4,1,1])", 1),
+    Law("gate, broadcast to the values of a bn of scale", "Mul", "x[4,4,4] u[4,4,4] > y; f = Floor(x); g = Floor(u); p = GlobalAveragePool(f); b = BN4:altscale(p); m = Mul(b, g); y = Conv(m, W[4,4,1])", 1),
+    Law("bn of scale in the gate", "", f"{X} u[4,4,1,1] > y; f = Floor(x); g = BN4:altscale(u); c = Conv(f, W[4,4,1,1]); y = Mul(c, g)", 0, ("'g'",)),
+    Law("conv times conv, bn of scale", "Mul", f"{X} > z; c = Conv(x, W[4,4,1,1]); d = Conv(x, V[4,4,1,1]); m = Mul(c, d); y = BN4:altscale(m); z = Floor(y)", 1),
+    Law("conv times itself, bn", "", f"{X} > z; c = Conv(x, W[4,4,1,1]); m = Mul(c, c); y = BN4:altscale(m); z = Floor(y)", 0, ("by itself",)),
+    Law("conv times its own floor, bn", "", f"{X} > z; c = Conv(x, W[4,4,1,1]); d = Floor(c); m = Mul(c, d); y = BN4:altscale(m); z = Floor(y)", 0, ("Floor",)),
+    Law("product of constants, bn", "", "x[4,4] > y; f = Floor(A[4,4]); m = Mul(f, f); b = BN4:altscale(m); y = Add(x, b)", 0, ("Mul",)),
+    Law("conv divided by a value, bn of scale", "Div", f"{X} > z; c = Conv(x, W[4,4,1,1]); a = Abs(x); g = Exp(a); h = Ceil(g); d = Div(c, D:pow[1]); m = Mul(d, h); y = BN4:altscale(m); z = Floor(y)", 1),
+    Law("bn of scale divided by a value, conv", "Div", f"{X} u[4,4,4,4] > y; f = Floor(x); a = Abs(u); h = Sign(a); o = Sub(h, O); k = Sub(o, O); b = BN4:altscale(f); m = Div(b, k); y = Conv(m, W[4,4,1,1])", 1, constants={"O": np.float32(2)}),
+    Law("a value divided by a bn of scale", "", f"{X} u[4,4,4,4] > y; f = Floor(x); a = Abs(u); c = Ceil(a); b = BN4:altscale(c); g = Exp(b); h = BN4:posscale(g); m = Div(f, h); y = Floor(m)", 0, ("'h'",)),
+    Law("weighted sum of tokens, bn of scale", "MatMul", "x[4,4,4] u[4,4,4] > z; g = Floor(u); v = MatMul(x, W[4,4]); m = MatMul(g, v); t = Transpose<perm=[0,2,1]>(m); y = BN4:alt0scale(t); z = Floor(y)", 1),
+    Law("bn of scale, weighted sum of tokens, matmul", "MatMul", "x[4,4,4] u[4,4,4] > y; f = Floor(x); g = Floor(u); h = Transpose<perm=[0,2,1]>(g); b = BN4:alt0scale(f); m = MatMul(b, h); t = Transpose<perm=[0,2,1]>(m); y = MatMul(t, W[4,4])", 1),
+    Law("bn of scale on the axis that a product sums over", "", "x[4,4,4] u[4,4,4] > y; f = Floor(x); g = Floor(u); b = BN4:altscale(f); y = MatMul(g, b)", 0, ("MatMul",)),
+    Law("bn, weighted sum of tokens", "", "x[4,4,4] u[4,4,4] > y; f = Floor(x); g = Floor(u); b = BN4(f); m = MatMul(b, g); t = Transpose<perm=[0,2,1]>(m); y = MatMul(t, W[4,4])", 0, ("passes no shift",)),
+    Law("weights of four heads, bn of scale", "MatMul", "x[4,4,4,4] u[4,4,4,4] > y; f = Floor(x); g = Floor(u); b = BN4:altscale(f); m = MatMul(g, b); y = Conv(m, W[4,4,1,1])", 1),
+    Law("a vector times values", "", "x[4,4,4] u[4] > y; f = Floor(x); g = Floor(u); b = BN4:altscale(f); y = MatMul(g, b)", 0, ("vector",)),
+]
+
 GRAPHS = [
     Law("several consumers, all absorb", "Conv", f"{X} > y z; f = Floor(x); b = BN4:alt0(f); y = Conv(b, W[4,4,1,1]); z = Conv(b, V[4,4,3,3])", 1),
     Law("several consumers, one is padded", "", f"{X} > y z; f = Floor(x); b = BN4(f); y = Conv(b, W[4,4,1,1]); z = Conv<{PAD}>(b, V[4,4,3,3])", 0, ("pads",)),
@@ -462,5 +486,5 @@ REPAIRED = [
 ]
 
 LAWS: list[Law] = [
-    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GRAPHS,
+    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GATES, *GRAPHS,
 ]

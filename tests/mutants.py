@@ -43,6 +43,7 @@ class Mutant:
 
 LINEAR, NORM, PLAN, WAVE = "rules/linear.py", "rules/normalization.py", "plan.py", "wave.py"
 RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
+GATING = "rules/gating.py"
 MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
 
 # a table is read by its columns
@@ -102,6 +103,12 @@ MUTANTS: list[Mutant] = [
     Mutant(JOINING, "if a is b:", "if False:", "itself"),
     Mutant(JOINING, "Term(value, sign, _operand(value, y))", "Term(value, 1, _operand(value, y))", "sub"),
     Mutant(JOINING, "at += size", "at += 0", "concat"),
+    # products of computed values
+    Mutant(GATING, "*identity_demands(g, kept),", "", "gate"),
+    Mutant(GATING, "        no_shift(x, sentence),\n        no_shift(y, sentence),\n", "", "bn, gate"),
+    Mutant(GATING, "summed = -1 if gate == 1 else -2", "summed = -2 if gate == 1 else -1", "sums over"),
+    Mutant(GATING, "gate = 1 if divide else _gate(node, blocked)", "gate = _gate(node, blocked)", "divided by a bn"),
+    Mutant(GATING, "if x is g:", "if False:", "times itself"),
     # operators that pass gauges on
     Mutant(PASSING, "if value != 0:", "if value != value:", "pads with 2"),
     Mutant(PASSING, 'if string(node, "mode", "constant") != "constant":', "if True:", "pads a shift"),

@@ -302,11 +302,32 @@ def sum_of(b: Builder) -> object:
 
 @operator()
 def product(b: Builder) -> object:
+    """A value times another that broadcasts to it, or times itself."""
     x = b.value()
-    other = b.value(lambda v: x is not None and v.shape == x.shape)
-    if x is None or other is None:
+    if x is None:
         return None
-    return b.node("Mul", [x.name, other.name], x.shape)
+    broadcasts = [(n, 1) for n in x.shape]
+    other = b.value(
+        lambda v: (
+            v.rank == x.rank and all(n in fits for n, fits in zip(v.shape, broadcasts, strict=True))
+        )
+    )
+    if other is None:
+        return None
+    reads = [other.name, x.name] if b.flag() else [x.name, other.name]
+    return b.node("Mul", reads, x.shape)
+
+
+@operator()
+def matrix_product(b: Builder) -> object:
+    """A value times another one, as matrices."""
+    x = b.value(lambda v: v.rank >= 2)
+    if x is None:
+        return None
+    other = b.value(lambda v: v.rank == x.rank and v.shape[:-1] == (*x.shape[:-2], x.shape[-1]))
+    if other is None:
+        return None
+    return b.node("MatMul", [x.name, other.name], (*x.shape[:-1], other.shape[-1]))
 
 
 @operator(times=2)

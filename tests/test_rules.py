@@ -45,6 +45,7 @@ def check_law(law: Law) -> None:
     assert any(np.any(value != 0) for value in before.values()), "the case computes only zeros"
     if law.reference:
         folding.check_values(made, feeds)
+        folding.check_algebra(made)
     folding.check_folding_again(made, absorb=absorb)
 
 

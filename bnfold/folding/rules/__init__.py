@@ -28,9 +28,7 @@ from bnfold.folding.rules.linear import (
     conv_rule,
     gemm_relations,
     gemm_rewrite,
-    matmul_operand,
-    matmul_relations,
-    matmul_rewrite,
+    matmul_rule,
 )
 from bnfold.folding.rules.moves import (
     depth_to_space,
@@ -66,6 +64,12 @@ from bnfold.folding.rules.passing import (
 )
 from bnfold.folding.rules.relations import Relations, Rule
 
+
+def _blocks(node: ir.Node) -> bool:
+    """True for an operator without a row."""
+    return rule_of(node) is None
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 RULES: dict[str, Rule] = {
@@ -73,7 +77,7 @@ RULES: dict[str, Rule] = {
     "Conv": conv_rule(transposed=False),
     "ConvTranspose": conv_rule(transposed=True),
     "Gemm": Rule(gemm_relations, gemm_rewrite, lambda _node: (1, 2)),
-    "MatMul": Rule(matmul_relations, matmul_rewrite, lambda n: (matmul_operand(n)[0],)),
+    "MatMul": matmul_rule(_blocks),
     # diagonal: absorbs channel by channel
     "BatchNormalization": Rule(
         normalization_relations,
@@ -83,8 +87,8 @@ RULES: dict[str, Rule] = {
     ),
     "Add": add_rule(1),
     "Sub": add_rule(-1),
-    "Mul": factor_rule(divide=False),
-    "Div": factor_rule(divide=True),
+    "Mul": factor_rule(divide=False, blocked=_blocks),
+    "Div": factor_rule(divide=True, blocked=_blocks),
     # homogeneous: one positive scale, no shift
     "Relu": homogeneous(lambda _node, x: np.maximum(x, 0)),
     "LeakyRelu": homogeneous(leaky),

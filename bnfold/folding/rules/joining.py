@@ -10,12 +10,12 @@ import onnx_ir as ir
 from bnfold.folding import layout
 from bnfold.folding.affine import Array, ChannelAffine, canonical
 from bnfold.folding.constants import FLOATS, constant
-from bnfold.folding.rules.moves import same
+from bnfold.folding.rules.gating import Blocked, product_relations
+from bnfold.folding.rules.moves import operand, same
 from bnfold.folding.rules.node import Opaque, constant_slots, dims, input_of, integer, one_constant
 from bnfold.folding.rules.passing import connect
 from bnfold.folding.rules.relations import (
     Gauges,
-    Moves,
     Relations,
     Rule,
     Scales,
@@ -27,19 +27,10 @@ from bnfold.folding.rules.relations import (
 )
 
 
-def _operand(value: ir.Value, result: ir.Value) -> Moves:
-    """An operand against the result it broadcasts to."""
-    rank, shape = len(dims(result)), dims(value)
-    return (
-        lambda array: layout.broadcast(array, rank),
-        lambda array: layout.unbroadcast(array, shape),
-    )
-
-
 def add_up(node: ir.Node, terms: Sequence[tuple[ir.Value, int]]) -> Relations:
     """E(x + y) = s (x - a) + s (y - b): one scale for all, the origins add up."""
     y = node.outputs[0]
-    total = Sum(y, tuple(Term(value, sign, _operand(value, y)) for value, sign in terms))
+    total = Sum(y, tuple(Term(value, sign, operand(value, y)) for value, sign in terms))
     ties = tuple(connect(term.value, y, term.moves) for term in total.terms)
     return Relations(scales=ties, sums=(total,))
 
@@ -53,7 +44,7 @@ def add_rule(sign: int) -> Rule:
         if held is not None:
             slot, _ = held
             x, y = input_of(node, 1 - slot), node.outputs[0]
-            tie = connect(x, y, _operand(x, y))
+            tie = connect(x, y, operand(x, y))
             return Relations((tie,), (), (), (writable(x, node), writable(y, node)))
         if a is b:
             raise Opaque("it reads one value twice")
@@ -125,19 +116,24 @@ def sum_relations(node: ir.Node) -> Relations:
     return add_up(node, [(value, 1) for value in values])
 
 
-def factor_rule(*, divide: bool) -> Rule:
-    """y = m x, channel by channel: any scales on both sides; origin_y = m origin_x."""
+def factor_rule(*, divide: bool, blocked: Blocked) -> Rule:
+    """y = m x, channel by channel: any scales on both sides; origin_y = m origin_x.
+
+    blocked: tells operators that let nothing pass, for a product of two computed values.
+    """
 
     def factor(node: ir.Node) -> tuple[int, Array]:
         held = one_constant(node)
         if held is None or (divide and held[0] == 0):
-            raise Opaque("it multiplies two computed values")
+            raise Opaque("it divides a constant")
         slot, c = held
         if divide and not np.all(c.array):
             raise Opaque("it divides by 0")
         return slot, 1 / c.array if divide else c.array
 
     def relations(node: ir.Node) -> Relations:
+        if one_constant(node) is None:
+            return product_relations(node, blocked, divide=divide)
         slot, m = factor(node)
         x, y = input_of(node, 1 - slot), node.outputs[0]
         same(x, y, node)

@@ -13,6 +13,8 @@ import onnx_ir as ir
 from bnfold.folding import layout
 from bnfold.folding.affine import Array, canonical
 from bnfold.folding.constants import constant
+from bnfold.folding.rules.gating import Blocked
+from bnfold.folding.rules.gating import matmul_relations as gated_matmul
 from bnfold.folding.rules.node import (
     Opaque,
     along,
@@ -164,7 +166,21 @@ def matmul_operand(node: ir.Node) -> tuple[int, Array]:
     return slot, c.array
 
 
-def matmul_relations(node: ir.Node) -> Relations:
+def matmul_rule(blocked: Blocked) -> Rule:
+    """MatMul of a constant, which absorbs, or of two computed values, through which a scale passes.
+
+    blocked: tells operators that let nothing pass.
+    """
+
+    def relations(node: ir.Node) -> Relations:
+        if one_constant(node) is None:
+            return gated_matmul(node, blocked)
+        return _matmul_relations(node)
+
+    return Rule(relations, _matmul_rewrite, lambda node: (matmul_operand(node)[0],))
+
+
+def _matmul_relations(node: ir.Node) -> Relations:
     """MatMul with one constant operand absorbs every gauge along the other one's channels.
 
     The bias that it may need is an Add behind it, which takes a shift along any axis. If one is
@@ -203,7 +219,7 @@ def _product_of_origin(node: ir.Node, origin: Array, rank: int) -> Array:
     return canonical(layout.broadcast(moved, rank))
 
 
-def matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+def _matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
     """y = x W or y = W x; slot 2 stands for the bias that a MatMul does not have."""
     slot, weight = matmul_operand(node)
     x, y = gauges(input_of(node, 1 - slot)), gauges(node.outputs[0])

@@ -30,6 +30,15 @@ def same(x: ir.Value, y: ir.Value, _node: ir.Node) -> Moves:
     return (lambda array: array), (lambda array: array)
 
 
+def operand(value: ir.Value, result: ir.Value) -> Moves:
+    """An operand against the result it broadcasts to."""
+    rank, shape = len(dims(result)), dims(value)
+    return (
+        lambda array: layout.broadcast(array, rank),
+        lambda array: layout.unbroadcast(array, shape),
+    )
+
+
 def reshaped(x: ir.Value, y: ir.Value, _node: ir.Node) -> Moves:
     """Reshape, Flatten, Squeeze, Unsqueeze."""
     before, after = dims(x), dims(y)
