@@ -58,6 +58,11 @@ def run(model: onnx.ModelProto, feeds: Feeds) -> Values:
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
+def evaluate(model: onnx.ModelProto, feeds: Feeds) -> Values:
+    """What the float64 reference computes."""
+    return Float64Reference(model).run(feeds)
+
+
 def batch_norms(model: onnx.ModelProto) -> int:
     """The batch norms of the main graph and of its branches."""
 

@@ -46,7 +46,8 @@ class Law:
     removed: how many batch norms go. kept: for each that stays, a word of the reason. absorbed: how
     many constant multiplications and additions go (None: they are left alone). repairs: the exact
     repairs allowed. listed: initializers also listed as inputs. nodes: constants as Constant nodes.
-    reference: the float64 reference can run it.
+    reference: the float64 reference can run it. runs: onnxruntime can (its CPU provider has no
+    batch-first layout).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Law:
     listed: bool = False
     nodes: bool = False
     reference: bool = True
+    runs: bool = True
     dtype: int = TensorProto.FLOAT
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     absorbed: int | None = None
@@ -133,7 +135,7 @@ def build(law: Law) -> onnx.ModelProto:
         line = _LITERAL.sub(draw.literal, line)
         lines.append(_CONSTANT.sub(draw.constant, line))
     kind = "float" if law.dtype == TensorProto.FLOAT else _TYPE_NAMES[law.dtype]
-    text = ", ".join(f"{kind}{i[i.index('[') :]} {i[: i.index('[')]}" for i in inputs)
+    text = ", ".join(_typed(i, kind) for i in inputs)
     results = ", ".join(
         f"int64 {o.removesuffix(':int')}" if o.endswith(":int") else f"{kind} {o}" for o in outputs
     )
@@ -151,6 +153,12 @@ def build(law: Law) -> onnx.ModelProto:
     )
     model.metadata_props.add(key="author", value="laws")
     return _with_output_shapes(model)
+
+
+def _typed(words: str, kind: str) -> str:
+    """'x[4,4]' or 'i:int[4,4]' as ONNX text has it."""
+    name, shape = words[: words.index("[")], words[words.index("[") :]
+    return f"int64{shape} {name[:-4]}" if name.endswith(":int") else f"{kind}{shape} {name}"
 
 
 _TYPE_NAMES = {
@@ -202,7 +210,8 @@ def inputs(model: onnx.ModelProto) -> dict[str, np.ndarray]:
             continue
         kind = value.type.tensor_type
         shape = [dim.dim_value or 4 for dim in kind.shape.dim]
-        numbers = rng.integers(-4, 5, shape)
+        low, high = (-4, 5) if kind.elem_type != TensorProto.INT64 else (0, 4)  # places
+        numbers = rng.integers(low, high, shape)
         feeds[value.name] = numbers.astype(helper.tensor_dtype_to_np_dtype(kind.elem_type))
     return feeds
 

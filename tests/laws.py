@@ -362,6 +362,42 @@ STREAMS = [
     Law("bn, squeeze and excitation", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); n = BN4(c); g = GlobalAveragePool(n); e = Conv(g, V[4,4,1,1]); h = Floor(e); y = Mul(n, h)", 1),
 ]
 
+def _recurrent() -> list[Law]:
+    """Every direction and layout, biases there and absent; float32 stays exact."""
+    laws = []
+    for op, gates, functions in (("RNN", 1, "Relu"), ("GRU", 3, "HardSigmoid, Relu"), ("LSTM", 4, "HardSigmoid, Relu, Relu")):
+        for direction, count in (("forward", 1), ("reverse", 1), ("bidirectional", 2)):
+            for layout in (0, 1) if count == 2 else (0,):
+                for bias in (", ", ", B[{},{}]"):
+                    given = bias != ", "
+                    names = ", ".join(f'"{name}"' for name in functions.split(", ") * count)
+                    extra = ", linear_before_reset=1" if op == "GRU" and given else ""
+                    hard = "" if op == "RNN" else f", activation_alpha=[{', '.join(['0.25'] * count)}], activation_beta=[{', '.join(['0.5'] * count)}]"
+                    flags = f'hidden_size=4, direction="{direction}", layout={layout}, activations=[{names}]{hard}{extra}'
+                    reads = f"t, W[{count},{4 * gates},4], R[{count},{4 * gates},4]" + bias.format(count, 8 * gates) + f", , H:pow[{count},3,4]" * (layout == 0) + f", C:pow[{count},3,4]" * (layout == 0 and op == "LSTM")
+                    laws.append(Law(
+                        f"bn, {op}, {direction}, layout {layout}{', bias' if given else ''}", op,
+                        f"x[3,4,4] > y h; b = BN4:alt0(x); t = Transpose<perm=[{'2,0,1' if layout == 0 else '0,2,1'}]>(b); y, h = {op}<{flags}>({reads})", 1,
+                        runs=layout == 0))
+    return laws
+
+
+SEQUENCES = [
+    *_recurrent(),
+    Law("bn over the steps, LSTM", "", "x[4,4,4] > y; b = BN4(x); y = LSTM<hidden_size=2>(b, W[1,8,4], R[1,8,2])", 0, ("axis",)),
+    Law("LSTM, bn", "", 'x[4,4,4] > z; y, h = LSTM<hidden_size=4, activations=["HardSigmoid", "Relu", "Relu"]>(x, W[1,16,4], R[1,16,4]); s = Squeeze(y, A{1}); t = Transpose<perm=[1,2,0]>(s); z = BN4:posscale(t)', 0, ("hidden state",)),
+    Law("bn of scale at the first state, GRU", "", "x[4,4,4] u[1,4,2] > y; f = Floor(u); b = BN4:altscale(f); y = GRU<hidden_size=2>(x, W[1,6,4], R[1,6,2], B[1,12], , b)", 0, ("hidden state",)),
+    Law("bn, LSTM of computed weights", "", "x[4,4,4] > y; b = BN4(x); t = Transpose<perm=[2,0,1]>(b); w = Floor(W[1,8,4]); y = LSTM<hidden_size=2>(t, w, R[1,8,2])", 0, ("computed",)),
+    Law("embedding, bn", "Gather", "i:int[4,4] > y; e = Gather(E[5,4], i); t = Transpose<perm=[0,2,1]>(e); y = BN4:alt0(t)", 1),
+    Law("embedding along the second axis, bn", "Gather", "i:int[4] > y; e = Gather<axis=1>(E[4,5], i); t = Transpose(e); y = BN4:alt0(t)", 1),
+    Law("embedding of matrices, bn over them", "Gather", "i:int[4] > y; e = Gather(E[5,4,4], i); y = BN4:alt0(e)", 1),
+    Law("embedding, bn over the indices", "", "i:int[4,4] > y; e = Gather(E[5,4], i); y = BN4(e)", 0, ("rows of its table",)),
+    Law("tied embedding and output weights, bn", "Gather", "i:int[4,4] > y; e = Gather(E[4,4], i); t = Transpose<perm=[0,2,1]>(e); b = BN4:alt0(t); u = Transpose<perm=[0,2,1]>(b); y = MatMul(u, E)", 1),
+    Law("bn, tokens chosen at run time, matmul", "Gather", "x[4,4,4] i:int[2,2] > y; b = BN4:alt0(x); t = Transpose<perm=[0,2,1]>(b); g = Gather<axis=1>(t, i); y = MatMul(g, W[4,4])", 1),
+    Law("bn, channels chosen at run time", "", "x[4,4,4] i:int[4] > y; b = BN4(x); g = Gather<axis=1>(b, i); y = Conv(g, W[4,4,1])", 0, ("Gather",)),
+    Law("conv, tokens chosen at run time, bn", "Gather", "x[4,4,4] i:int[2] > y; c = Conv(x, W[4,4,1]); g = Gather<axis=2>(c, i); y = BN4:alt0(g)", 1),
+]
+
 _SE = "g = GlobalAveragePool(c); e = Conv(g, V[4,4,1,1]); h = Floor(e); "
 GATES = [
     Law("conv, gate of its mean, bn of scale", "Mul", f"{X} > z; c = Conv(x, W[4,4,1,1]); {_SE}m = Mul(c, h); y = BN4:altscale(m); z = Floor(y)", 1),
@@ -486,5 +522,5 @@ REPAIRED = [
 ]
 
 LAWS: list[Law] = [
-    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GATES, *GRAPHS,
+    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GATES, *SEQUENCES, *GRAPHS,
 ]

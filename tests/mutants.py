@@ -43,7 +43,7 @@ class Mutant:
 
 LINEAR, NORM, PLAN, WAVE = "rules/linear.py", "rules/normalization.py", "plan.py", "wave.py"
 RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
-GATING = "rules/gating.py"
+GATING, RECURRENT, EMBEDDING = "rules/gating.py", "rules/recurrent.py", "rules/embedding.py"
 MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
 
 # a table is read by its columns
@@ -109,6 +109,14 @@ MUTANTS: list[Mutant] = [
     Mutant(GATING, "summed = -1 if gate == 1 else -2", "summed = -2 if gate == 1 else -1", "sums over"),
     Mutant(GATING, "gate = 1 if divide else _gate(node, blocked)", "gate = _gate(node, blocked)", "divided by a bn"),
     Mutant(GATING, "if x is g:", "if False:", "times itself"),
+    # recurrent networks, embeddings
+    Mutant(RECURRENT, "bias[:, :rows] +=", "bias[:, rows:] +=", "GRU"),
+    Mutant(RECURRENT, "weight * along(x.read_scale, ins)", "weight", "RNN"),
+    Mutant(RECURRENT, "_FEATURES = 2 ", "_FEATURES = 0 ", "over the steps"),
+    Mutant(RECURRENT, "[demand for v in hidden", "[demand for v in []", "LSTM, bn"),
+    Mutant(EMBEDDING, "array.reshape(*array.shape[:axis], 1, *array.shape[axis + count :])", "array.reshape(*array.shape[:axis], *array.shape[axis + count :], 1)", "embedding"),
+    Mutant(EMBEDDING, "for extent in array.shape[axis : axis + count]", "for extent in array.shape[:0]", "over the indices"),
+    Mutant(MOVES, "inner = layout.constant_along(array, [axis])", "inner = array", "chosen at run time"),
     # operators that pass gauges on
     Mutant(PASSING, "if value != 0:", "if value != value:", "pads with 2"),
     Mutant(PASSING, 'if string(node, "mode", "constant") != "constant":', "if True:", "pads a shift"),

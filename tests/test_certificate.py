@@ -527,6 +527,32 @@ def half_precision() -> Fold:
     )
 
 
+def bn_then_lstm() -> Fold:
+    """Two directions; every extent of the weights but the input's is another."""
+    bn = normalization(4)
+    slope, shift = affine(bn)
+    weights = {"w": draw(1, 2, 12, 4), "r": draw(2, 2, 12, 3), "b": draw(3, 2, 24)}
+    bias = weights["b"].astype(np.float64)
+    bias[:, :12] += weights["w"].astype(np.float64) @ shift
+    lstm = {"hidden_size": 3, "direction": "bidirectional"}
+    return Fold(
+        nodes=[
+            node("BatchNormalization", f"x {BN}", "n", epsilon=EPS),
+            node("Transpose", "n", "t", perm=[2, 0, 1]),
+            node("LSTM", "t w r b", "out", **lstm),
+        ],
+        folded_nodes=[
+            node("Transpose", "x", "t", perm=[2, 0, 1]),
+            node("LSTM", "t w r b", "out", **lstm),
+        ],
+        weights={**weights, **bn},
+        folded_weights={**weights, "w": f32(weights["w"] * slope), "b": f32(bias)},
+        x=(2, 4, 5),
+        gauges={"n": gauge(1 / slope, shift, 3), "t": gauge(1 / slope, shift, 3, axis=2)},
+        aliases={"n": "x"},
+    )
+
+
 RIGHT: dict[str, Callable[[], Fold]] = {
     "Conv -> BN, grouped, padded": conv_then_bn,
     "Conv -> BN, depthwise": lambda: conv_then_bn(group=6),
@@ -547,6 +573,7 @@ RIGHT: dict[str, Callable[[], Fold]] = {
     "decomposed BN": decomposed_bn,
     "BN and Relu as a clamp": clamp,
     "Embedding -> BN": embedding,
+    "BN -> LSTM": bn_then_lstm,
     "BN -> padded Conv with a Pad": padded_by_hand,
     "channel shuffle with dynamic batch": shuffled,
     "float16": half_precision,
@@ -558,6 +585,11 @@ def test_right_fold_is_certified(name: str) -> None:
     certificate = RIGHT[name]().certify()
     assert certificate.passed, [record.sentence for record in certificate.failures]
     assert certificate.worst.ulps <= 1
+
+
+def test_weights_of_an_lstm_are_read_not_probed() -> None:
+    checks = {record.op_type: record.check for record in bn_then_lstm().certify().records}
+    assert checks["LSTM"] == "weights"
 
 
 def swapped(values: Array) -> Array:
@@ -697,6 +729,13 @@ WRONG: dict[str, tuple[Callable[[], Fold], str]] = {
         lambda: changed(clamp(), "low", lambda low: one_off(low, 1.0001, (0, 1))), "Relu_r"),
     "one row of a table": (
         lambda: changed(embedding(), "table", lambda t: one_off(t, 1.00001, 40)), "Gather_e"),
+    "input weight of an LSTM one ULP off": (
+        lambda: changed(bn_then_lstm(), "w", one_ulp), "LSTM_out"),
+    "shift into one direction of an LSTM": (
+        lambda: changed(bn_then_lstm(), "b", lambda b: np.stack([b[0], draw(3, 2, 24)[1]])),
+        "LSTM_out"),
+    "recurrent weight of an LSTM": (
+        lambda: changed(bn_then_lstm(), "r", lambda r: one_off(r, 1.001)), "LSTM_out"),
     "padding with zero": (
         lambda: changed(padded_by_hand(), "value", np.zeros_like), "Conv_out"),
     "another stride": (

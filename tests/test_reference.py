@@ -345,3 +345,80 @@ def test_real_model_agrees_with_onnxruntime(name: str, shared_data: Path) -> Non
         error = np.linalg.norm(theirs[output] - exact) / np.linalg.norm(exact)
         assert error < 2**-24 * 32  # measured: at most 7.8 roundings
     assert not evaluated.widened_ops
+
+
+# ------------------------------------------------------------------------------ recurrent networks
+
+RECURRENT = {"RNN": 1, "GRU": 3, "LSTM": 4}
+ACTIVATIONS = {
+    "RNN": [("Tanh",), ("Relu",), ("LeakyRelu",), ("Affine",)],
+    "GRU": [("Sigmoid", "Tanh"), ("HardSigmoid", "ScaledTanh"), ("Sigmoid", "Softsign")],
+    "LSTM": [("Sigmoid", "Tanh", "Tanh"), ("HardSigmoid", "Softplus", "Tanh")],
+}
+
+
+def recurrent(op: str, seed: int) -> tuple[onnx.NodeProto, dict[str, Array], Array, dict[str, Any]]:
+    """A node with every optional input and attribute now and then, its constants, and an x."""
+    rng = np.random.default_rng(seed)
+    direction = ["forward", "reverse", "bidirectional"][seed % 3]
+    count, gates, hidden, batch, steps = 1 + (seed % 3 == 2), RECURRENT[op], 3, 2, 5
+    x = rng.standard_normal((steps, batch, 4)).astype(np.float32)
+    names = list(ACTIVATIONS[op][seed % len(ACTIVATIONS[op])]) * count
+    given: dict[str, Any] = {"hidden_size": hidden, "direction": direction, "activations": names}
+    sizes = {"alpha": ("LeakyRelu", "HardSigmoid", "Affine", "ScaledTanh"),
+             "beta": ("HardSigmoid", "Affine", "ScaledTanh")}  # fmt: skip
+    for what, takers in sizes.items():
+        count_of = sum(name in takers for name in names)
+        if count_of:
+            given[f"activation_{what}"] = [float(f) for f in rng.uniform(0.2, 0.8, count_of)]
+    if op == "GRU":
+        given["linear_before_reset"] = seed // 2 % 2
+    weights = {
+        "w": rng.standard_normal((count, gates * hidden, 4)),
+        "r": rng.standard_normal((count, gates * hidden, hidden)),
+        "b": rng.standard_normal((count, 2 * gates * hidden)),
+        "l": np.array([steps, 3], np.int32),
+        "h": rng.standard_normal((count, batch, hidden)),
+    }
+    if op == "LSTM":
+        weights["c"] = rng.standard_normal((count, batch, hidden))
+        weights["p"] = rng.standard_normal((count, 3 * hidden))
+        given["input_forget"] = int(seed % 4 == 3)
+    if seed % 5 == 4:
+        given["clip"] = 0.5
+    left_out = {"b"} if seed % 2 else set()
+    left_out |= {"l"} if seed % 3 == 1 else set()
+    reads = ["" if name in left_out else name for name in weights]
+    weights = {
+        name: value if value.dtype == np.int32 else value.astype(np.float32)
+        for name, value in weights.items()
+        if name not in left_out
+    }
+    outputs = ["y", "yh", "yc"] if op == "LSTM" else ["y", "yh"]
+    return helper.make_node(op, ["x", *reads], outputs, **given), weights, x, given
+
+
+@pytest.mark.parametrize("op", RECURRENT)
+@pytest.mark.parametrize("seed", range(12))
+def test_recurrent_networks_are_onnxruntimes(op: str, seed: int) -> None:
+    node, weights, x, _ = recurrent(op, seed)
+    proto = model([node], x.shape, weights, outputs=tuple(node.output))
+    expected = on_onnxruntime(proto, x)
+    for name, value in Float64Reference(proto).run({"x": x}).items():
+        assert value.dtype == np.float64
+        np.testing.assert_allclose(value, expected[name], rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("op", RECURRENT)
+def test_layout_1_is_layout_0_with_the_batch_in_front(op: str) -> None:
+    node, weights, x, given = recurrent(op, 2)
+    plain = Float64Reference(model([node], x.shape, weights, outputs=tuple(node.output)))
+    turned = helper.make_node(op, list(node.input), list(node.output), layout=1, **given)
+    states = {n: np.swapaxes(weights[n], 0, 1).copy() for n in ("h", "c") if n in weights}
+    front = np.swapaxes(x, 0, 1).copy()
+    other = Float64Reference(
+        model([turned], front.shape, {**weights, **states}, outputs=tuple(node.output))
+    )
+    first, second = plain.run({"x": x}), other.run({"x": front})
+    np.testing.assert_allclose(first["y"].transpose(2, 0, 1, 3), second["y"], **EXACT)
+    np.testing.assert_allclose(np.swapaxes(first["yh"], 0, 1), second["yh"], **EXACT)

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 
 from bnfold.proof.counterpart import (
@@ -40,7 +41,15 @@ from bnfold.proof.counterpart import (
     replaceable_inputs,
     same_constant,
 )
-from bnfold.proof.equations import channels, compare_linear, compare_maps, read_linear, read_map
+from bnfold.proof.equations import (
+    RECURRENT,
+    channels,
+    compare_linear,
+    compare_maps,
+    read_linear,
+    read_map,
+    read_recurrent,
+)
 from bnfold.proof.probe import probe
 from bnfold.proof.reference import NoReferenceError
 from bnfold.proof.shapes import Shapes
@@ -266,6 +275,7 @@ class _Proof:
             return self._record(node, "unchanged", True, "no gauge around it; it is unchanged.")
         return (
             self._check_linear(node, found)
+            or self._check_recurrent(node, found)
             or self._check_channel_map(node, found)
             or self._probe(node, found, unchanged)
         )
@@ -362,6 +372,37 @@ class _Proof:
         ulps, problem = compare_linear(mine, theirs, inputs, outputs)
         sentence = problem or "weights and bias are the exact ones, rounded once."
         return self._record(node, "weights", not problem, sentence, ulps)
+
+    def _check_recurrent(self, node: onnx.NodeProto, found: Match) -> NodeRecord | None:
+        """RNN, GRU, LSTM: W and Wb absorb the gauge of the input; all else is as it was."""
+        if node.op_type not in RECURRENT or not self._same_node_but(found, (1, 3)):
+            return None
+        mine = read_recurrent(node, self.original)
+        theirs = read_recurrent(found.folded[0], self.folded)
+        if mine is None or theirs is None or mine.settings != theirs.settings:
+            return None
+        hidden = [name for name in (*found.sources, *found.outputs) if name != mine.source]
+        inputs = channels(self.gauge(mine.source), mine.axis, mine.shape_in)
+        if inputs is None or not all(self.gauge(name).is_identity for name in hidden):
+            return None
+        outputs = Carried(np.ones(mine.shape_out), np.zeros(mine.shape_out))
+        ulps, problem = compare_linear(mine, theirs, inputs, outputs)
+        sentence = problem or "the input's weights and biases are the exact ones, rounded once."
+        return self._record(node, "weights", not problem, sentence, ulps)
+
+    def _same_node_but(self, found: Match, slots: tuple[int, ...]) -> bool:
+        """As `_same_node` and `_same_constants`, the constants in some slots left out."""
+        if len(found.original) != 1 or len(found.folded) != 1:
+            return False
+        pair = []
+        for given in (found.original[0], found.folded[0]):
+            bare = onnx.NodeProto()
+            bare.CopyFrom(given)
+            names = [name for slot, name in enumerate(given.input) if slot not in slots]
+            bare.input[:] = _trimmed(names)
+            pair.append(bare)
+        rest = Match((pair[0],), (pair[1],), found.sources, found.outputs)
+        return self._same_node(rest) and self._same_constants(rest)
 
     # --------------------------------------------------------------------------- channel maps
 

@@ -209,6 +209,26 @@ def _read_matmul(node: onnx.NodeProto, view: View) -> Linear | None:
                    weight.rounding, ())  # fmt: skip
 
 
+RECURRENT = ("RNN", "GRU", "LSTM")
+
+
+def read_recurrent(node: onnx.NodeProto, view: View) -> Linear | None:
+    """W x + Wb, what the gates of RNN, GRU or LSTM see of the input, for all directions at once.
+
+    The recurrent half of the biases is among the settings, which both sides must have in common.
+    """
+    weight = _float_constant(view, node.input[1])
+    given = _optional_bias(node, 3, view)
+    if weight is None or given is None or view.is_constant(node.input[0]):
+        return None
+    directions, rows, ins = weight.value.shape
+    halves = given[0][0].reshape(directions, 2, rows) if given else np.zeros((directions, 2, rows))
+    bias = (halves[:, 0].reshape(-1), given[0][1] if given else EXACT)
+    taps = weight.value.reshape(1, directions * rows, ins, 1)
+    settings = (node.op_type, directions, (halves[:, 1] + 0.0).tobytes())
+    return Linear(node.input[0], settings, 2, 3, False, taps, 1.0, weight.rounding, (bias,))
+
+
 _LINEAR_READERS = {
     "Conv": _read_conv,
     "ConvTranspose": _read_conv_transpose,

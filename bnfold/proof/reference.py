@@ -25,6 +25,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from bnfold.errors import BnfoldError, InputError
+from bnfold.proof.recurrent import GRU, LSTM, RNN
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Spatial = tuple[int, ...]
@@ -667,5 +668,5 @@ class DequantizeLinear(OpRun):  # type: ignore[misc]
 
 _OPERATORS: list[type[OpRun]] = [
     Conv, ConvTranspose, AveragePool, MaxPool, GlobalAveragePool, GlobalMaxPool,
-    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear,
+    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear, RNN, GRU, LSTM,
 ]  # fmt: skip

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.folding.affine import ChannelAffine
+from bnfold.folding.rules.embedding import gather_rule
 from bnfold.folding.rules.joining import (
     add_rule,
     concat_relations,
@@ -33,7 +34,6 @@ from bnfold.folding.rules.linear import (
 from bnfold.folding.rules.moves import (
     depth_to_space,
     expanded,
-    gathered,
     pooled,
     reduced,
     reshaped,
@@ -62,6 +62,7 @@ from bnfold.folding.rules.passing import (
     structural,
     summing,
 )
+from bnfold.folding.rules.recurrent import recurrent_rule
 from bnfold.folding.rules.relations import Relations, Rule
 
 
@@ -78,6 +79,9 @@ RULES: dict[str, Rule] = {
     "ConvTranspose": conv_rule(transposed=True),
     "Gemm": Rule(gemm_relations, gemm_rewrite, lambda _node: (1, 2)),
     "MatMul": matmul_rule(_blocks),
+    "RNN": recurrent_rule(),
+    "GRU": recurrent_rule(),
+    "LSTM": recurrent_rule(),
     # diagonal: absorbs channel by channel
     "BatchNormalization": Rule(
         normalization_relations,
@@ -118,7 +122,7 @@ RULES: dict[str, Rule] = {
     "Transpose": structural(transposed),
     "Expand": structural(expanded),
     "Slice": structural(sliced),
-    "Gather": structural(gathered),
+    "Gather": gather_rule(),
     "DepthToSpace": structural(depth_to_space),
     "SpaceToDepth": structural(space_to_depth),
     "Pad": pad_rule(),

@@ -164,12 +164,12 @@ def _put_along(array: Array, index: slice | Sequence[int], axis: int, size: Dim)
 
 
 def gathered(x: ir.Value, _y: ir.Value, node: ir.Node) -> Moves:
-    """Gather with constant indices."""
+    """Gather; where the indices are computed, along an axis on which the gauge is constant."""
     before = dims(x)
     axis = integer(node, "axis", 0) % len(before)
     held = constant(input_of(node, 1))
     if held is None:
-        raise Opaque("its indices are computed")
+        return _gathered_at_run_time(axis, len(dims(input_of(node, 1))))
     index = [int(i) for i in held.array.reshape(-1)]
     shape = held.array.shape
 
@@ -188,6 +188,27 @@ def gathered(x: ir.Value, _y: ir.Value, node: ir.Node) -> Moves:
             return _put_along(array.reshape(*left, 1, *right), index, axis, before[axis])
         full = np.broadcast_to(array, (*left, *shape, *right))
         return _put_along(full.reshape(*left, -1, *right), index, axis, before[axis])
+
+    return ahead, back
+
+
+def _gathered_at_run_time(axis: int, rank: int) -> Moves:
+    def ahead(array: Array) -> Array | None:
+        ones = (1,) * rank
+        inner = layout.constant_along(array, [axis])
+        return (
+            None
+            if inner is None
+            else inner.reshape(*inner.shape[:axis], *ones, *inner.shape[axis + 1 :])
+        )
+
+    def back(array: Array) -> Array | None:
+        inner = layout.constant_along(array, range(axis, axis + rank))
+        return (
+            None
+            if inner is None
+            else inner.reshape(*inner.shape[:axis], 1, *inner.shape[axis + rank :])
+        )
 
     return ahead, back
 
