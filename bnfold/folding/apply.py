@@ -157,7 +157,7 @@ class _Writer:
                 and not root.is_graph_output()
                 and all(
                     _same_shape(w) and np.array_equal(w.held.as_root(w.array), first)
-                    for w in writes
+                    for w in writes[1:]
                 )
             )
             if agreed and first is not None:
@@ -281,22 +281,21 @@ class _Writer:
 
 
 def _same_shape(write: _Write) -> bool:
-    return write.array.shape == write.held.array.shape
+    return write.array.shape == write.held.shape
 
 
 def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[Any]:
     """The array rounded once to its own type. Raises InputError if it overflows there."""
     with np.errstate(over="ignore"):
-        # ascontiguousarray makes a scalar a vector
-        stored = np.ascontiguousarray(array.astype(dtype.numpy())).reshape(array.shape)
+        stored = array.astype(dtype.numpy(), order="C")
+    if np.all(np.isfinite(stored)):
+        return ir.Tensor(stored, dtype=dtype, name=name)
     if not np.all(np.isfinite(array)):
         raise InputError(f"The weight '{name}' or what is folded into it holds NaN or infinity.")
-    if not np.all(np.isfinite(stored.astype(np.float64))):
-        raise InputError(
-            f"Folding makes the weight '{name}' too large for {dtype.name}: its largest magnitude"
-            f" would be {np.max(np.abs(array)):.3g}. Fold the model in float32."
-        )
-    return ir.Tensor(stored, dtype=dtype, name=name)
+    raise InputError(
+        f"Folding makes the weight '{name}' too large for {dtype.name}: its largest magnitude"
+        f" would be {np.max(np.abs(array)):.3g}. Fold the model in float32."
+    )
 
 
 def _set_root(root: ir.Value, tensor: ir.Tensor[Any]) -> None:

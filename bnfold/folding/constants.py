@@ -31,12 +31,21 @@ class Constant:
     tensor: ir.TensorProtocol
 
     @cached_property
-    def array(self) -> Array:
-        """The operand's elements, as the operator sees them, in float64."""
+    def _stored(self) -> np.ndarray:
         array = self.tensor.numpy()
         for view in self.views:
             array = _forward(view, array)
-        return array.astype(np.float64)
+        return array
+
+    @cached_property
+    def array(self) -> Array:
+        """The operand's elements, as the operator sees them, in float64."""
+        return self._stored.astype(np.float64, order="C")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The operand's shape."""
+        return self._stored.shape
 
     def as_root(self, array: Array) -> Array:
         """An array in the operand's layout, brought back to the layout of the root."""

@@ -28,6 +28,7 @@ from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
 from bnfold.folding.rules import RULES, affine_of, constant_slots, is_batch_norm
+from bnfold.folding.rules.linear import matmul_bias
 from bnfold.folding.rules.node import Opaque, input_of, name_of, real, weights
 from bnfold.folding.rules.normalization import constants_of_bypass
 from bnfold.folding.rules.relations import Gauges
@@ -358,9 +359,7 @@ def _extra_operators(network: Network, trial: _Trial) -> int:
 
 def _needs_bias(network: Network, node: ir.Node, gauge: Gauges) -> bool:
     """True for a MatMul that, with these gauges, needs an Add behind it."""
-    slots = _constant_slots(network, node)
-    rewrite = RULES[node.op_type].rewrite if slots else None
-    return rewrite is not None and bool(np.any(rewrite(node, gauge)[2]))
+    return bool(_constant_slots(network, node)) and bool(np.any(matmul_bias(node, gauge)))
 
 
 def _check_scope(network: Network, trial: _Trial, scope: Scope) -> None:

@@ -12,13 +12,14 @@ import onnx_ir as ir
 
 from bnfold.folding import layout
 from bnfold.folding.affine import Array, canonical
-from bnfold.folding.constants import constant
+from bnfold.folding.constants import Constant, constant
 from bnfold.folding.rules.gating import Blocked
 from bnfold.folding.rules.gating import matmul_relations as gated_matmul
 from bnfold.folding.rules.node import (
     Opaque,
     along,
     auto_padded,
+    constant_at,
     dims,
     input_of,
     integer,
@@ -86,7 +87,7 @@ def conv_barrier(node: ir.Node, *, transposed: bool) -> str | None:
     """What stands against a shift at the input of a convolution, if something does."""
     if transposed:
         return "sees fewer elements at the border"
-    return "pads with zeros" if _pads_with_zeros(node, weights(node, 1).shape[2:]) else None
+    return "pads with zeros" if _pads_with_zeros(node, constant_at(node, 1).shape[2:]) else None
 
 
 def conv_rewrite(node: ir.Node, gauges: Gauges, *, transposed: bool) -> dict[int, Array]:
@@ -105,12 +106,11 @@ def conv_rewrite(node: ir.Node, gauges: Gauges, *, transposed: bool) -> dict[int
     bias = _bias(node, 2, outs)
     if np.any(shift):
         bias = bias + (split * shift).sum(axis=tuple(range(2, split.ndim))).reshape(outs)
-    new = scale.reshape(groups, -1, 1, *ones) * split
+    split *= scale.reshape(groups, -1, 1, *ones)  # in place: `weights` gave a fresh array
     if np.any(read != 1):
-        new *= read
-    new = np.swapaxes(new, 1, 2) if transposed else new
+        split *= read
     return {
-        1: new.reshape(weight.shape),
+        1: weight,
         2: shifted(bias, scale, along(y.origin, outs)),
     }
 
@@ -119,9 +119,9 @@ def conv_rule(*, transposed: bool) -> Rule:
     """Conv and ConvTranspose, 1-D to 3-D, grouped and depthwise."""
 
     def relations(node: ir.Node) -> Relations:
-        weights(node, 1)
+        constant_at(node, 1)
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            weights(node, 2)
+            constant_at(node, 2)
         barrier = conv_barrier(node, transposed=transposed)
         return absorbs(node, (input_of(node, 0), 1), (node.outputs[0], 1), barrier=barrier)
 
@@ -133,9 +133,9 @@ def conv_rule(*, transposed: bool) -> Rule:
 
 def gemm_relations(node: ir.Node) -> Relations:
     """Gemm with constant B and C absorbs every gauge; the channels of A are its columns."""
-    weights(node, 1)
+    constant_at(node, 1)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        weights(node, 2)
+        constant_at(node, 2)
     if real(node, "beta", 1.0) == 0:
         raise Opaque("its beta is 0")
     x, y = input_of(node, 0), node.outputs[0]
@@ -155,15 +155,15 @@ def gemm_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
     return {1: new.T if flip else new, 2: shifted(bias, scale, origin) / beta}
 
 
-def matmul_operand(node: ir.Node) -> tuple[int, Array]:
-    """The slot and the elements of the constant operand. Raises Opaque where there is none."""
+def matmul_operand(node: ir.Node) -> tuple[int, Constant]:
+    """The slot of the constant operand, and the constant. Raises Opaque where there is none."""
     held = one_constant(node)
     if held is None:
         raise Opaque("it multiplies two computed values")
     slot, c = held
-    if c.array.ndim < 2 or len(dims(input_of(node, 1 - slot))) < 2:
+    if len(c.shape) < 2 or len(dims(input_of(node, 1 - slot))) < 2:
         raise Opaque("one of its operands is a vector")
-    return slot, c.array
+    return slot, c
 
 
 def matmul_rule(blocked: Blocked) -> Rule:
@@ -212,22 +212,34 @@ def _shift_goes_on(node: ir.Node, x: ir.Value, y: ir.Value) -> tuple[Tie, ...]:
 
 def _product_of_origin(node: ir.Node, origin: Array, rank: int) -> Array:
     """W times the origin of the input, against the output; NaN where the origin is not known."""
-    slot, weight = matmul_operand(node)
-    weight = weight if slot == 1 else np.swapaxes(weight, -1, -2)
+    if origin.size == 1 and (
+        origin == 0 or np.isnan(origin)
+    ):  # the common cases, without a product
+        return np.full((1,) * rank, origin.item())
+    slot, held = matmul_operand(node)
+    weight = held.array if slot == 1 else np.swapaxes(held.array, -1, -2)
     moved = (along(origin, weight.shape[-2]) @ weight)[..., None, :]
     moved = moved if slot == 1 else np.swapaxes(moved, -1, -2)
     return canonical(layout.broadcast(moved, rank))
 
 
-def _matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
-    """y = x W or y = W x; slot 2 stands for the bias that a MatMul does not have."""
-    slot, weight = matmul_operand(node)
+def matmul_bias(node: ir.Node, gauges: Gauges) -> Array:
+    """The bias that a MatMul needs with the gauges around it; zeros where it needs none."""
+    slot, _ = matmul_operand(node)
     x, y = gauges(input_of(node, 1 - slot)), gauges(node.outputs[0])
-    weight = weight if slot == 1 else np.swapaxes(weight, -1, -2)
-    ins, outs = weight.shape[-2:]
-    new = along(x.read_scale, ins)[:, None] * weight * along(y.scale, outs)
-    new = new if slot == 1 else np.swapaxes(new, -1, -2)
     bias = shifted(_product_of_origin(node, x.origin, y.scale.ndim), y.scale, y.origin)
     while bias.ndim > 1 and bias.shape[0] == 1:
         bias = bias[0]
-    return {slot: new, 2: bias}
+    return bias
+
+
+def _matmul_rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+    """y = x W or y = W x; slot 2 stands for the bias that a MatMul does not have."""
+    slot, held = matmul_operand(node)
+    x, y = gauges(input_of(node, 1 - slot)), gauges(node.outputs[0])
+    weight = held.array if slot == 1 else np.swapaxes(held.array, -1, -2)
+    ins, outs = weight.shape[-2:]
+    weight *= along(y.scale, outs)  # in place: it is a fresh array
+    weight *= along(x.read_scale, ins)[:, None]
+    new = weight if slot == 1 else np.swapaxes(weight, -1, -2)
+    return {slot: new, 2: matmul_bias(node, gauges)}

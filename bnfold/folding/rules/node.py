@@ -85,11 +85,16 @@ def auto_padded(node: ir.Node) -> bool:
 
 
 def weights(node: ir.Node, slot: int) -> Array:
-    """The constant at an input slot, in float64. Raises Opaque where it is computed."""
+    """The elements at an input slot, fresh, in float64. Raises Opaque where they are computed."""
+    return constant_at(node, slot).array
+
+
+def constant_at(node: ir.Node, slot: int) -> Constant:
+    """The constant at an input slot. Raises Opaque where it is computed."""
     value = node.inputs[slot] if slot < len(node.inputs) else None
     held = constant(value)
     if held is not None:
-        return held.array
+        return held
     if value is not None and value.is_initializer():
         raise Opaque(
             f"'{value.name}' is also an input of the model, so a caller may override it;"
@@ -112,7 +117,7 @@ def one_constant(node: ir.Node) -> tuple[int, Constant] | None:
     if len(found) != 1:
         return None
     slot, c = found[0]
-    if c.array.ndim > len(dims(node.outputs[0])):
+    if len(c.shape) > len(dims(node.outputs[0])):
         raise Opaque("its constant has a higher rank than the data")
     return slot, c
 
