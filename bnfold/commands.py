@@ -522,7 +522,7 @@ def _add_fold(done: Report, result: Any) -> None:
 def _fold_summary(found: int, result: Any) -> str:
     folded, producer = len(result.folded), result.original.producer_name
     others = len(result.absorbed)
-    more = f" With them went {others} Mul, Add, Sub or Div by constants." if others else ""
+    more = f" {others} Mul, Add, Sub or Div by constants went too." if others else ""
     if found == 0:
         hint = " (torch's exporter folds by itself unless optimize=False)"
         return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"

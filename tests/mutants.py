@@ -148,7 +148,7 @@ MUTANTS: list[Mutant] = [
     Mutant(WAVE, "residue -= term.sign * number", "residue -= number", "sub"),
     Mutant(WAVE, "term.sign * residue", "1 * residue", "sub"),
     Mutant(WAVE, "if not np.all(held):", "if False:", "padded"),
-    Mutant(WAVE, "if np.any(clash):", "if False:", "second consumer"),
+    Mutant(WAVE, "if clash.any():", "if False:", "second consumer"),
     # writing
     Mutant(APPLY, "and len(writes) == len(readers(root))", "and len(writes) > 0", "shared"),
     Mutant(APPLY, "np.array_equal(w.held.as_root(w.array), first)", "first is not None", "shared"),

@@ -112,14 +112,20 @@ class Wave:
         if np.isnan(array).all():
             return
         self._check_place(value, array)
-        had = self.known(value)
-        clash = ~np.isnan(had) & ~np.isnan(array) & (had != array)
-        if np.any(clash):
-            raise self._clash(value, clash)
-        self.new[value] = canonical(np.where(np.isnan(had), array, had))
+        had, news = self.new.get(value), ~np.isnan(array)
+        if had is not None:
+            open_ = np.isnan(had)
+            clash = ~open_ & news & (had != array)
+            if clash.any():
+                raise self._clash(value, clash)
+            news = news & open_
+            if not news.any():
+                return
+            array = np.where(open_, array, had)
+        self.new[value] = canonical(array)
         self._now.pop(value, None)
         self._check_facts(value)
-        if not np.any(~np.isnan(array) & (array != self.before(value)) & np.isnan(had)):
+        if not (news & (array != self.before(value))).any():
             return
         self._came_by.setdefault(value, by)
         if value.is_graph_input() or value.is_graph_output():
