@@ -517,6 +517,7 @@ REPAIRED = [
     Law("bn, transposed conv, dilated, repaired", "ConvTranspose", f"{X} > y; b = BN4(x); y = ConvTranspose<strides=[3,2], dilations=[2,3]>(b, W[4,4,2,3])", 1, repairs=("border",)),
     Law("bn, transposed conv with an output shape", "", f"{X} > y; b = BN4(x); y = ConvTranspose<output_shape=[6,6]>(b, W[4,4,3,3])", 0, ("border",), repairs=("border",)),
     Law("bn, relu, padded conv, both repairs", "Relu", f"{X} > y; b = BN4:alt(x); r = Relu(b); y = Conv<{PAD}>(r, W[4,4,3,3])", 1, repairs=("border", "clamp")),
+    Law("bn, padded conv to one place, repaired", "Conv", "x[4,4,2,2] > y; b = BN4(x); y = Conv<pads=[0,0,1,1]>(b, W[4,4,3,3])", 1, repairs=("border",)),
     Law("bn, padded conv of free size", "", "x[N,4,H,W] > y; b = BN4(x); y = Conv<pads=[1,1,1,1]>(b, W[4,4,3,3])", 0, ("pads with zeros",), repairs=("border",)),
     Law("bn, padded conv, free batch, repaired", "Conv", "x[N,4,4,4] > y; b = BN4(x); y = Conv<pads=[1,1,1,1]>(b, V[4,4,3,3])", 1, repairs=("border",)),
 ]

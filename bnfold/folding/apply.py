@@ -7,7 +7,7 @@ what nothing reads any more goes. The model that came in stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules import RULES, constant_slots
 from bnfold.folding.rules.node import label
-from bnfold.folding.rules.relations import Rewrite, Step
+from bnfold.folding.rules.relations import Step
 from bnfold.folding.rules.repairs import repair_of
 
 # the largest number of each type: a bound where there is none
@@ -60,12 +60,13 @@ def apply(plan: FoldPlan) -> Folded:
     for node in nodes:
         if node in touched:
             repair = repair_of(node, plan.repairs)
-            steps = repair.steps(node, plan.gauge) if repair is not None else []
-            rewrite = repair.rewrite if repair is not None and steps else _rewrite_of(node)
-            if rewrite is not None:
-                writer.rewrite(nodes[node], _constants(node, rewrite, plan))
-            if repair is not None and steps:
-                writer.add_steps(nodes[node], steps, in_place=repair.rewrite is None)
+            form = repair.form(plan.gauge) if repair is not None else None
+            rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
+            if form is not None:
+                writer.rewrite(nodes[node], _news(node, form.constants or {}))
+                writer.add_steps(nodes[node], form.steps, in_place=form.constants is None)
+            elif rewrite is not None:
+                writer.rewrite(nodes[node], _news(node, rewrite(node, plan.gauge)))
     writer.flush()
     aliases = _bypass_all([(nodes[node], slot) for node, slot in gone.items()], writer)
     return Folded(model, aliases, writer.biases, writer.written)
@@ -94,14 +95,10 @@ class _New:
     held: Constant | None
 
 
-def _rewrite_of(node: ir.Node) -> Rewrite | None:
-    return RULES[node.op_type].rewrite if constant_slots(node) else None
-
-
-def _constants(node: ir.Node, rewrite: Rewrite, plan: FoldPlan) -> list[_New]:
+def _news(node: ir.Node, constants: Mapping[int, Array]) -> list[_New]:
     """The new constants of one node of the original model."""
     news = []
-    for slot, array in rewrite(node, plan.gauge).items():
+    for slot, array in constants.items():
         value = node.inputs[slot] if slot < len(node.inputs) else None
         held = constant(value) if value is not None else None
         if held is None and not np.any(array):
@@ -223,7 +220,7 @@ class _Writer:
         node.resize_inputs(max(len(node.inputs), new.slot + 1))
         node.replace_input_with(new.slot, value)
 
-    def add_steps(self, node: ir.Node, steps: list[Step], *, in_place: bool) -> None:
+    def add_steps(self, node: ir.Node, steps: Sequence[Step], *, in_place: bool) -> None:
         """Put operators with a constant behind a node, or in its place."""
         value = node.outputs[0]
         stem = node.name or value.name

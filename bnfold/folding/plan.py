@@ -352,8 +352,9 @@ def _extra_operators(network: Network, trial: _Trial) -> int:
     for node in {node for value in trial.touched for node in network.around(value)}:
         repair = network.repair(node)
         if repair is not None:
-            extra += repair.extra_operators(node, trial.gauge)
-            extra -= repair.extra_operators(node, network.gauge)
+            before, after = repair.form(network.gauge), repair.form(trial.gauge)
+            extra += after.extra_operators if after is not None else 0
+            extra -= before.extra_operators if before is not None else 0
     return extra
 
 

@@ -46,9 +46,11 @@ from bnfold.proof.equations import (
     channels,
     compare_linear,
     compare_maps,
+    compare_weights,
     read_linear,
     read_map,
     read_recurrent,
+    shifted_border,
 )
 from bnfold.proof.probe import probe
 from bnfold.proof.reference import NoReferenceError
@@ -356,9 +358,15 @@ class _Proof:
     # -------------------------------------------------------------------------------- weights
 
     def _check_linear(self, node: onnx.NodeProto, found: Match) -> NodeRecord | None:
-        """W~ = scale_y W / scale_x and b~ = scale_y (b + W origin_x - origin_y), rounded once."""
+        """W~ = scale_y W / scale_x and b~ = scale_y (b + W origin_x - origin_y), rounded once.
+
+        Where a shift meets a border, b~ is a map over the places: the weights are held against the
+        exact ones here, and the map is left to the probe.
+        """
         mine = read_linear(found.original, self.original)
-        theirs = read_linear(found.folded, self.folded)
+        theirs = read_linear(found.folded, self.folded) or read_linear(
+            found.folded[:1], self.folded
+        )
         if mine is None or theirs is None or mine.settings != theirs.settings:
             return None
         if mine.weight.shape != theirs.weight.shape or len(found.outputs) != 1:
@@ -368,6 +376,11 @@ class _Proof:
         inputs = channels(self.gauge(mine.source), mine.axis, mine.shape_in)
         outputs = channels(self.gauge(found.outputs[0]), mine.axis, mine.shape_out)
         if inputs is None or outputs is None:
+            return None
+        if shifted_border(mine, inputs):
+            ulps, problem = compare_weights(mine, theirs, inputs, outputs)
+            return self._record(node, "weights", False, problem, ulps) if problem else None
+        if read_linear(found.folded, self.folded) is None:
             return None
         ulps, problem = compare_linear(mine, theirs, inputs, outputs)
         sentence = problem or "weights and bias are the exact ones, rounded once."

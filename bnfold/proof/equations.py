@@ -269,10 +269,15 @@ def compare_linear(
     problem = _linear_premises(mine, inputs, readable, known, live)
     if problem:
         return 0.0, problem
-    ulps, problem = _compare_weights(mine, theirs, inputs, outputs)
+    ulps, problem = compare_weights(mine, theirs, inputs, outputs)
     if problem:
         return ulps, problem
     return ulps, _compare_bias(mine, theirs, inputs, outputs, live, known)
+
+
+def shifted_border(mine: Linear, inputs: Carried) -> bool:
+    """True where a shift of the input changes what the border sees: a number for each place."""
+    return mine.blind and bool(np.any((inputs.origin != 0) & (inputs.scale != 0)))
 
 
 def _linear_premises(mine: Linear, inputs: Carried, readable: Array, known: Array, live: Array
@@ -302,10 +307,10 @@ def _linear_premises(mine: Linear, inputs: Carried, readable: Array, known: Arra
     return ""
 
 
-def _compare_weights(
+def compare_weights(
     mine: Linear, theirs: Linear, inputs: Carried, outputs: Carried
 ) -> tuple[float, str]:
-    """Weights by rows, a piece at a time that stays in the processor's cache."""
+    """The weights' half of `compare_linear`, in pieces that stay in the processor's cache."""
     live = np.isfinite(outputs.scale) & (outputs.scale != 0)
     readable = np.isfinite(inputs.scale) & (inputs.scale != 0)
     checked = ~np.isinf(outputs.scale)  # a known constant is not read, so any weights will do

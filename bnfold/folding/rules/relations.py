@@ -106,21 +106,31 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Repair:
-    """Another form of one node: what it asks then, and the operators that it costs.
+class Form:
+    """What stands in the folded graph for a node that is repaired.
 
-    steps: what comes behind the node, given the gauges around it; none where its own form does.
-    rewrite: the node's constants in this form. Without it the steps take the node's place.
+    constants: the node's new ones by slot. steps: the operators behind it; without constants they
+    take the node's place.
+    """
+
+    steps: tuple[Step, ...]
+    constants: dict[int, Array] | None = None
+
+    @property
+    def extra_operators(self) -> int:
+        """How many operators more there are."""
+        return len(self.steps) - (self.constants is None)
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """Another form of one node: what it asks then, and how it looks with given gauges around it.
+
+    form: None where the node's own form does.
     """
 
     relations: Relations
-    steps: Callable[[ir.Node, Gauges], list[Step]]
-    rewrite: Rewrite | None = None
-
-    def extra_operators(self, node: ir.Node, gauges: Gauges) -> int:
-        """How many operators more there are with these gauges."""
-        steps = self.steps(node, gauges)
-        return len(steps) - (1 if steps and self.rewrite is None else 0)
+    form: Callable[[Gauges], Form | None]
 
 
 def identity_demands(value: ir.Value, sentence: str) -> tuple[Demand, Demand]:

@@ -33,6 +33,7 @@ from bnfold.folding.rules.node import (
     weights,
 )
 from bnfold.folding.rules.relations import (
+    Form,
     Gauges,
     Relations,
     Repair,
@@ -65,18 +66,17 @@ def clamp(node: ir.Node) -> Repair:
         (scale,), (Tie(x, y, origin_ahead, origin_back),), (), (readable(x, node),)
     )
 
-    def steps(node: ir.Node, gauges: Gauges) -> list[Step]:
-        gauge = gauges(node.outputs[0])
+    def form(gauges: Gauges) -> Form | None:
+        gauge = gauges(y)
         lower, upper = _carried_bounds(gauge, low, high)
-        plain = np.all((gauge.scale > 0) & ((gauge.origin == 0) | np.isinf(gauge.scale)))
-        if np.all(lower == low) and np.all(upper == high):
-            return []
-        if plain and not np.isfinite(high):
-            return []  # Relu itself
-        found = (Step("Max", lower), Step("Min", upper))
-        return [step for step in found if np.any(np.isfinite(step.constant))]
+        same_bounds = np.all(lower == low) and np.all(upper == high)
+        relu = np.all((gauge.scale > 0) & ((gauge.origin == 0) | np.isinf(gauge.scale)))
+        if same_bounds or (relu and node.op_type == "Relu"):
+            return None
+        steps = (Step("Max", lower), Step("Min", upper))
+        return Form(tuple(step for step in steps if np.any(np.isfinite(step.constant))))
 
-    return Repair(relations, steps)
+    return Repair(relations, form)
 
 
 def _bounds(node: ir.Node) -> tuple[float, float]:
@@ -119,30 +119,35 @@ def border(node: ir.Node) -> Repair:
         raise Opaque("it has no border that a shift would change")
     inside = _inside(node, transposed)
 
-    def steps(node: ir.Node, gauges: Gauges) -> list[Step]:
+    def form(gauges: Gauges) -> Form | None:
         gauge_x, gauge_y = gauges(x), gauges(y)
         if not np.any(gauge_x.origin):
-            return []
-        weight, groups = weights(node, 1), integer(node, "group", 1)
-        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-        split = np.swapaxes(split, 1, 2) if transposed else split
-        split = split.reshape(*split.shape[:3], -1)
-        origin = along(gauge_x.origin, groups * split.shape[2]).reshape(groups, -1)
-        seen = np.einsum("goit,gi->got", split, origin).reshape(-1, *weight.shape[2:])
-        for taps in inside:  # the first axis of taps goes, its places come last
-            seen = np.tensordot(seen, taps, axes=(1, 1))
-        scale = along(gauge_y.scale, seen.shape[0])
+            return None
+        without = {x: Gauge(gauge_x.scale, 0 * gauge_x.origin)}
+        constants = conv_rewrite(node, lambda v: without.get(v) or gauges(v), transposed=transposed)
+        seen = _response(node, gauge_x.origin, inside, transposed)
+        scale = along(gauge_y.scale, len(seen))
         scale = np.where(np.isinf(scale), 0, scale).reshape(-1, *(1,) * len(inside))
-        return [Step("Add", (scale * seen)[None])]
+        shift = scale * seen
+        if all(extent == 1 for extent in canonical(shift).shape[1:]):  # no map, a bias
+            return Form((), {**constants, 2: constants[2] + shift.reshape(len(shift), -1)[:, 0]})
+        return Form((Step("Add", shift[None]),), constants)
 
-    def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
-        def without_origin(value: ir.Value) -> Gauge:
-            gauge = gauges(value)
-            return Gauge(gauge.scale, 0 * gauge.origin) if value is x else gauge
+    return Repair(absorbs(node, (x, 1), (y, 1)), form)
 
-        return conv_rewrite(node, without_origin, transposed=transposed)
 
-    return Repair(absorbs(node, (x, 1), (y, 1)), steps, rewrite)
+def _response(node: ir.Node, origin: Array, inside: list[Array], transposed: bool) -> Array:
+    """What the convolution makes of an input that is `origin` everywhere: (outputs, places...)."""
+    weight, groups = weights(node, 1), integer(node, "group", 1)
+    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    split = np.swapaxes(split, 1, 2) if transposed else split
+    ins, kernel = groups * split.shape[2], split.shape[3:]
+    origins = along(origin, ins).reshape(groups, -1)
+    seen: Array = np.einsum("goit,gi->got", split.reshape(*split.shape[:3], -1), origins)
+    seen = seen.reshape(-1, *kernel)
+    for taps in inside:  # the first axis of taps goes, its places come last
+        seen = np.asarray(np.tensordot(seen, taps, axes=(1, 1)))
+    return seen
 
 
 def _inside(node: ir.Node, transposed: bool) -> list[Array]:
