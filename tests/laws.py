@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.law_models import Law, equal_parts
+from tests.law_models import Law, equal_parts, equal_shift
 
 X = "x[4,4,4,4]"  # square: as many samples as channels, rows and columns
 PAD = "pads=[1,1,1,1]"
@@ -172,6 +172,23 @@ def _passing() -> list[Law]:
     return laws
 
 
+def _clamps() -> list[Law]:
+    """Max and Min with a constant: a positive scale and any shift, the constant follows."""
+    laws = []
+    for op in ("Max", "Min"):
+        laws += [
+            Law(f"conv, {op}, bn", op, f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); r = {op}(c, L[4,1,1]); y = BN4:pos0(r)", 1),
+            Law(f"bn, {op}, conv", op, f"{X} > y; f = Floor(x); b = BN4:pos0(f); r = {op}(L[1,4,1,1], b); y = Conv(r, W[4,4,3,3])", 1),
+            Law(f"bn, {op} by one number, conv", op, f"{X} > y; f = Floor(x); b = BN4:pos(f); r = {op}(b, L[]); y = Conv(r, W[4,4,3,3])", 1),
+            Law(f"bn of all gammas 0, {op}, conv", op, f"{X} > y; f = Floor(x); b = BN4:all0(f); r = {op}(b, L[]); y = Conv(r, W[4,4,3,3])", 1),
+            Law(f"bn of both signs, {op}, conv", "", f"{X} > y; f = Floor(x); b = BN4:alt(f); r = {op}(b, L[4,1,1]); y = Conv(r, W[4,4,3,3])", 0, ("negative",)),
+            Law(f"bn, {op} over positions, conv", op, f"{X} > y; f = Floor(x); b = BN4:pos(f); r = {op}(b, L[4,4]); y = Conv(r, W[4,4,3,3])", 1),
+            Law(f"bn, {op}, conv, opset 7", op, f"{X} > y; f = Floor(x); b = BN4:pos(f); r = {op}(b, L[4,4,4,4]); y = Conv(r, W[4,4,3,3])", 1, opset=7, ir_version=3, listed=True),
+            Law(f"{op} of constants, bn", "", f"x[4,4] > y; r = {op}(A[4,4], B[4,4]); b = BN4:altscale(r); y = Add(x, b)", 0, ("",)),
+        ]
+    return laws
+
+
 PASSING = [
     *_passing(),
     Law("relu, bn, conv", "Conv", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = Relu(c); b = BN4(r); y = Conv(b, W[4,4,3,3])", 1),
@@ -180,6 +197,15 @@ PASSING = [
     Law("prelu, slope of one number", "PRelu", f"{X} > y; f = Floor(x); b = BN4:pos0scale(f); r = PRelu(b, P[1]); y = Conv(r, W[4,4,3,3])", 1),
     Law("prelu, slope over positions, constants", "", f"{X} > y; f = Floor(x); b = BN4:all0(f); r = PRelu(b, P[4,4]); y = Conv(r, W[4,4,3,3])", 0, ("axis",)),
     Law("prelu, computed slope", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = PRelu(c, x); b = BN4:posscale(r); y = Floor(b)", 0, ("computed",)),
+    *_clamps(),
+    Law("largest of three, bn", "Max", f"{X} > y; c = Conv(x, V[4,4,1,1], A[4]); d = Conv(x, W[4,4,1,1]); e = Conv(x, U[4,4,1,1]); r = Max(c, d, e, L[4,1,1]); y = BN4:pos0(r)", 1),
+    Law("bn, largest of two, conv", "", f"{X} u[4,4,4,4] > y; f = Floor(x); b = BN4:pos(f); r = Max(b, u); y = Conv(r, W[4,4,1,1])", 0, ("'u'",)),
+    Law("known constants, largest of two", "", f"{X} > y; f = Floor(x); b = BN4:all0(f); c = Conv(f, V[4,4,1,1]); r = Max(b, c); y = Conv(r, W[4,4,1,1])", 0, ("constant",)),
+    Law("known constants, largest of them and a bound", "", f"{X} > y; f = Floor(x); b = BN4:all0(f); i = Identity(b); r = Max(b, i, L); y = Conv(r, W[4,4,1,1])", 0, ("constant",), constants={"L": np.float32(8)}),
+    Law("smallest of two, one broadcasts, bn", "Min", f"{X} > y; c = Conv(x, V[4,4,1,1], A[4]); d = Conv(x, W[4,4,4,4]); r = Min(c, d); y = BN4:pos(r)", 1),
+    Law("mean of two, bn of scale", "Mean", f"{X} > z; c = Conv(x, V[4,4,1,1]); d = Conv(x, W[4,4,1,1]); r = Mean(c, d); y = BN4:altscale(r); z = Floor(y)", 1),
+    Law("mean of two, bn", "", f"{X} > z; c = Conv(x, V[4,4,1,1]); d = Conv(x, W[4,4,1,1]); r = Mean(c, d); y = BN4(r); z = Floor(y)", 0, ("no shift",)),
+    Law("mean of a value and a constant, bn", "", f"{X} > z; c = Conv(x, V[4,4,1,1]); r = Mean(c, K[4,1,1]); y = BN4:altscale(r); z = Floor(y)", 0, ("constant",)),
     Law("clip stops everything", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = Clip(c, L[], H:pos[]); b = BN4:posscale(r); y = Floor(b)", 0, ("Clip",)),
     Law("instance norm is left alone", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); r = InstanceNormalization(c, S[4], T[4]); b = Floor(r); y = BN4(b)", 0, ("Floor",)),
 ]
@@ -196,6 +222,10 @@ def _both_ways(op: str, text: str, channels: int = 4, *, shape: str = X, weight:
 
 
 WINDOWS = [
+    *_both_ways("GridSample", 'GridSample<mode="linear", padding_mode="border", align_corners=1>({}, G)', constants={"G": np.array([[-3, 1], [0, 0.5]], np.float32).reshape(1, 2, 1, 2).repeat(4, 0)}),
+    *_both_ways("GridSample", 'GridSample<align_corners=1>({}, G)', kinds=("altscale", "altscale"), constants={"G": np.array([[-3, 1], [0, 0.5]], np.float32).reshape(1, 2, 1, 2).repeat(4, 0)}),
+    Law("bn, grid that points outside", "", f"{X} g[4,2,2,2] > y; b = BN4(x); o = GridSample(b, g); y = Conv(o, W[4,4,1,1])", 0, ("shift",)),
+    Law("bn of the grid", "", f"{X} g[4,2,2,2] > y; b = BN2:scale(g); o = GridSample(x, b); y = Conv(o, W[4,4,1,1])", 0, ("places",)),
     *_both_ways("MaxPool", "MaxPool<kernel_shape=[2,2], pads=[1,1,1,1]>({})", kinds=("pos0", "pos0")),
     *_both_ways("GlobalMaxPool", "GlobalMaxPool({})", kinds=("pos0", "pos0")),
     *_both_ways("AveragePool", "AveragePool<kernel_shape=[2,2], strides=[2,2]>({})"),
@@ -279,6 +309,19 @@ STRUCTURE = [
     Law("pads with 2", "", f"{X} > y; b = BN4:altscale(x); o = Pad(b, P{{0,0,1,1,0,0,1,1}}, T); y = Conv(o, W[4,4,3,3])", 0, ("pads",), constants={"T": np.float32(2)}),
     Law("pads with 2, by attribute", "", f"{X} > y; b = BN4:altscale(x); o = Pad<pads=[0,0,1,1,0,0,1,1], value=2.0>(b); y = Conv(o, W[4,4,3,3])", 0, ("pads",), opset=10, ir_version=5),
     Law("pads a shift with zeros", "", f"{X} > y; b = BN4(x); o = Pad(b, P{{0,0,1,1,0,0,1,1}}); y = Conv(o, W[4,4,3,3])", 0, ("Pad",)),
+    *_both_ways("Pad", "Pad({}, P{{0,0,1,1,0,0,1,1}}, T)", kinds=("altscale", "altscale"), constants={"T": np.float32(0)}),
+    Law("pads all channels with one shift", "Pad", f"{X} > y; b = BN4:one<epsilon=0.0>(x); o = Pad(b, P{{0,0,1,1,0,0,1,1}}); y = Conv(o, W[4,4,3,3])", 1, constants=equal_shift("b", 4)),
+    Law("pads all channels with one shift, opset 10", "", f"{X} > y; b = BN4:one<epsilon=0.0>(x); o = Pad<pads=[0,0,1,1,0,0,1,1]>(b); y = Conv(o, W[4,4,3,3])", 0, ("Pad",), constants=equal_shift("b", 4), opset=10, ir_version=5),
+    Law("pads with 2, one shift", "Pad", f"{X} > y; b = BN4:one<epsilon=0.0>(x); o = Pad(b, P{{0,0,1,1,0,0,1,1}}, T); y = Conv(o, W[4,4,3,3])", 1, constants=equal_shift("b", 4) | {"T": np.float32(2)}),
+    Law("one pad value for two pads", "Pad", f"{X} u[4,4,4,4] > y z; b = BN4:one<epsilon=0.0>(x); o = Pad(b, P{{0,0,1,1,0,0,1,1}}, T); y = Conv(o, W[4,4,3,3]); z = Pad(u, P, T)", 1, constants=equal_shift("b", 4) | {"T": np.float32(2)}),
+    Law("pads known constants with zeros", "", f"{X} > y; f = Floor(x); b = BN4:all0(f); o = Pad(b, P{{0,0,1,1,0,0,1,1}}); y = Conv(o, W[4,4,3,3])", 0, ("Pad",), constants={"b.beta": np.array([1, 2, 3, 4], np.float32)}),
+    Law("pads nothing, any gauge", "Pad", f"{X} > y; b = BN4:alt0(x); o = Pad(b, P{{0,0,0,0,0,0,0,0}}, , ); y = Conv(o, W[4,4,3,3])", 1),
+    *_both_ways("Tile", "Tile({}, R{{1,1,2,3}})"),
+    *_both_ways("Tile", "Tile({}, R{{1,2,1,1}})", 8, weight="W[4,8,1,1]", kinds=("alt0", "alt0"))[1:],
+    Law("conv, tile of the channels, bn of equal parts", "Tile", f"{X} > y; c = Conv(x, V[4,4,1,1]); o = Tile(c, R{{1,2,1,1}}); y = BN8(o)", 1, constants=equal_parts("y", 4, lambda v: np.tile(v, 2))),
+    Law("conv, tile of the channels, bn of unequal parts", "", f"{X} > y; c = Conv(x, V[4,4,1,1]); o = Tile(c, R{{1,2,1,1}}); y = BN8(o)", 0, ("Tile",), constants=equal_parts("y", 4, lambda v: np.repeat(v, 2))),
+    *_both_ways("Neg", "Neg({})"),
+    Law("neg goes", "Neg", f"{X} > y; f = Floor(x); r = Relu(f); c = Conv(r, W[4,4,1,1]); n = Neg(c); y = Floor(n)", 0, absorbed=1),
     Law("pads the channels", "", "x[4,4,4] > y; b = BN4:altscale(x); o = Pad(b, P{0,1,0,0,0,0}); y = Conv(o, W[4,5,1])", 0, ("Pad",)),
     Law("pads by axes", "", "x[4,4,4] > y; b = BN4:altscale(x); o = Pad(b, P{1,1}, , X{2}); y = Conv(o, W[4,4,3])", 0, ("Pad",)),
     Law("dropout in training mode", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); o = Dropout(c, R, T); y = BN4(o)", 0, ("Dropout",), constants={"R": np.float32(0), "T": np.array(True)}),

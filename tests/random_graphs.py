@@ -375,12 +375,40 @@ def pointwise(b: Builder) -> object:
     x = b.value()
     if x is None:
         return None
-    op = b.one_of(["Relu", "Relu", "LeakyRelu", "Abs", "Identity", "Dropout", "PRelu", "Sigmoid"])
+    op = b.one_of(
+        ["Relu", "Relu", "LeakyRelu", "Abs", "Identity", "Dropout", "PRelu", "Sigmoid", "Neg"]
+    )
     if op == "LeakyRelu":
         return b.node(op, [x.name], x.shape, alpha=b.one_of([0.25, 0.0, -0.5]))
     if op == "PRelu":
         return b.node(op, [x.name, b.constant(b.numbers(*_against(b, x)))], x.shape)
     return b.node(op, [x.name], x.shape)
+
+
+@operator(times=2)
+def extremum(b: Builder) -> object:
+    """Max or Min of a value and a constant, or of two values and perhaps a constant."""
+    x = b.value()
+    if x is None:
+        return None
+    op, reads = b.one_of(["Max", "Min"]), [x.name]
+    other = b.value(lambda v: v.shape == x.shape) if b.flag() else None
+    if other is not None:
+        reads.append(other.name)
+    if other is None or b.flag():
+        bound = b.constant(b.numbers(*_against(b, x)))
+        reads = [bound, *reads] if b.flag() else [*reads, bound]
+    return b.node(op, reads, x.shape)
+
+
+@operator()
+def tile(b: Builder) -> object:
+    x = b.value(lambda v: v.rank >= 1 and int(np.prod(v.shape)) <= 64)
+    if x is None:
+        return None
+    repeats = [b.one_of([1, 1, 2]) for _ in x.shape]
+    shape = [n * count for n, count in zip(x.shape, repeats, strict=True)]
+    return b.node("Tile", [x.name, b.integers(repeats)], shape)
 
 
 @operator()

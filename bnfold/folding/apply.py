@@ -19,7 +19,7 @@ from bnfold.folding.affine import Array
 from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules import RULES, constant_slots
-from bnfold.folding.rules.node import label
+from bnfold.folding.rules.node import label, optional_input
 from bnfold.folding.rules.relations import Step
 from bnfold.folding.rules.repairs import repair_of
 
@@ -205,8 +205,10 @@ class _Writer:
     def _add_bias(self, node: ir.Node, new: _New) -> None:
         """A bias where there was none: an input of Conv and Gemm, an Add behind a MatMul."""
         weight_slot = RULES[node.op_type].constants(node)[0]
-        weight = constant(node.inputs[weight_slot])
-        assert weight is not None
+        weight = constant(optional_input(node, weight_slot))
+        if weight is None:  # the operator has no other constant, as a Pad of zeros
+            self._add_constant(node, new)
+            return
         stem = (weight.root.name or label(node)).removesuffix(".weight")
         name = f"{stem}.bias" if stem != weight.root.name else f"{stem}_bias"
         dtype = node.inputs[weight_slot].dtype or weight.dtype  # type: ignore[union-attr]
@@ -217,6 +219,15 @@ class _Writer:
         if node.op_type == "MatMul":
             self._put_behind(node.outputs[0], "Add", value)
             return
+        node.resize_inputs(max(len(node.inputs), new.slot + 1))
+        node.replace_input_with(new.slot, value)
+
+    def _add_constant(self, node: ir.Node, new: _New) -> None:
+        """An optional operand where there was none."""
+        output = node.outputs[0]
+        assert output.dtype is not None
+        name = f"{node.name or output.name}_constant"
+        value = self._initializer(node, name, _rounded(new.array, output.dtype, name))
         node.resize_inputs(max(len(node.inputs), new.slot + 1))
         node.replace_input_with(new.slot, value)
 

@@ -29,7 +29,7 @@ from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
 from bnfold.folding.rules import RULES, affine_of, constant_slots, is_batch_norm
 from bnfold.folding.rules.linear import matmul_bias
-from bnfold.folding.rules.node import Opaque, input_of, name_of, real, weights
+from bnfold.folding.rules.node import Opaque, input_of, name_of, optional_input, real, weights
 from bnfold.folding.rules.normalization import constants_of_bypass
 from bnfold.folding.rules.relations import Gauges
 from bnfold.folding.wave import Conflict, Wave
@@ -369,9 +369,12 @@ def _check_scope(network: Network, trial: _Trial, scope: Scope) -> None:
         slots = _constant_slots(network, node)
         rewrite = RULES[node.op_type].rewrite if slots else None
         for slot, array in rewrite(node, trial.gauge).items() if rewrite else ():
-            held = constant(node.inputs[slot]) if slot < len(node.inputs) else None
+            held = constant(optional_input(node, slot))
             if held is None:
-                layer, weight = _layer_name(node, slots[0]), constant(node.inputs[slots[0]])
+                layer, weight = (
+                    _layer_name(node, slots[0]),
+                    constant(optional_input(node, slots[0])),
+                )
                 if not np.any(array):
                     continue
                 if layer not in scope.layers or array.ndim != 1:
@@ -419,7 +422,7 @@ def _layer_name(node: ir.Node, slot: int) -> str:
     """The name of the layer that holds a node's weight, or the node's own."""
     if node.op_type == "BatchNormalization":
         return name_of(node)
-    held = constant(node.inputs[slot])
+    held = constant(optional_input(node, slot))
     root = held.root.name if held is not None else None
     if root and root.endswith(".weight"):
         return root.removesuffix(".weight")

@@ -21,7 +21,10 @@ from bnfold.folding.rules.embedding import gather_rule
 from bnfold.folding.rules.joining import (
     add_rule,
     concat_relations,
+    extremum_rule,
     factor_rule,
+    mean_relations,
+    negation_rule,
     split_relations,
     sum_relations,
 )
@@ -40,6 +43,7 @@ from bnfold.folding.rules.moves import (
     resized,
     sliced,
     space_to_depth,
+    tiled,
     transposed,
 )
 from bnfold.folding.rules.node import Opaque
@@ -53,6 +57,7 @@ from bnfold.folding.rules.passing import (
     cast_rule,
     dropout_rule,
     free,
+    grid_sample_rule,
     homogeneous,
     leaky,
     monotone,
@@ -93,6 +98,7 @@ RULES: dict[str, Rule] = {
     "Sub": add_rule(-1),
     "Mul": factor_rule(divide=False, blocked=_blocks),
     "Div": factor_rule(divide=True, blocked=_blocks),
+    "Neg": negation_rule(),
     # homogeneous: one positive scale, no shift
     "Relu": homogeneous(lambda _node, x: np.maximum(x, 0)),
     "LeakyRelu": homogeneous(leaky),
@@ -103,12 +109,15 @@ RULES: dict[str, Rule] = {
     "GlobalMaxPool": monotone(pooled),
     "ReduceMax": monotone(reduced),
     "ReduceMin": monotone(reduced),
+    "Max": extremum_rule(np.maximum),
+    "Min": extremum_rule(np.minimum),
     # averaging: any gauge
     "AveragePool": average_pool_rule(),
     "GlobalAveragePool": structural(pooled),
     "ReduceMean": structural(reduced),
     "Resize": structural(resized),
     "Upsample": structural(resized),
+    "GridSample": grid_sample_rule(),
     # additive: any scale, no shift
     "ReduceSum": summing(reduced),
     # structural: the gauge re-indexed
@@ -121,6 +130,7 @@ RULES: dict[str, Rule] = {
     "Unsqueeze": structural(reshaped),
     "Transpose": structural(transposed),
     "Expand": structural(expanded),
+    "Tile": structural(tiled),
     "Slice": structural(sliced),
     "Gather": gather_rule(),
     "DepthToSpace": structural(depth_to_space),
@@ -128,6 +138,7 @@ RULES: dict[str, Rule] = {
     "Pad": pad_rule(),
     # several values
     "Sum": Rule(sum_relations),
+    "Mean": Rule(mean_relations),
     "Concat": Rule(concat_relations),
     "Split": Rule(split_relations),
     # no element is looked at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,15 @@ from bnfold.folding.affine import Array, ChannelAffine, canonical
 from bnfold.folding.constants import FLOATS, constant
 from bnfold.folding.rules.gating import Blocked, product_relations
 from bnfold.folding.rules.moves import operand, same
-from bnfold.folding.rules.node import Opaque, constant_slots, dims, input_of, integer, one_constant
+from bnfold.folding.rules.node import (
+    Opaque,
+    constant_slots,
+    dims,
+    input_of,
+    integer,
+    label,
+    one_constant,
+)
 from bnfold.folding.rules.passing import connect
 from bnfold.folding.rules.relations import (
     Gauges,
@@ -22,6 +30,8 @@ from bnfold.folding.rules.relations import (
     Sum,
     Term,
     Tie,
+    no_shift,
+    not_negative,
     readable,
     writable,
 )
@@ -163,6 +173,83 @@ def factor_rule(*, divide: bool, blocked: Blocked) -> Rule:
         return 1 - slot, ChannelAffine(scale, np.zeros((1,) * scale.ndim))
 
     return Rule(relations, rewrite, lambda node: constant_slots(node), affine)
+
+
+def mean_relations(node: ir.Node) -> Relations:
+    """Mean of any number of computed values: one scale for all, no shift."""
+    values = [value for value in node.inputs if value is not None]
+    if any(constant(value) is not None for value in values):
+        raise Opaque("it reads a constant")
+    y = node.outputs[0]
+    sentence = f"{label(node)} passes no shift"
+    ties = tuple(connect(value, y, operand(value, y)) for value in values)
+    return Relations(ties, (), (), tuple(no_shift(v, sentence) for v in (*values, y)))
+
+
+def extremum_rule(choose: Callable[[Array, Array], Array]) -> Rule:
+    """Max and Min: one scale that is not negative and one origin for all; constants follow."""
+
+    def held(node: ir.Node) -> dict[int, Array]:
+        found = {slot: constant(value) for slot, value in enumerate(node.inputs)}
+        return {slot: c.array for slot, c in found.items() if c is not None}
+
+    def relations(node: ir.Node) -> Relations:
+        y, bounds = node.outputs[0], held(node)
+        values = [v for slot, v in enumerate(node.inputs) if slot not in bounds and v is not None]
+        if not values:
+            raise Opaque("it reads constants alone")
+        if any(array.ndim > len(dims(y)) for array in bounds.values()):
+            raise Opaque("its constant has a higher rank than the data")
+        scales = tuple(connect(value, y, operand(value, y)) for value in values)
+        demands = [not_negative(value, node) for value in (*values, y)]
+        if len(values) == 1:
+            origins = (_bounded(values[0], y, bounds, choose),)
+            return Relations(scales, origins, (), tuple(demands))
+        demands += [writable(value, node) for value in (*values, y)]
+        return Relations(scales, scales, (), tuple(demands))
+
+    def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+        y = gauges(node.outputs[0])
+        return {
+            slot: _fitted(y.write(layout.broadcast(array, y.scale.ndim)), array.ndim)
+            for slot, array in held(node).items()
+        }
+
+    return Rule(relations, rewrite, lambda node: tuple(held(node)))
+
+
+def _bounded(
+    x: ir.Value, y: ir.Value, bounds: Mapping[int, Array], choose: Callable[[Array, Array], Array]
+) -> Tie:
+    """The origin passes as it is; of a known constant, what the operator makes of it."""
+    ahead, back = operand(x, y)
+
+    def forward(origin: Array, scales: Scales) -> Array | None:
+        chosen = origin
+        for array in bounds.values():
+            chosen = choose(chosen, layout.broadcast(array, origin.ndim))
+        known = np.isinf(scales(x))
+        return ahead(canonical(np.where(known, chosen, origin)))
+
+    def backward(origin: Array, scales: Scales) -> Array | None:
+        return back(canonical(np.where(np.isinf(scales(y)), np.nan, origin)))
+
+    return Tie(x, y, forward, backward)
+
+
+def negation_rule() -> Rule:
+    """Neg: any scale; the origin changes its sign."""
+
+    def relations(node: ir.Node) -> Relations:
+        x, y = input_of(node, 0), node.outputs[0]
+        origin = Tie(x, y, lambda array, _s: -array, lambda array, _s: -array)
+        return Relations((connect(x, y, same(x, y, node)),), (origin,))
+
+    def affine(node: ir.Node) -> tuple[int, ChannelAffine]:
+        one = (1,) * len(dims(input_of(node, 0)))
+        return 0, ChannelAffine(np.full(one, -1.0), np.zeros(one))
+
+    return Rule(relations, affine=affine)
 
 
 def concat_relations(node: ir.Node) -> Relations:

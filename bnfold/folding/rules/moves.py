@@ -18,6 +18,7 @@ from bnfold.folding.rules.node import (
     input_of,
     integer,
     integers,
+    optional_input,
     string,
 )
 from bnfold.folding.rules.relations import Moves
@@ -213,6 +214,35 @@ def _gathered_at_run_time(axis: int, rank: int) -> Moves:
     return ahead, back
 
 
+def tiled(x: ir.Value, _y: ir.Value, node: ir.Node) -> Moves:
+    """Tile: the whole axis again and again."""
+    before = dims(x)
+    held = constant(input_of(node, 1))
+    if held is None or held.array.size != len(before):
+        raise Opaque("its repeats are not known")
+    repeats = [(axis, int(n)) for axis, n in enumerate(held.array.reshape(-1)) if n != 1]
+
+    def places(axis: int, count: int) -> list[int] | None:
+        size = before[axis]
+        return list(range(size)) * count if isinstance(size, int) else None
+
+    def ahead(array: Array) -> Array | None:
+        for axis, count in repeats:
+            if array.shape[axis] > 1:
+                array = np.concatenate([array] * count, axis=axis)
+        return array
+
+    def back(array: Array) -> Array | None:
+        result: Array | None = array
+        for axis, count in repeats:
+            chosen = places(axis, count)
+            if result is not None and result.shape[axis] > 1:
+                result = None if chosen is None else _put_along(result, chosen, axis, before[axis])
+        return result
+
+    return ahead, back
+
+
 def depth_to_space(x: ir.Value, y: ir.Value, node: ir.Node) -> Moves:
     """DepthToSpace."""
     same(x, y, node)
@@ -229,13 +259,18 @@ def space_to_depth(x: ir.Value, y: ir.Value, node: ir.Node) -> Moves:
     return back, ahead  # SpaceToDepth orders its output as DepthToSpace in DCR mode reads it
 
 
+def pads_of(node: ir.Node) -> list[int]:
+    """The pads of a Pad, of all axes. Raises Opaque where they are not known."""
+    pads = indices(node, 1, "pads") or indices(node, 1, "paddings")
+    if pads is None or optional_input(node, 3) is not None:
+        raise Opaque("its pads are not known")
+    return pads
+
+
 def padded(x: ir.Value, y: ir.Value, node: ir.Node) -> Moves:
     """Pad, of axes along which the gauge is constant."""
     same(x, y, node)
-    pads = indices(node, 1, "pads") or indices(node, 1, "paddings")
-    if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
-        raise Opaque("its pads are not known")
-    rank = len(dims(x))
+    pads, rank = pads_of(node), len(dims(x))
     touched = [axis for axis in range(rank) if pads[axis] or pads[axis + rank]]
     return (
         lambda array: layout.constant_along(array, touched),

@@ -35,9 +35,14 @@ def dims(value: ir.Value) -> list[Dim]:
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
 
 
+def optional_input(node: ir.Node, slot: int) -> ir.Value | None:
+    """The value at an input slot, None where there is none."""
+    return node.inputs[slot] if slot < len(node.inputs) else None
+
+
 def input_of(node: ir.Node, slot: int) -> ir.Value:
     """The value at an input slot. Raises Opaque where there is none."""
-    value = node.inputs[slot] if slot < len(node.inputs) else None
+    value = optional_input(node, slot)
     if value is None:
         raise Opaque(f"{label(node)} lacks input {slot}")
     return value
@@ -91,7 +96,7 @@ def weights(node: ir.Node, slot: int) -> Array:
 
 def constant_at(node: ir.Node, slot: int) -> Constant:
     """The constant at an input slot. Raises Opaque where it is computed."""
-    value = node.inputs[slot] if slot < len(node.inputs) else None
+    value = optional_input(node, slot)
     held = constant(value)
     if held is not None:
         return held
@@ -105,7 +110,7 @@ def constant_at(node: ir.Node, slot: int) -> Constant:
 
 def indices(node: ir.Node, slot: int, name: str) -> list[int] | None:
     """Integers given as an attribute (older opsets) or as a constant input (newer ones)."""
-    if slot < len(node.inputs) and node.inputs[slot] is not None:
+    if optional_input(node, slot) is not None:
         return [int(i) for i in weights(node, slot).reshape(-1)]
     return integers(node, name)
 

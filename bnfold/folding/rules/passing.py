@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.folding.affine import Array, canonical
+from bnfold.folding.affine import Array, Gauge, Mask, canonical
 from bnfold.folding.constants import FLOATS, constant
-from bnfold.folding.rules.moves import padded, pooled, same
+from bnfold.folding.rules.moves import padded, pads_of, pooled, same
 from bnfold.folding.rules.node import (
     Opaque,
     auto_padded,
@@ -21,11 +21,15 @@ from bnfold.folding.rules.node import (
     integer,
     integers,
     label,
+    opset_of,
+    optional_input,
     real,
     string,
     weights,
 )
 from bnfold.folding.rules.relations import (
+    Demand,
+    Gauges,
     Moves,
     Relations,
     Rule,
@@ -146,18 +150,62 @@ def prelu_rule() -> Rule:
 
 
 def pad_rule() -> Rule:
-    """Reflected and repeated borders are structural; zeros pass any scale and no shift."""
-    copies, zeros = structural(padded), summing(padded)
+    """Reflected and repeated borders are structural; one number for all channels is rewritten."""
+    copies = structural(padded)
 
     def relations(node: ir.Node) -> Relations:
-        if string(node, "mode", "constant") != "constant":
-            return copies.relations(node)
-        value = real(node, "value", 0.0)
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            value = float(weights(node, 2).reshape(-1)[0])
-        if value != 0:
-            raise Opaque("it pads with a number that is not 0")
-        return zeros.relations(node)
+        asks = copies.relations(node)
+        if string(node, "mode", "constant") != "constant" or not any(pads_of(node)):
+            return asks
+        value, y, as_input = _pad_value(node), node.outputs[0], _pads_with_input(node)
+
+        def one_number(scale: Array, origin: Array) -> Mask:
+            number = _carried_pad(value, Gauge(scale, origin)) if as_input else value
+            new = Gauge(scale, origin).write(np.asarray(value))
+            return np.asarray(np.where(np.isinf(scale), origin == value, new == number))
+
+        sentence = f"{label(node)} pads all channels with one number, which no shift may change"
+        demand = Demand(y, "origin", one_number, sentence)
+        return Relations(asks.scales, asks.origins, (), (demand,))
+
+    def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+        number = _carried_pad(_pad_value(node), gauges(node.outputs[0]))
+        return {_PAD_VALUE: np.asarray(number)}
+
+    return Rule(relations, rewrite, lambda n: (_PAD_VALUE,) if _pads_with_input(n) else ())
+
+
+_PAD_VALUE = 2
+
+
+def _pads_with_input(node: ir.Node) -> bool:
+    """True where the number is an input, which can be rewritten, not an attribute."""
+    return string(node, "mode", "constant") == "constant" and opset_of(node) >= 11
+
+
+def _pad_value(node: ir.Node) -> float:
+    if optional_input(node, _PAD_VALUE) is None:
+        return real(node, "value", 0.0)
+    return float(weights(node, _PAD_VALUE).reshape(-1)[0])
+
+
+def _carried_pad(value: float, gauge: Gauge) -> float:
+    """What the folded graph pads with, by the first channel that is no known constant."""
+    new, known = np.broadcast_arrays(gauge.write(np.asarray(value)), np.isinf(gauge.scale))
+    live = new[~known]
+    return float(live[0]) if live.size else value
+
+
+def grid_sample_rule() -> Rule:
+    """Weights of sum 1 wherever the grid points; beside the image are zeros, or its border."""
+    inside, zeros = structural(pooled), summing(pooled)
+
+    def relations(node: ir.Node) -> Relations:
+        mode = string(node, "padding_mode", "zeros")
+        asks = (zeros if mode == "zeros" else inside).relations(node)
+        sentence = f"{label(node)} reads places, not numbers, from its grid"
+        grid = identity_demands(input_of(node, 1), sentence)
+        return Relations(asks.scales, asks.origins, (), (*asks.demands, *grid))
 
     return Rule(relations)
 
@@ -191,7 +239,7 @@ def dropout_rule() -> Rule:
     rule = structural()
 
     def relations(node: ir.Node) -> Relations:
-        mode = node.inputs[2] if len(node.inputs) > 2 else None
+        mode = optional_input(node, 2)
         if mode is not None:
             held = constant(mode)
             if held is None or bool(np.any(held.array)):
