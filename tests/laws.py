@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.constant_laws import CONSTANT_LAWS
 from tests.law_models import Law, equal_parts, equal_shift
 
 X = "x[4,4,4,4]"  # square: as many samples as channels, rows and columns
@@ -566,5 +567,5 @@ REPAIRED = [
 ]
 
 LAWS: list[Law] = [
-    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GATES, *SEQUENCES, *GRAPHS,
+    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GATES, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
 ]

@@ -102,6 +102,10 @@ MUTANTS: list[Mutant] = [
     Mutant(JOINING, "if a is b:", "if False:", "itself"),
     Mutant(JOINING, "Term(value, sign, operand(value, y))", "Term(value, 1, operand(value, y))", "sub"),
     Mutant(JOINING, "at += size", "at += 0", "concat"),
+    # constants computed from constants
+    Mutant(CONSTANTS, "return self.tensor is not None and all(", "return all(", "read straight and as a product"),
+    Mutant(CONSTANTS, "computable = _is_view(node) or", "computable = True or", "computed"),
+    Mutant(CONSTANTS, "            if _tensor(place) is None:\n                return False\n", "", "reads a value"),
     # products of computed values
     Mutant(GATING, "*identity_demands(g, kept),", "", "gate"),
     Mutant(GATING, "        no_shift(x, sentence),\n        no_shift(y, sentence),\n", "", "bn, gate"),
@@ -170,9 +174,9 @@ MUTANTS: list[Mutant] = [
     Mutant(APPLY, "    x.name = name", "    x.name = None", "conv"),
     Mutant(APPLY, "y.replace_all_uses_with(x)", "None", "bn, conv"),
     Mutant(APPLY, "root.const_value = tensor\n        return", "return", "conv"),
-    Mutant(CONSTANTS, "if value.is_graph_input() and _overridable(value):", "if False:", "override"),
-    Mutant(CONSTANTS, 'if node.op_type not in _VIEWS or node.domain != "" or value.is_graph_output():', 'if node.op_type not in _VIEWS or node.domain != "":', "view"),
-    Mutant(CONSTANTS, "return all(view.op_type != \"Cast\" for view in self.views)", "return True", "cast"),
+    Mutant(CONSTANTS, "(value.is_graph_input() and _overridable(value))", "False", "override"),
+    Mutant(CONSTANTS, "        if value.is_graph_output():\n            return None\n", "", "view"),
+    Mutant(CONSTANTS, "all(view.op_type != \"Cast\" for view in self.views)", "True", "cast"),
     Mutant(CONSTANTS, "array = np.transpose(array, inverse(_perm(view, array.ndim)))", "array = array.reshape(shape)", "transpose"),
 ]
 # fmt: on
