@@ -27,6 +27,7 @@ from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
+from bnfold.folding.range import Guard, OutOfRange, remedies, rescaled
 from bnfold.folding.rules import RULES, affine_of, constant_slots, is_batch_norm
 from bnfold.folding.rules.linear import matmul_bias
 from bnfold.folding.rules.node import Opaque, input_of, name_of, optional_input, real, weights
@@ -110,15 +111,16 @@ def plan(
     Raises InputError for statistics that no network can run with.
     """
     network = Network(model)
+    guard = Guard(network)
     norms: Outcomes = {node: "" for node in network.nodes if is_batch_norm(node)}
     absorb = absorb and scope is None  # a module's own arithmetic is code, no parameter
     others: Outcomes = {n: "" for n in network.nodes if absorb and _is_map(n)}
-    _take_out(network, norms, scope)
-    if _take_out(network, others, scope):
-        _take_out(network, norms, scope)
+    _take_out(network, norms, guard, scope)
+    if _take_out(network, others, guard, scope):
+        _take_out(network, norms, guard, scope)
     if repairs and any(isinstance(outcome, str) for outcome in norms.values()):
         network.allow(repairs)
-        _take_out(network, norms, scope)
+        _take_out(network, norms, guard, scope)
     kept = [Kept(name_of(n), n, o) for n, o in norms.items() if isinstance(o, str)]
     gauges = {value: g for value, g in network.gauges.items() if not g.is_identity}
     removed, absorbed = _removed(network, norms), _removed(network, others)
@@ -144,14 +146,15 @@ def _is_map(node: ir.Node) -> bool:
     return True
 
 
-def _take_out(network: Network, outcomes: Outcomes, scope: Scope | None) -> bool:
+def _take_out(network: Network, outcomes: Outcomes, guard: Guard, scope: Scope | None) -> bool:
     """Try each node that still stays; one that goes can free one that was tried before it."""
     any_gone, progress = False, True
     while progress:
         progress = False
         for node, before in outcomes.items():
             if isinstance(before, str):
-                outcomes[node] = _why_no_map(network.model, node) or _remove(network, node, scope)
+                why = _why_no_map(network.model, node)
+                outcomes[node] = why or _remove(network, node, guard, scope)
                 progress |= isinstance(outcomes[node], tuple)
         any_gone |= progress
     return any_gone
@@ -179,10 +182,12 @@ class _Trial:
     scales: Wave
     origins: Wave
     extra: int = 0
+    earlier: tuple[ir.Value, ...] = ()  # touched before these waves set in
 
     @cached_property
     def touched(self) -> list[ir.Value]:
-        return list(dict.fromkeys((*self.scales.touched(), *self.origins.touched())))
+        touched = (*self.earlier, *self.scales.touched(), *self.origins.touched())
+        return list(dict.fromkeys(touched))
 
     @property
     def burden(self) -> tuple[int, int]:
@@ -193,13 +198,16 @@ class _Trial:
         return Gauge(self.scales.now(value), self.origins.now(value))
 
 
-def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, ...] | str:
+def _remove(
+    network: Network, node: ir.Node, guard: Guard, scope: Scope | None
+) -> tuple[str, ...] | str:
     """Make one node disappear: the layers that take it up, or the reason why it stays."""
     if scope is not None and name_of(node) not in scope.norms:
         return "it is not a batch norm module of its own, called once, that could be taken out"
     network.try_without(node)
     best: _Trial | None = None
     failures: dict[str, str] = {}
+    out_of_range: list[tuple[_Trial, OutOfRange]] = []
     for side, numbers in _scale_ways(network, node):
         try:
             scales = Wave(network)
@@ -211,11 +219,17 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
             if best is not None and not best.extra and len(scales.touched()) >= len(best.touched):
                 break
             try:
-                trial = _trial(network, node, scales, origin_side, scope)
+                trial = _Trial(scales, _move_origin(network, node, scales, origin_side))
+                trial = _checked(network, trial, guard, scope)
                 if best is None or trial.burden < best.burden:
                     best = trial
+            except OutOfRange as fault:
+                out_of_range.append((trial, fault))
+                failures.setdefault(origin_side, str(fault))
             except Conflict as conflict:
                 failures.setdefault(origin_side, str(conflict))
+    for trial, beyond in out_of_range if best is None else ():
+        best = best or _rescaled(network, trial, beyond, guard, scope)
     if best is None:
         network.put_back(node)
         return _reason(failures)
@@ -223,15 +237,40 @@ def _remove(network: Network, node: ir.Node, scope: Scope | None) -> tuple[str, 
     return _takers(network, best.touched)
 
 
-def _trial(network: Network, node: ir.Node, scales: Wave, side: str, scope: Scope | None) -> _Trial:
-    """The whole change for new scales, if one side takes the origin. Raises Conflict."""
-    trial = _Trial(scales, _move_origin(network, node, scales, side))
+def _checked(network: Network, trial: _Trial, guard: Guard, scope: Scope | None) -> _Trial:
+    """The trial, with the operators that it brings counted. Raises Conflict."""
     _check_result(network, trial)
     _check_precision(network, trial)
     _check_cost(network, trial)
     if scope is not None:
         _check_scope(network, trial, scope)
+    guard.check(network, trial.touched, trial.gauge)
     return replace(trial, extra=_extra_operators(network, trial))
+
+
+def _rescaled(
+    network: Network,
+    trial: _Trial,
+    fault: OutOfRange,
+    guard: Guard,
+    scope: Scope | None,
+    rounds: int = 2,
+) -> _Trial | None:
+    """A trial that leaves the range of a type, with some values carried at 2^k times their size."""
+    changed = {value: trial.gauge(value) for value in trial.touched}
+    there = replace(network, gauges=network.gauges | changed)
+    for value, factor in remedies(fault, trial.gauge):
+        try:
+            again = _Trial(*rescaled(there, value, factor), earlier=tuple(trial.touched))
+            return _checked(network, again, guard, scope)
+        except OutOfRange as left:
+            rest = rounds - 1
+            found = _rescaled(network, again, left, guard, scope, rest) if rest else None
+            if found is not None:
+                return found
+        except Conflict:
+            continue
+    return None
 
 
 def _scale_ways(network: Network, node: ir.Node) -> Iterator[tuple[str, dict[ir.Value, Array]]]:

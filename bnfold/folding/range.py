@@ -1,0 +1,356 @@
+"""The range of number types: what a fold may make of weights and values, each in its own type.
+
+float16 ends at 65504 and loses digits below 6e-5; bfloat16 and float32 end near 1e38, which only
+broken statistics reach. So a plan is read once more, in numbers: every new weight, and the values
+that the network carries, as large as its batch norms say they are. What is out of range may be
+carried at 2^k times its size instead, which costs no digit, where the layers around it allow that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from bnfold.folding.affine import Array, Gauge, canonical
+from bnfold.folding.constants import FLOATS, Constant, constant
+from bnfold.folding.network import Network
+from bnfold.folding.rules import RULES, constant_slots, is_batch_norm, relations_of
+from bnfold.folding.rules.node import Opaque, dims, label, real, weights
+from bnfold.folding.rules.normalization import constants_of_bypass, normalization_map
+from bnfold.folding.rules.relations import Gauges, Repair, Rewrite
+from bnfold.folding.wave import Conflict, Wave
+
+_SPREADS = 32  # the largest number expected of a value, in standard deviations from its mean
+# the sizes expected of a value that no batch norm tells anything about
+_USUAL_LARGE, _USUAL_SMALL = 4000.0, 2.0**-10
+_SLACK = 2.0**4  # a weight may lose four binary digits
+_ROOM = 2.0**40  # a type with so much room beyond a change of scale needs no closer look
+
+
+class OutOfRange(Conflict):
+    """What a plan makes too large or too small for its type.
+
+    excess: how many times too large (above 1) or too small (below 1). values: those whose size
+    matters, the first one most.
+    """
+
+    def __init__(self, text: str, excess: float, values: Iterable[ir.Value]) -> None:
+        super().__init__(text)
+        self.excess, self.values = excess, tuple(values)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A floating type: its largest number, and the smallest that has all the type's digits."""
+
+    name: str
+    largest: float
+    smallest: float
+
+    @staticmethod
+    def of(dtype: ir.DataType | None) -> Limits | None:
+        """The limits of a type; None where it is no floating type of a network's values."""
+        if dtype is None or dtype not in FLOATS:
+            return None
+        info = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
+        return Limits(str(dtype.numpy()), float(info.max), float(info.smallest_normal))
+
+
+def _regular(scale: Array) -> Array:
+    """The sizes of a scale, NaN on channels that are constants."""
+    size = np.abs(scale)
+    return np.where((size == 0) | np.isinf(size), np.nan, size)
+
+
+class Guard:
+    """Holds gauges against the number types of a network."""
+
+    def __init__(self, network: Network) -> None:
+        self._nodes = network.nodes
+        self._extents: dict[ir.Node, tuple[float, float]] = {}
+
+    def check(self, network: Network, touched: Iterable[ir.Value], gauge: Gauges) -> None:
+        """Raises OutOfRange where the gauges of these values, which are new, leave a type."""
+        values = list(touched)
+        for value in values:
+            if not any(user in network.gone and is_batch_norm(user) for user, _ in value.uses()):
+                # else it becomes the output of that batch norm, whose own size counts
+                self._check_value(value, gauge(value))
+        for node in dict.fromkeys(node for value in values for node in network.around(value)):
+            if node not in network.gone:
+                self._check_constants(node, network.repair(node), gauge)
+
+    # --- values
+
+    def _check_value(self, value: ir.Value, gauge: Gauge) -> None:
+        limits, scale = Limits.of(value.dtype), _regular(gauge.scale)
+        if limits is None or np.isnan(scale).all():
+            return
+        if np.nanmax(scale) * _ROOM < limits.largest and np.nanmin(scale) > limits.smallest * _ROOM:
+            return
+        large, spread = self._sizes.get(value, (np.array(_USUAL_LARGE), np.array(_USUAL_SMALL)))
+        over, under = scale * large / limits.largest, scale * spread / limits.smallest
+        # a network that leaves the range by itself is not made worse
+        over = np.where((over > 1) & (large <= limits.largest), over, 1)
+        under = np.where((under < 1) & (spread >= limits.smallest), under, 1)
+        for excess, what in ((over, "may not hold"), (under, "holds with fewer digits")):
+            worst = int(np.argmax(np.abs(np.log2(excess))))
+            if excess.reshape(-1)[worst] != 1:
+                times = np.broadcast_to(scale, excess.shape).reshape(-1)[worst]
+                raise OutOfRange(
+                    f"'{value.name}' would be carried at {times:.3g} times its size, which"
+                    f" {limits.name} {what}",
+                    float(excess.reshape(-1)[worst]),
+                    (value,),
+                )
+
+    @cached_property
+    def _sizes(self) -> Mapping[ir.Value, tuple[Array, Array]]:
+        """The largest number expected of each value, and its spread.
+
+        A batch norm knows both sides of itself. From there sizes move as scales do: ahead through
+        whatever passes a scale, and back to values that nothing in front of them tells about.
+        """
+        large, spread = _known_sizes(self._nodes)
+        _spread_sizes(self._nodes, large, np.add)
+        _spread_sizes(self._nodes, spread, np.maximum)
+
+        def usual(known: Array, size: float) -> Array:
+            return np.where(np.isnan(known), size, known)
+
+        return {
+            value: (usual(large[value], _USUAL_LARGE), usual(spread[value], _USUAL_SMALL))
+            for value in large
+            if value in spread
+        }
+
+    # --- constants
+
+    def _check_constants(self, node: ir.Node, repair: Repair | None, gauge: Gauges) -> None:
+        steps = repair.steps(node, gauge) if repair is not None else []
+        rewrite = repair.rewrite if repair is not None and steps else _rewrite_of(node)
+        for step in steps:
+            finite = np.where(np.isfinite(step.constant), step.constant, 0)
+            _check_largest(finite, Limits.of(node.outputs[0].dtype), f"behind {label(node)}", node)
+        if rewrite is None:
+            return
+        slots = constant_slots(node)
+        held = {slot: constant(node.inputs[slot]) for slot in slots if slot < len(node.inputs)}
+        types = [Limits.of(c.dtype) for c in held.values() if c is not None]
+        known = [limits for limits in types if limits is not None]
+        if not known or self._surely_in_range(node, held, known, gauge):
+            return
+        absorbs = not relations_of(node).scales  # else the constants are added, not multiplied
+        for slot, new in rewrite(node, gauge).items():
+            before = held.get(slot)
+            limits = Limits.of(before.dtype) if before is not None else known[0]
+            if before is not None and not np.all(np.isfinite(before.array)):
+                continue  # the network's own fault, told when it is written
+            where = f"of {label(node)}" if before is None else f"'{before.root.name}'"
+            _check_largest(new, limits, where, node)
+            if absorbs and slot == slots[0] and before is not None and limits is not None:
+                faint = _faintest(new, before.array, limits.smallest / _SLACK)
+                if faint is not None and self._matters(node, slot, before, gauge, limits):
+                    raise OutOfRange(
+                        f"a channel of the constant {where} would be as small as {faint:.3g}, where"
+                        f" {limits.name} loses digits",
+                        faint / limits.smallest,
+                        _data(node),
+                    )
+
+    def _surely_in_range(
+        self,
+        node: ir.Node,
+        held: Mapping[int, Constant | None],
+        types: list[Limits],
+        gauge: Gauges,
+    ) -> bool:
+        """A bound that costs nothing says that no new constant of this node leaves its type."""
+        if node not in self._extents:
+            self._extents[node] = _extent([c for c in held.values() if c is not None], types)
+        peak, faint = self._extents[node]
+        for value in _data(node):
+            around = gauge(value)
+            size = _regular(around.scale)
+            stretch = np.nanmax(np.maximum(size, 1 / size), initial=1.0)
+            peak *= float(stretch * (1 + np.max(np.abs(around.origin))))
+            faint /= float(stretch)
+        return peak <= min(t.largest for t in types) and faint >= max(t.smallest for t in types)
+
+    def _matters(
+        self, node: ir.Node, slot: int, before: Constant, gauge: Gauges, limits: Limits
+    ) -> bool:
+        """Digits that a weight loses matter unless the type loses them in the output as well."""
+
+        def lifted(value: ir.Value) -> Gauge:
+            """The gauge, were its faint channels carried large enough to have all digits."""
+            own, room = gauge(value), Limits.of(value.dtype)
+            if value not in node.outputs or value not in self._sizes or room is None:
+                return own
+            carried = _regular(own.scale) * self._sizes[value][1]
+            return Gauge(own.scale * np.fmax(1, room.smallest / carried), own.origin)
+
+        rewrite = RULES[node.op_type].rewrite
+        assert rewrite is not None
+        new = rewrite(node, lifted)[slot]
+        return _faintest(new, before.array, limits.smallest / _SLACK) is not None
+
+
+def _rewrite_of(node: ir.Node) -> Rewrite | None:
+    return RULES[node.op_type].rewrite if constant_slots(node) else None
+
+
+def _check_largest(new: Array, limits: Limits | None, where: str, node: ir.Node) -> None:
+    peak = float(np.max(np.abs(new), initial=0))
+    if limits is not None and not peak <= limits.largest:
+        raise OutOfRange(
+            f"the constant {where} would be as large as {peak:.3g}, which {limits.name} does not"
+            " hold",
+            peak / limits.largest,
+            _data(node),
+        )
+
+
+def _data(node: ir.Node) -> list[ir.Value]:
+    """The values around a node that a network computes, what it makes first."""
+    around = (*node.outputs[:1], *node.inputs)
+    return [v for v in around if v is not None and v.shape is not None and constant(v) is None]
+
+
+def _slices(array: Array) -> Iterator[Array]:
+    """The largest magnitude of each slice across each axis."""
+    size = np.abs(array)
+    for axis in range(array.ndim):
+        yield np.max(size, axis=tuple(i for i in range(array.ndim) if i != axis), initial=0)
+
+
+def _extent(held: list[Constant], types: list[Limits]) -> tuple[float, float]:
+    """No sum of a node's constants is larger than the first; no slice of its weight is all smaller
+    than the second.
+    """
+    arrays = [c.tensor.numpy() for c in held]
+    # numpy is slow in half precision
+    sizes = [np.abs(a.astype(np.promote_types(a.dtype, np.float32), copy=False)) for a in arrays]
+    largest = max(float(np.max(size, initial=0)) for size in sizes)
+    smallest = float(np.min(sizes[0], where=sizes[0] > 0, initial=1))
+    if smallest < _ROOM * max(limits.smallest for limits in types):
+        slices = _slices(held[0].array)
+        smallest = min(float(np.min(size, where=size > 0, initial=1)) for size in slices)
+    return sum(size.size for size in sizes) * (largest + 1), smallest
+
+
+def _faintest(new: Array, before: Array, bound: float) -> float | None:
+    """The largest number of the slice that falls farthest below the bound, if one does.
+
+    What was below it in the original is left out: nothing is known of its digits.
+    """
+    if new.shape != before.shape:
+        return None
+    found = [
+        float(np.min(now, where=(now > 0) & (now < bound) & (was >= bound), initial=np.inf))
+        for now, was in zip(_slices(new), _slices(before), strict=True)
+    ]
+    faintest = min(found, default=np.inf)
+    return faintest if faintest < bound else None
+
+
+# --- how large the values are ---------------------------------------------------------------------
+
+
+def _known_sizes(nodes: Iterable[ir.Node]) -> tuple[dict[ir.Value, Array], dict[ir.Value, Array]]:
+    """On both sides of the batch norms: the largest number expected, and the spread."""
+    large: dict[ir.Value, Array] = {}
+    spread: dict[ir.Value, Array] = {}
+    for node in nodes:
+        try:
+            shape = normalization_map(node).scale.shape if is_batch_norm(node) else None
+        except Opaque:
+            continue
+        if shape is None:
+            continue
+        gamma, beta, mean, var = (np.abs(weights(node, n)).reshape(shape) for n in (1, 2, 3, 4))
+        deviation = np.sqrt(var + real(node, "epsilon", 1e-5))
+        for value, center, size in (
+            (node.inputs[0], mean, deviation),
+            (node.outputs[0], beta, gamma),
+        ):
+            if value is not None:
+                large.setdefault(value, center + _SPREADS * size)
+                spread.setdefault(value, size)
+    return large, spread
+
+
+def _spread_sizes(
+    nodes: Iterable[ir.Node],
+    sizes: dict[ir.Value, Array],
+    together: Callable[[Array, Array], Array],
+) -> None:
+    """Sizes ahead in the order of the network, then back; `together` joins those of a sum."""
+    asks = [(node, relations_of(node)) for node in nodes if not is_batch_norm(node)]
+
+    def unit(value: ir.Value) -> Array:
+        return np.ones((1,) * len(dims(value)))
+
+    def put(value: ir.Value, array: Array | None) -> None:
+        if array is not None:
+            had = sizes.get(value, np.array(np.nan))
+            sizes[value] = canonical(np.where(np.isnan(had), array, had))
+
+    for _, ask in asks:
+        for total in ask.sums:
+            nothing = np.array(np.nan)
+            found = [sizes.get(term.value, nothing * unit(term.value)) for term in total.terms]
+            terms = [term.lift(size) for term, size in zip(total.terms, found, strict=True)]
+            put(total.result, reduce(together, terms))
+        for tie in ask.scales if not ask.sums else ():
+            if tie.a in sizes:
+                put(tie.b, tie.forward(sizes[tie.a], unit))
+    for _, ask in reversed(asks):
+        for tie in ask.scales:
+            if tie.b in sizes:
+                put(tie.a, tie.backward(sizes[tie.b], unit))
+
+
+# --- carrying a value at another size -------------------------------------------------------------
+
+
+def remedies(fault: OutOfRange, gauge: Gauges) -> Iterator[tuple[ir.Value, Array]]:
+    """Values, and the powers of two by which their size could change to mend a fault.
+
+    One power for all channels, as large as it takes; or channel by channel, so that all of the
+    change of size that the plan makes there is undone, or half of it.
+    """
+    power = np.ceil(np.clip(abs(np.log2(fault.excess)), 1, 100))
+    for value in fault.values:
+        scale = _regular(gauge(value).scale)
+        for sign in (-1, 1):
+            yield value, np.full((1,) * scale.ndim, 2.0 ** (sign * power))
+        for part in (1, 0.5):
+            yield value, 2.0 ** -np.round(part * np.log2(np.where(np.isnan(scale), 1, scale)))
+
+
+def rescaled(network: Network, value: ir.Value, factor: Array) -> tuple[Wave, Wave]:
+    """The scales and origins if a value is carried at a multiple of its size. Raises Conflict."""
+    by = next(iter(network.around(value)))
+    scales = Wave(network)
+    wanted = np.where(factor == 1, np.nan, network.gauge(value).scale * factor)
+    scales.put(value, canonical(wanted), by)
+    scales = scales.settle()
+    origins = Wave(network, scales)
+    for touched in scales.touched():
+        for node in network.around(touched):
+            if node in network.gone:
+                # gamma = 0: the constant that is written follows the scale
+                m = network.map_of(node)
+                found = constants_of_bypass(m.x, m.y, m.affine, scales.now, origins.now)
+                for place, array in found.items():
+                    origins.put(place, array, node)
+    origins = origins.settle()
+    for touched in scales.touched():
+        origins.check_demands(touched)
+    return scales, origins
