@@ -324,7 +324,7 @@ STRUCTURE = [
     *_both_ways("Neg", "Neg({})"),
     Law("neg goes", "Neg", f"{X} > y; f = Floor(x); r = Relu(f); c = Conv(r, W[4,4,1,1]); n = Neg(c); y = Floor(n)", 0, absorbed=1),
     Law("pads the channels", "", "x[4,4,4] > y; b = BN4:altscale(x); o = Pad(b, P{0,1,0,0,0,0}); y = Conv(o, W[4,5,1])", 0, ("Pad",)),
-    Law("pads by axes", "", "x[4,4,4] > y; b = BN4:altscale(x); o = Pad(b, P{1,1}, , X{2}); y = Conv(o, W[4,4,3])", 0, ("Pad",)),
+    Law("pads by axes", "Pad", "x[4,4,4] > y; b = BN4:altscale(x); o = Pad(b, P{1,1}, , X{2}); y = Conv(o, W[4,4,3])", 1),
     Law("dropout in training mode", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); o = Dropout(c, R, T); y = BN4(o)", 0, ("Dropout",), constants={"R": np.float32(0), "T": np.array(True)}),
 ]
 

@@ -186,7 +186,9 @@ def test_a_variance_of_zero_with_eps_zero_is_an_error() -> None:
     [
         ("y = BatchNormalization<epsilon=0.25, training_mode=1>", 15, "training"),
         ("y, p, q = BatchNormalization<epsilon=0.25, training_mode=1>", 15, "training"),
-        ("y, p, q, r, s = BatchNormalization<epsilon=0.25>", 9, None),
+        ("y, p, q, r, s = BatchNormalization<epsilon=0.25>", 9, "training"),
+        ("y, p, q, r, s = BatchNormalization<epsilon=0.25>", 13, "training"),
+        ("y, p, q = BatchNormalization<epsilon=0.25>", 15, None),
         ("y = BatchNormalization<epsilon=0.25, spatial=1>", 7, None),
         ("y = BatchNormalization<epsilon=0.25, spatial=0>", 7, "per-element"),
         ("y = BatchNormalization<epsilon=0.25, is_test=1>", 6, "opset"),

@@ -284,6 +284,33 @@ def test_int32_is_dequantized_exactly() -> None:
 # ----------------------------------------------------------------------------- asking and failing
 
 
+@pytest.mark.parametrize(
+    ("mode", "pads", "axes"),
+    [
+        ("constant", [0, 0, -1, 2, 0, 1, -2, -1], None),
+        ("edge", [0, 0, -1, 2, 0, 0, 1, -1], None),
+        ("reflect", [0, 0, 1, 2, 0, 0, 2, 1], None),
+        ("constant", [-1, 2, 1, -2], [-1, 1]),
+    ],
+)
+def test_pads_that_crop_are_onnxruntimes(
+    mode: str, pads: list[int], axes: list[int] | None
+) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    weights = {"p": np.array(pads), "v": np.float32(1.5)}
+    weights |= {"a": np.array(axes)} if axes is not None else {}
+    node = helper.make_node("Pad", ["x", *weights], ["y"], mode=mode)
+    proto = model([node], x.shape, {k: np.asarray(w) for k, w in weights.items()}, opset=18)
+    expected = on_onnxruntime(proto, x)["y"]
+    np.testing.assert_array_equal(Float64Reference(proto).run({"x": x})["y"], expected)
+
+
+def test_pads_of_a_number_by_attribute() -> None:
+    x = np.ones((1, 2, 2), np.float32)
+    y = run("Pad", x, {}, opset=10, pads=[0, 0, -1, 0, 1, 2], value=1.5)
+    np.testing.assert_array_equal(y, [[[1, 1.5, 1.5], [1, 1.5, 1.5], [1.5, 1.5, 1.5]]])
+
+
 def chain() -> onnx.ModelProto:
     return model(
         [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Neg", ["r"], ["y"])], (2,)

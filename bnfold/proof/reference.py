@@ -644,6 +644,32 @@ class ConstantOfShape(OpRun):  # type: ignore[misc]
         return (np.full(tuple(int(size) for size in shape), np.ravel(fill)[0], dtype=fill.dtype),)
 
 
+class Pad(OpRun):  # type: ignore[misc]
+    """Pad in every opset; a negative pad crops, which onnx.reference does not know."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, ends: Array | None = None, number: Array | None = None,
+             axes: Array | None = None, *, mode: str | None = None, pads: Any = None,
+             paddings: Any = None, value: float | None = None,
+             **_: Any) -> tuple[Array]:  # fmt: skip
+        given = [int(n) for n in (ends if ends is not None else pads or paddings)]
+        half = len(given) // 2
+        along = range(half) if axes is None else [int(axis) % x.ndim for axis in axes]
+        low, high = np.zeros(x.ndim, int), np.zeros(x.ndim, int)
+        low[list(along)], high[list(along)] = given[:half], given[half:]
+        mode = mode or "constant"
+        if mode in ("reflect", "wrap") and min(given, default=0) < 0:
+            raise NotImplementedError(f"negative pads in mode {mode}")
+        sizes = zip(low, high, x.shape, strict=True)
+        crop = tuple(slice(max(-a, 0), size - max(-b, 0)) for a, b, size in sizes)
+        grown = list(zip(np.maximum(low, 0), np.maximum(high, 0), strict=True))
+        if mode != "constant":
+            return (np.pad(x[crop], grown, mode=mode),)  # type: ignore[call-overload]
+        fill = value if number is None else np.ravel(number)[0]
+        return (np.pad(x[crop], grown, constant_values=fill or 0),)
+
+
 class DequantizeLinear(OpRun):  # type: ignore[misc]
     """(x - zero_point) * scale in float64: onnx.reference rounds an int32 to float32 first."""
 
@@ -668,5 +694,5 @@ class DequantizeLinear(OpRun):  # type: ignore[misc]
 
 _OPERATORS: list[type[OpRun]] = [
     Conv, ConvTranspose, AveragePool, MaxPool, GlobalAveragePool, GlobalMaxPool,
-    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear, RNN, GRU, LSTM,
+    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear, Pad, RNN, GRU, LSTM,
 ]  # fmt: skip

@@ -18,7 +18,6 @@ from bnfold.folding.rules.node import (
     input_of,
     integer,
     integers,
-    optional_input,
     string,
 )
 from bnfold.folding.rules.relations import Moves
@@ -262,9 +261,15 @@ def space_to_depth(x: ir.Value, y: ir.Value, node: ir.Node) -> Moves:
 def pads_of(node: ir.Node) -> list[int]:
     """The pads of a Pad, of all axes. Raises Opaque where they are not known."""
     pads = indices(node, 1, "pads") or indices(node, 1, "paddings")
-    if pads is None or optional_input(node, 3) is not None:
+    if pads is None:
         raise Opaque("its pads are not known")
-    return pads
+    rank, axes = len(dims(input_of(node, 0))), indices(node, 3, "axes")
+    if axes is None:
+        return pads
+    full = [0] * (2 * rank)
+    for place, axis in enumerate(axes):
+        full[axis % rank], full[axis % rank + rank] = pads[place], pads[place + len(axes)]
+    return full
 
 
 def padded(x: ir.Value, y: ir.Value, node: ir.Node) -> Moves:

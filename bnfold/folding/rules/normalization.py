@@ -18,6 +18,7 @@ from bnfold.folding.rules.node import (
     integer,
     label,
     name_of,
+    opset_of,
     real,
     weights,
 )
@@ -30,9 +31,8 @@ def normalization_map(node: ir.Node) -> ChannelAffine:
     Raises Opaque where it has none (training mode, computed statistics), and InputError where its
     statistics are not numbers that can be normalised by: a negative variance, NaN, infinity.
     """
-    if integer(node, "training_mode", 0) or any(
-        output.uses() or output.is_graph_output() for output in node.outputs[1:]
-    ):
+    said = integer(node, "training_mode", 0) if opset_of(node) >= 14 else _has_more_outputs(node)
+    if said or any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
         raise Opaque("it runs in training mode: its statistics are those of each batch")
     if integer(node, "is_test", 1) == 0 or integer(node, "spatial", 1) == 0:
         raise Opaque("an old opset's training or per-element mode")
@@ -58,6 +58,11 @@ def normalization_map(node: ir.Node) -> ChannelAffine:
     scale = gamma / np.sqrt(spread)
     shape = (1, -1) + (1,) * (rank - 2)
     return ChannelAffine(scale.reshape(shape), (beta - scale * mean).reshape(shape))
+
+
+def _has_more_outputs(node: ir.Node) -> bool:
+    """How opsets 7 to 13 say that a batch norm is in training mode, read or not."""
+    return opset_of(node) >= 7 and any(output.name for output in node.outputs[1:])
 
 
 def normalization_relations(node: ir.Node) -> Relations:
