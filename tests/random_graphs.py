@@ -7,7 +7,7 @@ can shrink a graph that fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,13 @@ class Builder:
     pick: Pick
     rng: np.random.Generator
     dyadic: bool
+    opset: int = 20
     values: list[Live] = field(default_factory=list)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     inputs: list[tuple[Live, list[int | str]]] = field(default_factory=list)
+    ids: Live | None = None  # an input of small integers, if the graph has one
 
     # --- choices
 
@@ -72,6 +74,21 @@ class Builder:
         if may_share:
             self.shared.append(name)
         return name
+
+    def weight(self, array: np.ndarray) -> str:
+        """A float constant, now and then behind views that lead to it."""
+        if not self.flag(6):
+            return self.constant(array)
+        view = self.one_of(["Identity", "Transpose", "Reshape", "Unsqueeze"])
+        if view == "Transpose" and array.ndim >= 2:
+            perm = [*range(array.ndim)][::-1]
+            name = self.constant(np.ascontiguousarray(np.transpose(array, perm)))
+            return self.hidden("Transpose", [name], perm=perm)
+        if view == "Reshape" and array.ndim >= 1:
+            return self.hidden(view, [self.constant(array.reshape(-1)), self.integers(array.shape)])
+        if view == "Unsqueeze" and array.ndim >= 1 and array.shape[0] == 1 and self.opset >= 13:
+            return self.hidden(view, [self.constant(array[0]), self.integers([0])])
+        return self.hidden("Identity", [self.constant(array)])
 
     def numbers(self, *shape: int, fan_in: int = 1) -> np.ndarray:
         if self.dyadic:
@@ -110,13 +127,16 @@ class Builder:
 
 Operator = Callable[[Builder], object]
 OPERATORS: list[Operator] = []
+OLD_OPERATORS: list[Operator] = []  # those whose nodes are valid in opset 9 as well
+OLD = 9
 
 
-def operator(times: int = 1) -> Callable[[Operator], Operator]:
-    """Register an operator, `times` as likely as the rest."""
+def operator(times: int = 1, *, old: int = 0) -> Callable[[Operator], Operator]:
+    """Register an operator, `times` as likely as the rest, `old` times in an old opset."""
 
     def register(function: Operator) -> Operator:
         OPERATORS.extend([function] * times)
+        OLD_OPERATORS.extend([function] * old)
         return function
 
     return register
@@ -142,7 +162,7 @@ def gammas(b: Builder, channels: int) -> np.ndarray:
     return -np.abs(size) if b.flag() else np.zeros(channels, np.float32)
 
 
-@operator(times=6)
+@operator(times=6, old=4)
 def batch_norm(b: Builder) -> object:
     x = b.value(lambda v: v.rank >= 2)
     if x is None:
@@ -162,58 +182,67 @@ def batch_norm(b: Builder) -> object:
     return b.node("BatchNormalization", [x.name, *reads], x.shape, epsilon=eps)
 
 
-def _out_size(size: int, kernel: int, stride: int, dilation: int, pads: tuple[int, int]) -> int:
+def _out_size(size: int, kernel: int, stride: int, dilation: int, pads: Sequence[int]) -> int:
     return (size + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
 
 
-@operator(times=6)
+@operator(times=6, old=4)
 def conv(b: Builder) -> object:
     x = b.value(lambda v: v.rank >= 3 and v.shape[1] > 0)
     if x is None:
         return None
-    spatial, channels = x.shape[2:], x.shape[1]
+    spatial, channels, rank = x.shape[2:], x.shape[1], x.rank - 2
     groups = b.one_of([1, 1, *(g for g in (2, channels) if channels % g == 0)])
     outs = groups * b.one_of([channels // groups, 1, 2])
     kernel = [b.one_of([1, *(k for k in (2, 3) if k <= n)]) for n in spatial]
     weight = b.numbers(outs, channels // groups, *kernel, fan_in=channels * int(np.prod(kernel)))
-    reads = [x.name, b.constant(weight)]
+    reads = [x.name, b.weight(weight)]
     if b.flag():
-        reads.append(b.constant(b.numbers(outs)))
-    kind = b.pick(4)
+        reads.append(b.weight(b.numbers(outs)))
+    kind = b.pick(6)
     if kind == 3:
         mode = b.one_of(["SAME_UPPER", "SAME_LOWER"])
         return b.node("Conv", reads, (x.shape[0], outs, *spatial), group=groups, auto_pad=mode)
-    pad = 1 if kind == 2 else 0
-    stride = b.one_of([1, 1, 2])
-    sizes = [_out_size(n, k, stride, 1, (pad, pad)) for n, k in zip(spatial, kernel, strict=True)]
-    rank = len(spatial)
+    low, high = [int(kind == 2)] * rank, [int(kind == 2)] * rank
+    if kind == 4:
+        low, high = [b.pick(2) for _ in spatial], [b.pick(3) for _ in spatial]
+    stride, dilation = b.one_of([1, 1, 2]), 2 if kind == 5 else 1
+    sizes = [
+        _out_size(n, k, stride, dilation, ends)
+        for n, k, *ends in zip(spatial, kernel, low, high, strict=True)
+    ]
+    if min(sizes) < 1:
+        return None
     return b.node(
-        "Conv", reads, (x.shape[0], outs, *sizes),
-        group=groups, pads=[pad] * 2 * rank, strides=[stride] * rank,
+        "Conv", reads, (x.shape[0], outs, *sizes), group=groups, pads=[*low, *high],
+        strides=[stride] * rank, dilations=[dilation] * rank,
     )  # fmt: skip
 
 
-@operator()
+@operator(times=2, old=1)
 def conv_transpose(b: Builder) -> object:
-    x = b.value(lambda v: v.rank in (3, 4) and max(v.shape[2:]) <= 6)
+    x = b.value(lambda v: 3 <= v.rank <= 5 and max(v.shape[2:]) <= 6)
     if x is None:
         return None
-    spatial, channels = x.shape[2:], x.shape[1]
+    spatial, channels, rank = x.shape[2:], x.shape[1], x.rank - 2
     groups = b.one_of([1, *(g for g in (2, channels) if channels % g == 0)])
     outs = b.one_of([channels // groups, 1, 2])
     kernel, stride = [b.one_of([1, 2, 3]) for _ in spatial], b.one_of([1, 2])
     weight = b.numbers(channels, outs, *kernel, fan_in=channels)
-    reads = [x.name, b.constant(weight)]
+    reads = [x.name, b.weight(weight)]
     if b.flag():
-        reads.append(b.constant(b.numbers(outs * groups)))
-    sizes = [stride * (n - 1) + k for n, k in zip(spatial, kernel, strict=True)]
+        reads.append(b.weight(b.numbers(outs * groups)))
+    pad, more = b.pick(2) if min(spatial) > 1 else 0, b.pick(2) if stride == 2 else 0
+    sizes = [stride * (n - 1) + k - 2 * pad + more for n, k in zip(spatial, kernel, strict=True)]
+    if min(sizes) < 1 or int(np.prod(sizes)) > 100:
+        return None
     return b.node(
-        "ConvTranspose", reads, (x.shape[0], outs * groups, *sizes),
-        group=groups, strides=[stride] * len(spatial),
+        "ConvTranspose", reads, (x.shape[0], outs * groups, *sizes), group=groups,
+        strides=[stride] * rank, pads=[pad] * 2 * rank, output_padding=[more] * rank,
     )  # fmt: skip
 
 
-@operator(times=2)
+@operator(times=2, old=2)
 def gemm(b: Builder) -> object:
     x = b.value(lambda v: v.rank == 2)
     if x is None:
@@ -222,15 +251,17 @@ def gemm(b: Builder) -> object:
     rows, ins = x.shape[::-1] if flip_a else x.shape
     outs = b.one_of([ins, 2, 3])
     weight = b.numbers(outs, ins, fan_in=ins) if flip_b else b.numbers(ins, outs, fan_in=ins)
-    reads = [x.name, b.constant(weight)]
+    reads = [x.name, b.weight(weight)]
     shape = b.one_of([None, (outs,), (1, outs), (rows, 1), (rows, outs), (1,), ()])
+    if shape is None and b.opset < 11:
+        shape = (outs,)
     if shape is not None:
-        reads.append(b.constant(b.numbers(*shape)))
+        reads.append(b.weight(b.numbers(*shape)))
     alpha, beta = b.one_of([1.0, 2.0, 0.5]), b.one_of([1.0, 2.0, 0.5])
     return b.node("Gemm", reads, (rows, outs), alpha=alpha, beta=beta, transA=flip_a, transB=flip_b)
 
 
-@operator(times=3)
+@operator(times=3, old=2)
 def matmul(b: Builder) -> object:
     x = b.value(lambda v: v.rank >= 2)
     if x is None:
@@ -240,7 +271,7 @@ def matmul(b: Builder) -> object:
     outs = b.one_of([ins, 2, 3])
     front = x.shape[:-2] if b.flag(4) else ()
     shape = (*front, outs, ins) if left else (*front, ins, outs)
-    weight = b.constant(b.numbers(*shape, fan_in=ins))
+    weight = b.weight(b.numbers(*shape, fan_in=ins))
     if left:
         return b.node("MatMul", [weight, x.name], (*x.shape[:-2], outs, x.shape[-1]))
     return b.node("MatMul", [x.name, weight], (*x.shape[:-1], outs))
@@ -257,7 +288,36 @@ def _against(b: Builder, x: Live) -> tuple[int, ...]:
     return tuple(shape)
 
 
-@operator(times=4)
+@operator()
+def recurrent(b: Builder) -> object:
+    """RNN, GRU, LSTM over the first axis, of one or two directions."""
+    x = b.value(lambda v: v.rank == 3)
+    if x is None:
+        return None
+    op, both, hidden = b.one_of(["RNN", "GRU", "LSTM"]), b.flag(), b.one_of([1, 2])
+    rows = {"RNN": 1, "GRU": 3, "LSTM": 4}[op] * hidden
+    ways, ins = 1 + int(both), x.shape[2]
+    reads = [x.name, b.weight(b.numbers(ways, rows, ins, fan_in=ins))]
+    reads.append(b.weight(b.numbers(ways, rows, hidden)))
+    if b.flag():
+        reads.append(b.weight(b.numbers(ways, 2 * rows)))
+    return b.node(
+        op, reads, (x.shape[0], ways, x.shape[1], hidden), hidden_size=hidden,
+        direction="bidirectional" if both else b.one_of(["forward", "reverse"]),
+    )  # fmt: skip
+
+
+@operator()
+def embedding(b: Builder) -> object:
+    """Rows of a table that the caller's integers choose."""
+    if b.ids is None or b.ids.rank > 3:
+        return None
+    width = b.one_of([4, 2])
+    name = b.weight(b.numbers(4, width))
+    return b.node("Gather", [name, b.ids.name], (*b.ids.shape, width))
+
+
+@operator(times=4, old=3)
 def with_constant(b: Builder) -> object:
     """Add, Sub, Mul, Div of a value and a constant, either order."""
     x = b.value()
@@ -268,7 +328,8 @@ def with_constant(b: Builder) -> object:
     if op == "Mul" and b.flag(6):
         array = array * b.rng.choice([0, 1], shape).astype(np.float32)
     # a divisor is never shared: another constant could hold a 0
-    name = b.constant(np.asarray(array, np.float32), may_share=op != "Div")
+    array = np.asarray(array, np.float32)
+    name = b.constant(array, may_share=False) if op == "Div" else b.weight(array)
     swapped = op != "Div" and b.flag(3)
     return b.node(op, [name, x.name] if swapped else [x.name, name], x.shape)
 
@@ -276,7 +337,7 @@ def with_constant(b: Builder) -> object:
 # --- several values -----------------------------------------------------------------------------
 
 
-@operator(times=6)
+@operator(times=6, old=4)
 def sum_of(b: Builder) -> object:
     """Add, Sub or Sum of values of one shape, or of one that broadcasts."""
     x = b.value()
@@ -330,7 +391,7 @@ def matrix_product(b: Builder) -> object:
     return b.node("MatMul", [x.name, other.name], (*x.shape[:-1], other.shape[-1]))
 
 
-@operator(times=2)
+@operator(times=2, old=1)
 def concat(b: Builder) -> object:
     x = b.value(lambda v: v.rank >= 1)
     if x is None:
@@ -370,7 +431,59 @@ def split(b: Builder) -> object:
 # --- passing ------------------------------------------------------------------------------------
 
 
-@operator(times=4)
+@operator(old=1)
+def bounded(b: Builder) -> object:
+    """Clip, and Max or Min with a constant."""
+    x = b.value()
+    if x is None or b.opset == OLD:
+        return None if x is None else b.node("Clip", [x.name], x.shape, min=-1.0, max=2.0)
+    op = b.one_of(["Clip", "Clip", "Max", "Min"])
+    if op != "Clip":
+        return b.node(op, [x.name, b.constant(b.numbers(*_against(b, x)))], x.shape)
+    ends = [b.constant(np.array(n, np.float32), may_share=False) for n in (-1.0, 2.0)]
+    return b.node(op, [x.name, *ends[: 1 + b.pick(2)]], x.shape)
+
+
+@operator()
+def number_of_elements(b: Builder) -> object:
+    """A value times a number that follows from its shape."""
+    x = b.value(lambda v: int(np.prod(v.shape)) <= 16)
+    if x is None:
+        return None
+    size = b.hidden("Cast", [b.hidden("Size", [x.name])], to=TensorProto.FLOAT)
+    return b.node(b.one_of(["Mul", "Add"]), [x.name, size], x.shape)
+
+
+@operator()
+def branch(b: Builder) -> object:
+    """If: a layer and a batch norm in one branch, something simple in the other."""
+    x = b.value(lambda v: v.rank >= 3 and v.shape[1] > 0)
+    if x is None:
+        return None
+    channels, at = x.shape[1], len(b.nodes)
+    ones = (1,) * (x.rank - 2)
+    inner = Builder(b.pick, b.rng, b.dyadic, b.opset)
+    inner.constants, inner.shared = b.constants, b.shared
+    weight = inner.constant(b.numbers(channels, channels, *ones, fan_in=channels))
+    inner.nodes.append(helper.make_node("Conv", [x.name, weight], [f"inner{at}"]))
+    inner.values.append(Live(f"inner{at}", x.shape))
+    batch_norm(inner)
+    inner.nodes[-1].output[0] = f"then{at}"
+    other = helper.make_node(b.one_of(["Identity", "Relu"]), [x.name], [f"else{at}"])
+
+    def graph(name: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
+        out = helper.make_tensor_value_info(f"{name}{at}", TensorProto.FLOAT, [None] * x.rank)
+        return helper.make_graph(nodes, f"{name}{at}", [], [out])
+
+    total = b.hidden("ReduceSum", [x.name], keepdims=0)
+    zero = b.constant(np.array(0, np.float32), may_share=False)
+    return b.node(
+        "If", [b.hidden("Greater", [total, zero])], x.shape,
+        then_branch=graph("then", inner.nodes), else_branch=graph("else", [other]),
+    )  # fmt: skip
+
+
+@operator(times=4, old=3)
 def pointwise(b: Builder) -> object:
     x = b.value()
     if x is None:
@@ -420,7 +533,18 @@ def cast(b: Builder) -> object:
     return b.node("Cast", [wide], x.shape, to=TensorProto.FLOAT)
 
 
-@operator(times=2)
+@operator(old=2)
+def upsample(b: Builder) -> object:
+    """Resize of older opsets."""
+    x = b.value(lambda v: v.rank == 4 and v.shape[2] * v.shape[3] <= 16)
+    if x is None or b.opset != OLD:
+        return None
+    scales = b.constant(np.array([1, 1, 2, 2], np.float32), may_share=False)
+    shape = (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    return b.node("Upsample", [x.name, scales], shape, mode="nearest")
+
+
+@operator(times=2, old=2)
 def pool(b: Builder) -> object:
     x = b.value(lambda v: v.rank in (3, 4) and min(v.shape[2:]) >= 2)
     if x is None:
@@ -487,7 +611,7 @@ def _factored(b: Builder, shape: tuple[int, ...]) -> list[int]:
     return dims
 
 
-@operator(times=3)
+@operator(times=3, old=2)
 def reshape(b: Builder) -> object:
     x = b.value(lambda v: v.rank >= 1)
     if x is None:
@@ -508,7 +632,7 @@ def reshape(b: Builder) -> object:
     return b.node("Reshape", [x.name, b.integers(asked)], shape)
 
 
-@operator()
+@operator(old=1)
 def flatten(b: Builder) -> object:
     x = b.value(lambda v: v.rank >= 1)
     if x is None:
@@ -536,7 +660,7 @@ def squeeze(b: Builder) -> object:
     return b.node("Unsqueeze", [x.name, b.integers([axis])], shape)
 
 
-@operator(times=3)
+@operator(times=3, old=2)
 def transpose(b: Builder) -> object:
     x = b.value(lambda v: v.rank >= 2)
     if x is None:
@@ -633,8 +757,8 @@ def pad(b: Builder) -> object:
 
 
 def _add_input(b: Builder) -> None:
-    rank = b.one_of([4, 4, 3, 2])
-    side = b.one_of([4, 2])
+    rank = b.one_of([4, 4, 3, 2, 4, 5])
+    side = b.one_of([4, 2]) if rank < 5 else 2
     shape = [side] * rank
     if b.flag(4):
         shape = [b.one_of([2, 1, 3, 4, 6]) for _ in range(rank)]
@@ -660,44 +784,63 @@ class RandomModel:
 def random_model(pick: Pick, seed: int, *, dyadic: bool, steps: int) -> RandomModel:
     """A model of about `steps` operators; `pick(n)` draws a number below n."""
     b = Builder(pick, np.random.default_rng(seed), dyadic)
+    b.opset = OLD if b.flag(8) else 20
     for _ in range(1 + int(b.flag(4))):
         _add_input(b)
+    if b.opset != OLD and b.flag(4):
+        b.ids = Live("ids", b.one_of([(4,), (2, 2), (4, 4)]))
     for _ in range(steps):
-        operator = b.one_of(OPERATORS)
+        operator = b.one_of(OLD_OPERATORS if b.opset == OLD else OPERATORS)
         if operator(b) is not None and b.flag(3):
             batch_norm(b)
     return RandomModel(_finish(b), _feeds(b))
 
 
 def _feeds(b: Builder) -> dict[str, np.ndarray]:
-    return {
+    feeds = {
         v.name: (
             b.rng.integers(-3, 4, v.shape) if b.dyadic else b.rng.standard_normal(v.shape)
         ).astype(np.float32)
         for v, _ in b.inputs
     }
+    return feeds | ({"ids": b.rng.integers(0, 4, b.ids.shape)} if b.ids is not None else {})
 
 
 def _finish(b: Builder) -> onnx.ModelProto:
-    read = {name for node in b.nodes for name in node.input}
+    read = set(_read_anywhere(b.nodes))
     inputs = {live.name for live, _ in b.inputs}
     made = [v for v in b.values if v.name not in inputs]
     outputs = [v for v in made if v.name not in read or b.flag(16)] or [
         b.node("Identity", [b.values[0].name], b.values[0].shape)[0]
     ]
 
-    def info(live: Live, shape: Sequence[int | str | None]) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(live.name, TensorProto.FLOAT, shape)
+    def info(live: Live, shape: Sequence[int | str | None], kind: int = 1) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(live.name, kind, shape)
 
+    ids = [] if b.ids is None else [info(b.ids, b.ids.shape, TensorProto.INT64)]
+    tensors = [numpy_helper.from_array(array, name) for name, array in b.constants.items()]
+    as_nodes = [tensor for tensor in tensors if b.flag(12)]
     graph = helper.make_graph(
-        b.nodes,
+        [helper.make_node("Constant", [], [t.name], value=t) for t in as_nodes] + b.nodes,
         "random",
-        [info(v, declared) for v, declared in b.inputs],
+        [info(v, declared) for v, declared in b.inputs] + ids,
         [info(v, [None] * v.rank) for v in outputs],
-        [numpy_helper.from_array(array, name) for name, array in b.constants.items()],
+        [tensor for tensor in tensors if tensor not in as_nodes],
     )
     model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10, producer_name="fuzz"
+        graph,
+        opset_imports=[helper.make_opsetid("", b.opset)],
+        ir_version=10 if b.opset != OLD else 4,
+        producer_name="fuzz",
     )
     model.metadata_props.add(key="author", value="fuzz")
     return model
+
+
+def _read_anywhere(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """The names that nodes read, and those that their branches read."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _read_anywhere(attribute.g.node)
