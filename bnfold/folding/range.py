@@ -22,7 +22,7 @@ from bnfold.folding.network import Network
 from bnfold.folding.rules import RULES, constant_slots, is_batch_norm, relations_of
 from bnfold.folding.rules.node import Opaque, dims, label, real, weights
 from bnfold.folding.rules.normalization import constants_of_bypass, normalization_map
-from bnfold.folding.rules.relations import Gauges, Repair, Rewrite
+from bnfold.folding.rules.relations import Gauges, Repair
 from bnfold.folding.wave import Conflict, Wave
 
 _SPREADS = 32  # the largest number expected of a value, in standard deviations from its mean
@@ -132,12 +132,12 @@ class Guard:
     # --- constants
 
     def _check_constants(self, node: ir.Node, repair: Repair | None, gauge: Gauges) -> None:
-        steps = repair.steps(node, gauge) if repair is not None else []
-        rewrite = repair.rewrite if repair is not None and steps else _rewrite_of(node)
-        for step in steps:
+        form = repair.form(gauge) if repair is not None else None
+        for step in form.steps if form is not None else ():
             finite = np.where(np.isfinite(step.constant), step.constant, 0)
             _check_largest(finite, Limits.of(node.outputs[0].dtype), f"behind {label(node)}", node)
-        if rewrite is None:
+        rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
+        if rewrite is None or (form is not None and form.constants is None):
             return
         slots = constant_slots(node)
         held = {slot: constant(node.inputs[slot]) for slot in slots if slot < len(node.inputs)}
@@ -146,7 +146,8 @@ class Guard:
         if not known or self._surely_in_range(node, held, known, gauge):
             return
         absorbs = not relations_of(node).scales  # else the constants are added, not multiplied
-        for slot, new in rewrite(node, gauge).items():
+        constants = form.constants if form is not None else None
+        for slot, new in (constants or rewrite(node, gauge)).items():
             before = held.get(slot)
             limits = Limits.of(before.dtype) if before is not None else known[0]
             if before is not None and not np.all(np.isfinite(before.array)):
@@ -201,10 +202,6 @@ class Guard:
         return _faintest(new, before.array, limits.smallest / _SLACK) is not None
 
 
-def _rewrite_of(node: ir.Node) -> Rewrite | None:
-    return RULES[node.op_type].rewrite if constant_slots(node) else None
-
-
 def _check_largest(new: Array, limits: Limits | None, where: str, node: ir.Node) -> None:
     peak = float(np.max(np.abs(new), initial=0))
     if limits is not None and not peak <= limits.largest:
@@ -233,7 +230,7 @@ def _extent(held: list[Constant], types: list[Limits]) -> tuple[float, float]:
     """No sum of a node's constants is larger than the first; no slice of its weight is all smaller
     than the second.
     """
-    arrays = [c.tensor.numpy() for c in held]
+    arrays = [c.stored for c in held]
     # numpy is slow in half precision
     sizes = [np.abs(a.astype(np.promote_types(a.dtype, np.float32), copy=False)) for a in arrays]
     largest = max(float(np.max(size, initial=0)) for size in sizes)
