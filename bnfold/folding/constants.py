@@ -60,10 +60,14 @@ class Constant:
     @property
     def shape(self) -> tuple[int, ...]:
         """The operand's shape."""
+        if self.tensor is not None and not self.views:  # reading the elements would cost a copy
+            return tuple(int(extent) for extent in self.tensor.shape.numpy())
         return tuple(self._seen.shape)
 
     def as_root(self, array: Array) -> Array:
         """An array in the operand's layout, brought back to the layout of the root."""
+        if not self.views:
+            return array
         probe = self.stored
         shapes = [probe.shape]
         for view in self.views:

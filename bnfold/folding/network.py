@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -29,7 +29,8 @@ class Network:
     """A model that stays as it is, and a growing assignment of gauges.
 
     gone: the per-channel maps that disappear. trying: the one under trial, which is among them.
-    repairs: the names of the exact repairs that nodes may take.
+    repairs: the names of the exact repairs that nodes may take. visited: the values that waves have
+    reached, changed: those around which something was agreed, since they were last emptied.
     """
 
     model: ir.Model
@@ -37,6 +38,8 @@ class Network:
     gone: set[ir.Node] = field(default_factory=set)
     trying: ir.Node | None = None
     repairs: frozenset[str] = frozenset()
+    visited: set[ir.Value] = field(default_factory=set)
+    changed: set[ir.Value] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.nodes = [node for graph in self.model.graphs() for node in graph]
@@ -85,6 +88,13 @@ class Network:
         """Treat a per-channel map as one that stays."""
         self.gone.discard(node)
         self._relations.pop(node, None)
+
+    def agree(self, gauges: Mapping[ir.Value, Gauge]) -> None:
+        """Let the node under trial go for good, with these gauges around it."""
+        assert self.trying is not None
+        m = self.map_of(self.trying)
+        self.gauges.update(gauges)
+        self.changed.update(gauges, (m.x, m.y))
 
     def gauge(self, value: ir.Value) -> Gauge:
         """The gauge agreed for a value so far."""

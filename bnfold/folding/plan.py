@@ -148,15 +148,23 @@ def _is_map(node: ir.Node) -> bool:
 
 def _take_out(network: Network, outcomes: Outcomes, guard: Guard, scope: Scope | None) -> bool:
     """Try each node that still stays; one that goes can free one that was tried before it."""
-    any_gone, progress = False, True
-    while progress:
-        progress = False
-        for node, before in outcomes.items():
-            if isinstance(before, str):
-                why = _why_no_map(network.model, node)
-                outcomes[node] = why or _remove(network, node, guard, scope)
-                progress |= isinstance(outcomes[node], tuple)
-        any_gone |= progress
+    waiting = [node for node, outcome in outcomes.items() if isinstance(outcome, str)]
+    any_gone = False
+    while waiting:
+        network.changed.clear()
+        reached: dict[ir.Node, set[ir.Value]] = {}
+        for node in waiting:
+            network.visited = reached[node] = set()
+            why = _why_no_map(network.model, node)
+            outcomes[node] = why or _remove(network, node, guard, scope)
+        any_gone |= bool(network.changed)
+        # what a trial did not reach cannot have stopped it; but a module's parameters may be tied
+        waiting = [
+            node
+            for node in waiting
+            if isinstance(outcomes[node], str)
+            and (reached[node] & network.changed or (scope and network.changed))
+        ]
     return any_gone
 
 
@@ -209,6 +217,8 @@ def _remove(
     failures: dict[str, str] = {}
     out_of_range: list[tuple[_Trial, OutOfRange]] = []
     for side, numbers in _scale_ways(network, node):
+        if best is not None and best.burden <= (0, 1):
+            break  # there is no better way
         try:
             scales = Wave(network)
             scales.start(network.relations(node).scales[0], numbers, node)
@@ -233,7 +243,7 @@ def _remove(
     if best is None:
         network.put_back(node)
         return _reason(failures)
-    network.gauges.update({value: best.gauge(value) for value in best.touched})
+    network.agree({value: best.gauge(value) for value in best.touched})
     return _takers(network, best.touched)
 
 

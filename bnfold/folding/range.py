@@ -72,7 +72,8 @@ class Guard:
 
     def __init__(self, network: Network) -> None:
         self._nodes = network.nodes
-        self._extents: dict[ir.Node, tuple[float, float]] = {}
+        self._largest: dict[ir.Node, float] = {}
+        self._faintest: dict[ir.Node, float] = {}
 
     def check(self, network: Network, touched: Iterable[ir.Value], gauge: Gauges) -> None:
         """Raises OutOfRange where the gauges of these values, which are new, leave a type."""
@@ -171,17 +172,25 @@ class Guard:
         types: list[Limits],
         gauge: Gauges,
     ) -> bool:
-        """A bound that costs nothing says that no new constant of this node leaves its type."""
-        if node not in self._extents:
-            self._extents[node] = _extent([c for c in held.values() if c is not None], types)
-        peak, faint = self._extents[node]
+        """A bound that costs little says that no new constant of this node leaves its type."""
+        constants = [c for c in held.values() if c is not None]
+        if node not in self._largest:
+            self._largest[node] = sum(_size(c) for c in constants) * (
+                1 + max(map(_peak, constants))
+            )
+        peak, stretch = self._largest[node], 1.0
         for value in _data(node):
             around = gauge(value)
             size = _regular(around.scale)
-            stretch = np.nanmax(np.maximum(size, 1 / size), initial=1.0)
-            peak *= float(stretch * (1 + np.max(np.abs(around.origin))))
-            faint /= float(stretch)
-        return peak <= min(t.largest for t in types) and faint >= max(t.smallest for t in types)
+            stretch *= float(np.nanmax(np.maximum(size, 1 / size), initial=1.0))
+            peak *= 1 + float(np.max(np.abs(around.origin)))
+        if peak * stretch > min(t.largest for t in types):
+            return False
+        if stretch < _ROOM and all(t.smallest * _ROOM**2 < 1 for t in types):
+            return True  # only weights of 2^-40 and less could fall out, and those are none
+        if node not in self._faintest:
+            self._faintest[node] = _faintest_slice(constants[0])
+        return self._faintest[node] / stretch >= max(t.smallest for t in types)
 
     def _matters(
         self, node: ir.Node, slot: int, before: Constant, gauge: Gauges, limits: Limits
@@ -226,19 +235,20 @@ def _slices(array: Array) -> Iterator[Array]:
         yield np.max(size, axis=tuple(i for i in range(array.ndim) if i != axis), initial=0)
 
 
-def _extent(held: list[Constant], types: list[Limits]) -> tuple[float, float]:
-    """No sum of a node's constants is larger than the first; no slice of its weight is all smaller
-    than the second.
-    """
-    arrays = [c.stored for c in held]
-    # numpy is slow in half precision
-    sizes = [np.abs(a.astype(np.promote_types(a.dtype, np.float32), copy=False)) for a in arrays]
-    largest = max(float(np.max(size, initial=0)) for size in sizes)
-    smallest = float(np.min(sizes[0], where=sizes[0] > 0, initial=1))
-    if smallest < _ROOM * max(limits.smallest for limits in types):
-        slices = _slices(held[0].array)
-        smallest = min(float(np.min(size, where=size > 0, initial=1)) for size in slices)
-    return sum(size.size for size in sizes) * (largest + 1), smallest
+def _size(held: Constant) -> int:
+    return int(np.prod(held.shape))
+
+
+def _peak(held: Constant) -> float:
+    """The largest magnitude."""
+    stored = held.stored
+    return max(float(np.max(stored, initial=0)), -float(np.min(stored, initial=0)))
+
+
+def _faintest_slice(held: Constant) -> float:
+    """The least of the largest magnitudes of the slices of a constant, 1 at most."""
+    slices = _slices(held.array)
+    return min(float(np.min(size, where=size > 0, initial=1)) for size in slices)
 
 
 def _faintest(new: Array, before: Array, bound: float) -> float | None:

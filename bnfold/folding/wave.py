@@ -111,6 +111,7 @@ class Wave:
             raise Conflict(f"{label(by)} mixes channels or positions that need different numbers")
         if np.isnan(array).all():
             return
+        self.network.visited.add(value)
         self._check_place(value, array)
         had, news = self.new.get(value), ~np.isnan(array)
         if had is not None:
@@ -239,6 +240,7 @@ class Wave:
 
     def _state(self, total: Sum) -> tuple[list[Mask], Array]:
         """Which of (result, terms...) this wave has set, and result - sum(terms) as it stands."""
+        self.network.visited.update((total.result, *(term.value for term in total.terms)))
         known = [self.known(total.result)]
         now = [self.now(total.result)]
         for term in total.terms:
