@@ -38,4 +38,50 @@ EXPRESSIONS = [
     Law("a table that is a product, bn", "Gather", "i:int[4,4] > y; d = Mul(E[5,4], S:pow[]); e = Gather(d, i); t = Transpose<perm=[0,2,1]>(e); y = BN4:alt0(t)", 1),
 ]
 
-CONSTANT_LAWS: list[Law] = [*EXPRESSIONS]
+_ASK = "s = ReduceSum<keepdims=0>(x); q = Greater(s, Z); "
+_Z = {"Z": np.float32(-1e6)}
+_T, _O = "float[4,4,4,4]", "else_branch = e () => (float[4,4,4,4] p) {{ p = Identity(x) }}"
+_ELSE = _O.replace("{{", "{").replace("}}", "}")
+
+
+def _if(then: str, before: str = "", after: str = "", *, outputs: str = "y") -> str:
+    """A graph with a branch; the branch's value is o, the If's is y."""
+    branch = f"y = If(q) <then_branch = t () => ({_T} o) {{ {then} }}, {_ELSE}>"
+    return f"{X} > {outputs}; {_ASK}{before}{branch}{after}"
+
+
+def _loop(body: str, before: str = "", after: str = "", *, outputs: str = "y") -> str:
+    """A graph with a loop of two rounds; the body makes o of i."""
+    graph = f"body = l (int64 k, bool g, {_T} i) => (bool h, {_T} o) {{ h = Identity(g); {body} }}"
+    return f"{X} > {outputs}; {before}v = Loop(K, , x) <{graph}>; y = Reshape(v, R{{4,4,4,4}}){after}"
+
+
+_K = {"K": np.array(2)}
+BODIES = [
+    Law("conv, bn in a branch", "Conv", _if("c = Conv(x, W[4,4,1,1], B[4]); o = BN4:alt0(c)"), 1, constants=_Z),
+    Law("bn, conv in a branch, no bias", "Conv", _if("c = BN4:alt0(x); o = Conv(c, W[4,4,1,1])"), 1, constants=_Z),
+    Law("bn whose output a branch reads, conv", "Conv", _if("o = Conv(b, W[4,4,1,1])", "b = BN4:alt0(x); "), 1, constants=_Z),
+    Law("bn whose output a branch reads, padded conv", "", _if(f"o = Conv<{PAD}>(b, W[4,4,3,3])", "b = BN4(x); "), 0, ("pads",), constants=_Z),
+    Law("bn whose output a branch and the graph read", "Conv", _if("o = Conv(b, W[4,4,1,1])", "b = BN4:alt0(x); z = Conv(b, V[4,4,3,3]); ", outputs="y z"), 1, constants=_Z),
+    Law("conv, bn; a branch reads the conv", "", _if("o = Floor(c)", "c = Conv(x, W[4,4,1,1]); z = BN4(c); ", outputs="y z"), 0, ("Floor",), constants=_Z),
+    Law("conv, bn; a conv in a branch reads the conv", "Conv", _if("o = Conv(c, V[4,4,1,1])", "c = Conv(x, W[4,4,1,1]); z = BN4(c); ", outputs="y z"), 1, constants=_Z),
+    Law("conv outside, bn in a branch", "Conv", _if("o = BN4(c)", "c = Conv(x, W[4,4,1,1]); "), 1, constants=_Z),
+    Law("conv outside with two readers, bn in a branch", "", _if("o = BN4(c)", "c = Conv(x, W[4,4,1,1]); z = Floor(c); ", outputs="y z"), 0, ("Floor",), constants=_Z),
+    Law("one weight inside and outside", "Conv", _if("c = Conv(x, W[4,4,1,1], B[4]); o = BN4:alt0(c)", "z = Conv(x, W, B); ", outputs="y z"), 1, constants=_Z),
+    Law("one weight, bn inside and outside", "Conv", _if("c = Conv(x, W[4,4,1,1], B[4]); o = BN4:alt0(c)", "d = Conv(x, W, B); z = BN4:tla(d); ", outputs="y z"), 2, constants=_Z),
+    Law("bn behind a branch", "", _if("o = Conv(x, W[4,4,1,1])", after="; z = BN4(y)", outputs="z"), 0, ("If",), constants=_Z),
+    Law("two batch norms in a branch, one feeds its output twice", "Conv", _if("c = Conv(x, W[4,4,1,1]); b = BN4(c); r = Relu(b); o = Add(r, b)"), 1, constants=_Z),
+    Law("bn alone in a branch", "", _if("o = BN4(x)"), 0, ("'x'",), constants=_Z),
+    Law("constants as nodes, conv, bn in a branch", "Conv", _if("c = Conv(x, W[4,4,1,1], B[4]); o = BN4:alt0(c)"), 1, constants=_Z, nodes=True),
+    Law("conv, bn in a branch, IR 3", "Conv", _if("c = Conv(x, W[4,4,1,1]); o = BN4:alt0(c)"), 1, constants=_Z, opset=9, ir_version=3, listed=True),
+    Law("conv, bn in a loop", "Conv", _loop(f"c = Conv<{PAD}>(i, W[4,4,3,3]); o = BN4:alt0(c)"), 1, constants=_K),
+    Law("bn, conv in a loop", "Conv", _loop("c = BN4:alt0(i); o = Conv(c, W[4,4,1,1])"), 1, constants=_K),
+    Law("bn of what a loop carries, kept", "", _loop(f"c = BN4(i); o = Conv<{PAD}>(c, W[4,4,3,3])"), 0, ("pads",), constants=_K),
+    Law("bn outside, every round of a loop reads it", "Conv", _loop("c = Conv(b, W[4,4,1,1]); o = Add(i, c)", "b = BN4:alt0(x); "), 1, constants=_K),
+    Law("conv outside, bn in a loop", "Conv", _loop("b = BN4(c); o = Add(i, b)", "c = Conv(x, W[4,4,1,1]); "), 1, constants=_K),
+    Law("bn behind a loop", "", _loop("o = Conv(i, W[4,4,1,1])", after="; z = BN4(y)", outputs="z"), 0, ("'v'",), constants=_K),
+    Law("conv, bn in a branch of a loop", "Conv", _loop(f"s = ReduceSum<keepdims=0>(i); q = Greater(s, Z); o = If(q) <then_branch = t () => ({_T} u) {{ c = Conv(i, W[4,4,1,1]); u = BN4:alt0(c) }}, else_branch = e () => ({_T} p) {{ p = Identity(i) }}>"), 1, constants=_K | _Z),
+    Law("conv, bn in a scan", "Conv", f"x[4,4,4] w[3,4,4,4] > y z; y, z = Scan<num_scan_inputs=1, body = l (float[4,4,4] i, float[4,4,4] j) => (float[4,4,4] o, float[4,4,4] v) {{ c = Conv(j, W[4,4,1]); b = BN4:alt0(c); o = Add(i, b); v = Identity(o) }}>(x, w)", 1),
+]
+
+CONSTANT_LAWS: list[Law] = [*EXPRESSIONS, *BODIES]

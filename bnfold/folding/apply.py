@@ -186,12 +186,13 @@ class _Writer:
             type=ir.TensorType(tensor.dtype),
             const_value=ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name),
         )
-        assert node.graph is not None
-        graph = node.graph
+        # IR 3 lists every initializer among the inputs, which a body cannot have more of
+        listed = (self.model.ir_version or 0) < 4
+        graph = self.model.graph if listed else node.graph
         assert isinstance(graph, ir.Graph)
         graph.register_initializer(value)
-        if (self.model.ir_version or 0) < 4 and graph is self.model.graph:
-            graph.inputs.append(value)  # IR 3 lists every initializer among the inputs
+        if listed:
+            graph.inputs.append(value)
         return value
 
     def _fresh(self, name: str) -> str:
