@@ -176,10 +176,12 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def prepare(model: ir.Model) -> ir.Model:
-    """The same model with what planning needs, in place: inferred shapes, IR version and opset.
+    """The same model with what planning needs: inferred shapes, IR version and opset.
 
-    What is inferred stays in memory: a file gets the shapes that were declared.
+    In place, but where a local function stands in the way of a batch norm: then a copy in which it
+    is inlined. What is inferred stays in memory: a file gets the shapes that were declared.
     """
+    model = _inline_near_batch_norms(model)
     for graph in model.graphs():
         graph.meta["ir_version"] = model.ir_version
         graph.meta["opset"] = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
@@ -201,10 +203,58 @@ def prepare(model: ir.Model) -> ir.Model:
     return model
 
 
+def _inline_near_batch_norms(model: ir.Model) -> ir.Model:
+    """The model with the bodies of those local functions in place that hold or touch a batch norm.
+
+    Where a function cannot be inlined (another opset, a graph as an attribute), all stay.
+    """
+    near = _functions_near_batch_norms(model)
+    if near:
+        inlined = model.clone()
+        with contextlib.suppress(Exception):  # the pass raises errors of several kinds
+            passes.InlinePass(criteria=lambda function: function.identifier() in near)(inlined)
+            return inlined
+    return model
+
+
+def _functions_near_batch_norms(model: ir.Model) -> set[ir.OperatorIdentifier]:
+    """Functions with a batch norm inside, or beside one, or beside a call of such a function."""
+    near: set[ir.OperatorIdentifier] = set()
+    if not model.functions:
+        return near
+    graphs: list[tuple[ir.OperatorIdentifier | None, ir.Graph]]
+    graphs = [(None, graph) for graph in model.graphs()]
+    graphs += [(id_, g) for id_, f in model.functions.items() for g in (f.graph, *f.subgraphs())]
+    while True:
+        before = len(near)
+        for owner, graph in graphs:
+            hot = [n for n in graph if n.op_identifier() in near or is_batch_norm(n)]
+            if hot and owner is not None:
+                near.add(owner)
+            beside = {m.op_identifier() for node in hot for m in (node, *_neighbours(node))}
+            near |= beside & set(model.functions)
+        if len(near) == before:
+            return near
+
+
+def is_batch_norm(node: ir.Node) -> bool:
+    """True for ONNX's own BatchNormalization."""
+    return node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
+
+
+def _neighbours(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes that produce what a node reads, and those that read what it produces."""
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if producer is not None:
+            yield producer
+    for output in node.outputs:
+        yield from (user for user, _ in output.uses())
+
+
 def _tell_channels(node: ir.Node) -> bool:
     """A batch norm knows its own number of channels; true where its values did not."""
-    own = node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
-    gamma = node.inputs[1] if own and len(node.inputs) > 1 else None
+    gamma = node.inputs[1] if is_batch_norm(node) and len(node.inputs) > 1 else None
     tensor = ir.convenience.get_const_tensor(gamma) if gamma is not None else None
     told = False
     for value in (node.inputs[0], node.outputs[0]) if tensor is not None else ():

@@ -81,7 +81,7 @@ BODIES = [
     Law("conv outside, bn in a loop", "Conv", _loop("b = BN4(c); o = Add(i, b)", "c = Conv(x, W[4,4,1,1]); "), 1, constants=_K),
     Law("bn behind a loop", "", _loop("o = Conv(i, W[4,4,1,1])", after="; z = BN4(y)", outputs="z"), 0, ("'v'",), constants=_K),
     Law("conv, bn in a branch of a loop", "Conv", _loop(f"s = ReduceSum<keepdims=0>(i); q = Greater(s, Z); o = If(q) <then_branch = t () => ({_T} u) {{ c = Conv(i, W[4,4,1,1]); u = BN4:alt0(c) }}, else_branch = e () => ({_T} p) {{ p = Identity(i) }}>"), 1, constants=_K | _Z),
-    Law("conv, bn in a scan", "Conv", f"x[4,4,4] w[3,4,4,4] > y z; y, z = Scan<num_scan_inputs=1, body = l (float[4,4,4] i, float[4,4,4] j) => (float[4,4,4] o, float[4,4,4] v) {{ c = Conv(j, W[4,4,1]); b = BN4:alt0(c); o = Add(i, b); v = Identity(o) }}>(x, w)", 1),
+    Law("conv, bn in a scan", "Conv", "x[4,4,4] w[3,4,4,4] > y z; y, z = Scan<num_scan_inputs=1, body = l (float[4,4,4] i, float[4,4,4] j) => (float[4,4,4] o, float[4,4,4] v) { c = Conv(j, W[4,4,1]); b = BN4:alt0(c); o = Add(i, b); v = Identity(o) }>(x, w)", 1),
 ]
 
 CONSTANT_LAWS: list[Law] = [*EXPRESSIONS, *BODIES]

@@ -122,6 +122,7 @@ def plan(
         network.allow(repairs)
         _take_out(network, norms, guard, scope)
     kept = [Kept(name_of(n), n, o) for n, o in norms.items() if isinstance(o, str)]
+    kept += [Kept(name_of(node), node, why) for node, why in _inside_functions(model)]
     gauges = {value: g for value, g in network.gauges.items() if not g.is_identity}
     removed, absorbed = _removed(network, norms), _removed(network, others)
     return FoldPlan(model, gauges, removed, tuple(kept), absorbed, network.repairs)
@@ -133,6 +134,14 @@ def _removed(network: Network, outcomes: Outcomes) -> tuple[Removed, ...]:
         for node, outcome in outcomes.items()
         if isinstance(outcome, tuple)
     )
+
+
+def _inside_functions(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
+    """The batch norms in local functions that reading could not inline."""
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            if is_batch_norm(node):
+                yield node, f"it is part of the function '{function.name}', which is not inlined"
 
 
 def _is_map(node: ir.Node) -> bool:

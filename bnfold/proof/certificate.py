@@ -40,6 +40,7 @@ from bnfold.proof.counterpart import (
     match,
     replaceable_inputs,
     same_constant,
+    with_functions_inlined,
 )
 from bnfold.proof.equations import (
     RECURRENT,
@@ -119,6 +120,7 @@ def certify(
 
     Never raises on a wrong fold: what cannot be proved is a failed record.
     """
+    original = with_functions_inlined(original, folded)
     shapes = Shapes(original, dict(input_shapes or {}))
     # an input with a default is data where it can still be given, a constant where it was frozen
     replaceable = replaceable_inputs(folded)

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto
+from onnx_ir.passes.common import InlinePass
 
 from bnfold.proof.reference import NodeReference, NoReferenceError, widen
 
@@ -36,6 +38,20 @@ def replaceable_inputs(model: onnx.ModelProto) -> frozenset[str]:
         return frozenset()
     names = {tensor.name for tensor in model.graph.initializer}
     return frozenset(value.name for value in model.graph.input if value.name in names)
+
+
+def with_functions_inlined(original: onnx.ModelProto, folded: onnx.ModelProto) -> onnx.ModelProto:
+    """The original with those local functions in place that the folded model no longer has."""
+    kept = {(f.domain, f.name, f.overload) for f in folded.functions}
+    gone = {(f.domain, f.name, f.overload) for f in original.functions} - kept
+    if not gone:
+        return original
+    model = ir.from_proto(original)
+    try:
+        InlinePass(criteria=lambda function: function.identifier() in gone)(model)
+    except Exception:  # then the functions are not the same, which is a failed record
+        return original
+    return ir.to_proto(model)
 
 
 class Rounding(NamedTuple):
