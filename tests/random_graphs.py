@@ -352,9 +352,9 @@ def sum_of(b: Builder) -> object:
     other = b.value(fits)
     if other is None:
         return None
-    op = b.one_of(["Add", "Add", "Sub", "Sum"])
+    op = b.one_of(["Add", "Add", "Sub", "Sum", "Mean"])
     reads = [other.name, x.name] if b.flag() else [x.name, other.name]
-    if op == "Sum" and b.flag():
+    if op in ("Sum", "Mean") and b.flag():
         reads.append(reads[0] if b.flag(4) else reads[-1])
         third = b.value(lambda v: v.shape == x.shape and v.name not in reads)
         reads = reads[:2] if third is None else [*reads[:2], third.name]
@@ -431,17 +431,15 @@ def split(b: Builder) -> object:
 # --- passing ------------------------------------------------------------------------------------
 
 
-@operator(old=1)
-def bounded(b: Builder) -> object:
-    """Clip, and Max or Min with a constant."""
+@operator(times=2, old=1)
+def clip(b: Builder) -> object:
     x = b.value()
-    if x is None or b.opset == OLD:
-        return None if x is None else b.node("Clip", [x.name], x.shape, min=-1.0, max=2.0)
-    op = b.one_of(["Clip", "Clip", "Max", "Min"])
-    if op != "Clip":
-        return b.node(op, [x.name, b.constant(b.numbers(*_against(b, x)))], x.shape)
+    if x is None:
+        return None
+    if b.opset == OLD:
+        return b.node("Clip", [x.name], x.shape, min=-1.0, max=2.0)
     ends = [b.constant(np.array(n, np.float32), may_share=False) for n in (-1.0, 2.0)]
-    return b.node(op, [x.name, *ends[: 1 + b.pick(2)]], x.shape)
+    return b.node("Clip", [x.name, *ends[: 1 + b.pick(2)]], x.shape)
 
 
 @operator()
@@ -587,6 +585,23 @@ def resize(b: Builder) -> object:
     return b.node(
         "Resize", [x.name, "", scales], shape, mode=mode, coordinate_transformation_mode=how
     )
+
+
+@operator()
+def grid_sample(b: Builder) -> object:
+    """Elements at places that a constant, or the caller, gives; some lie outside."""
+    x = b.value(lambda v: v.rank == 4 and min(v.shape[2:]) >= 2)
+    if x is None:
+        return None
+    places = (x.shape[0], 2, 2, 2)
+    grid = b.value(lambda v: v.shape == places) if b.flag(4) else None
+    if grid is not None and grid is x:
+        return None
+    name = b.constant(b.rng.choice([-1.0, 0, 0.5, 1], places).astype(np.float32), may_share=False)
+    return b.node(
+        "GridSample", [x.name, name if grid is None else grid.name], (*x.shape[:2], 2, 2),
+        mode="linear", padding_mode=b.one_of(["border", "zeros"]), align_corners=1,
+    )  # fmt: skip
 
 
 # --- structural ---------------------------------------------------------------------------------

@@ -305,6 +305,12 @@ def test_pads_that_crop_are_onnxruntimes(
     np.testing.assert_array_equal(Float64Reference(proto).run({"x": x})["y"], expected)
 
 
+def test_a_mean_whose_first_value_broadcasts() -> None:
+    x = np.arange(2, dtype=np.float32).reshape(2, 1)
+    y = run("Mean", x, {"z": np.array([[1, 3], [5, 7]], np.float32)})
+    np.testing.assert_array_equal(y, [[0.5, 1.5], [3, 4]])
+
+
 def test_pads_of_a_number_by_attribute() -> None:
     x = np.ones((1, 2, 2), np.float32)
     y = run("Pad", x, {}, opset=10, pads=[0, 0, -1, 0, 1, 2], value=1.5)

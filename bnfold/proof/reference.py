@@ -670,6 +670,15 @@ class Pad(OpRun):  # type: ignore[misc]
         return (np.pad(x[crop], grown, constant_values=fill or 0),)
 
 
+class Mean(OpRun):  # type: ignore[misc]
+    """Mean of values that broadcast: onnx.reference adds into the first, whatever its shape."""
+
+    op_domain = ""
+
+    def _run(self, *values: Array) -> tuple[Array]:
+        return (np.asarray(sum(values[1:], start=values[0]) / len(values)),)
+
+
 class DequantizeLinear(OpRun):  # type: ignore[misc]
     """(x - zero_point) * scale in float64: onnx.reference rounds an int32 to float32 first."""
 
@@ -694,5 +703,6 @@ class DequantizeLinear(OpRun):  # type: ignore[misc]
 
 _OPERATORS: list[type[OpRun]] = [
     Conv, ConvTranspose, AveragePool, MaxPool, GlobalAveragePool, GlobalMaxPool,
-    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear, Pad, RNN, GRU, LSTM,
+    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear, Mean, Pad, RNN,
+    GRU, LSTM,
 ]  # fmt: skip
