@@ -50,8 +50,8 @@ def _about(rounds: int) -> list[str]:
         "the exported graph; then how many each tool leaves (torch.fx: how many modules its `fuse`",
         "leaves). Gates and R: `bnfold.verify`; a network that float32 itself cannot evaluate (ill",
         "conditioned) proves nothing. Time: read, plan, apply and write, file to file, over",
-        f"onnxruntime's offline optimisation of the same file, medians of {rounds} rounds, the tools",
-        "in turn in one process, one thread. Memory: growth of a fresh process's peak, over",
+        f"onnxruntime's offline optimisation of the same file, medians of {rounds} rounds, the",
+        "tools in turn in one process, one thread. Memory: growth of a fresh process's peak, over",
         "onnxruntime's.",
     ]
 
