@@ -467,7 +467,8 @@ def branch(b: Builder) -> object:
     inner.values.append(Live(f"inner{at}", x.shape))
     batch_norm(inner)
     inner.nodes[-1].output[0] = f"then{at}"
-    other = helper.make_node(b.one_of(["Identity", "Relu"]), [x.name], [f"else{at}"])
+    # no Identity: onnxruntime 1.31 fails on some that stand alone in a branch
+    other = helper.make_node(b.one_of(["Abs", "Relu"]), [x.name], [f"else{at}"])
 
     def graph(name: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
         out = helper.make_tensor_value_info(f"{name}{at}", TensorProto.FLOAT, [None] * x.rank)

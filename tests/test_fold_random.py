@@ -18,6 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bnfold.errors import InputError
+from bnfold.folding.range import Guard
 from bnfold.folding.rules import RULES
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.proof.reference import Float64Reference
@@ -174,6 +176,72 @@ def test_many_graphs(chunk: int) -> None:
             continue
         shortest = next(steps for steps in range(1, STEPS + 2) if fault(seed, steps))
         pytest.fail(f"seed {seed}, {shortest} steps: {fault(seed, shortest)}")
+
+
+# --- half precision -------------------------------------------------------------------------------
+
+
+def in_half(case: RandomModel, seed: int) -> RandomModel:
+    """The same network in float16, some of its batch norms at the ends of that type's range."""
+    rng, proto = np.random.default_rng(seed), onnx.ModelProto()
+    proto.CopyFrom(case.proto)
+    gammas = {n.input[1] for n in proto.graph.node if n.op_type == folding.BATCH_NORM}
+    scales = {n.input[2] for n in proto.graph.node if n.op_type == "Resize"}
+    for tensor in proto.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype != np.float32 or tensor.name in scales:
+            continue
+        if (tensor.name in gammas or array.ndim > 2) and rng.random() < 0.5:
+            array = array * 2.0 ** rng.integers(-14, 15)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float16), tensor.name))
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == onnx.TensorProto.FLOAT:
+                attribute.i = onnx.TensorProto.FLOAT16
+            if attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.FLOAT:
+                array = onnx.numpy_helper.to_array(attribute.t).astype(np.float16)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(array, attribute.t.name))
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    feeds = {n: a.astype(np.float16) if a.dtype.kind == "f" else a for n, a in case.feeds.items()}
+    return RandomModel(proto, feeds)
+
+
+def check_half(case: RandomModel) -> int:
+    """No weight is infinite, and the folded network is the same up to the rounding of float16."""
+    made = folding.fold(case.proto)
+    folding.check_counts(made)
+    for tensor in made.model.graph.initializer:
+        assert np.all(np.isfinite(onnx.numpy_helper.to_array(tensor).astype(float))), tensor.name
+    exact, folded = (float_values(m, case.feeds) for m in (made.original, made.model))
+    biases = {t.name: onnx.numpy_helper.to_array(t) for t in made.model.graph.initializer}
+    size = max(largest(exact), largest({n: a for n, a in biases.items() if a.dtype == np.float16}))
+    for output in made.original.graph.output:
+        error = np.max(np.abs(exact[output.name] - folded[output.name]), initial=0)
+        assert error <= 2.0**-7 * size, f"'{output.name}' is off by {error:g} of {size:g}"
+    return len(made.plan.removed)
+
+
+def test_half_precision_stays_in_its_range() -> None:
+    removed = 0
+    for seed in range(60):
+        case = in_half(seeded(4 * seed + 1, 8), seed)  # dyadic, of one type throughout
+        if any(a.HasField("g") for node in case.proto.graph.node for a in node.attribute):
+            continue
+        try:
+            removed += check_half(case)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{report(case)}") from error
+    assert removed >= 20
+
+
+def test_without_the_guard_half_precision_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = in_half(seeded(4 * 12 + 1, 14), 12)
+    check_half(case)
+    monkeypatch.setattr(Guard, "check", lambda *_: None)
+    with pytest.raises(InputError, match="too large for FLOAT16"):
+        check_half(case)
 
 
 # --- the net holds -------------------------------------------------------------------------------

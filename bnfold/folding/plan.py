@@ -164,7 +164,7 @@ def _take_out(network: Network, outcomes: Outcomes, guard: Guard, scope: Scope |
         reached: dict[ir.Node, set[ir.Value]] = {}
         for node in waiting:
             network.visited = reached[node] = set()
-            why = _why_no_map(network.model, node)
+            why = _why_no_map(network, node)
             outcomes[node] = why or _remove(network, node, guard, scope)
         any_gone |= bool(network.changed)
         # what a trial did not reach cannot have stopped it; but a module's parameters may be tied
@@ -177,13 +177,14 @@ def _take_out(network: Network, outcomes: Outcomes, guard: Guard, scope: Scope |
     return any_gone
 
 
-def _why_no_map(model: ir.Model, node: ir.Node) -> str | None:
+def _why_no_map(network: Network, node: ir.Node) -> str | None:
     """Why this node is no fixed per-channel map, if it is none."""
-    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    imports = network.model.opset_imports
+    opset = imports.get("", imports.get("ai.onnx", 0))
     if opset < 7:
         return f"the model uses opset {opset}; convert it to opset 7 or newer first"
     try:
-        affine_of(node)
+        network.map_of(node)
     except Opaque as why:
         return str(why)
     return None
@@ -373,7 +374,7 @@ def _check_precision(network: Network, trial: _Trial) -> None:
         return
     norms = {user for value in moved for user, _ in value.uses()}
     for node in {network.trying, *norms}:
-        if node is None or not is_batch_norm(node) or _why_no_map(network.model, node):
+        if node is None or not is_batch_norm(node) or _why_no_map(network, node):
             continue
         value, shape = input_of(node, 0), network.map_of(node).affine.scale.shape
         mean = weights(node, 3).reshape(shape)

@@ -173,6 +173,8 @@ class Guard:
         gauge: Gauges,
     ) -> bool:
         """A bound that costs little says that no new constant of this node leaves its type."""
+        if is_batch_norm(node):
+            return False  # it multiplies its constants with each other
         constants = [c for c in held.values() if c is not None]
         if node not in self._largest:
             self._largest[node] = sum(_size(c) for c in constants) * (
@@ -184,7 +186,7 @@ class Guard:
             size = _regular(around.scale)
             stretch *= float(np.nanmax(np.maximum(size, 1 / size), initial=1.0))
             peak *= 1 + float(np.max(np.abs(around.origin)))
-        if peak * stretch > min(t.largest for t in types):
+        if peak * stretch * _ROOM > min(t.largest for t in types):
             return False
         if stretch < _ROOM and all(t.smallest * _ROOM**2 < 1 for t in types):
             return True  # only weights of 2^-40 and less could fall out, and those are none
