@@ -32,14 +32,22 @@ class Fold:
 
 
 def fold(
-    original: onnx.ModelProto, *, absorb: bool = True, repairs: frozenset[str] = frozenset()
+    original: onnx.ModelProto,
+    *,
+    absorb: bool = True,
+    repairs: frozenset[str] = frozenset(),
+    watched: bool = True,
 ) -> Fold:
-    """Fold; the model that went in, as bytes, must come out of planning and applying unchanged."""
+    """Fold; the model that went in must come out of planning and applying byte by byte unchanged.
+
+    watched: look whether it does.
+    """
     model = graph.prepare(ir.from_proto(original))
-    before = graph.to_bytes(model)
+    before = graph.to_bytes(model) if watched else b""
     made = plan(model, absorb=absorb, repairs=repairs)
     folded = apply(made)
-    assert graph.to_bytes(model) == before, "plan or apply changed the model they were given"
+    if watched:
+        assert graph.to_bytes(model) == before, "plan or apply changed the model they were given"
     proto = graph.to_proto(folded.model)
     onnx.checker.check_model(proto)
     return Fold(original, proto, made, folded)

@@ -82,7 +82,7 @@ def check_again(made: folding.Fold) -> None:
     MatMul's shift can take another one, extents may be known that were not, and what was kept for
     its precision may have a neighbour now whose statistics no longer tell.
     """
-    again = folding.fold(made.model, repairs=made.plan.repairs)
+    again = folding.fold(made.model, repairs=made.plan.repairs, watched=False)
     precise = any("spreads away" in kept.reason for kept in made.plan.kept)
     more_known = has_constants(made) or made.folded.biases or free_extents(made.original) or precise
     if (again.plan.removed or again.plan.absorbed) and more_known:
