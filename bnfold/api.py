@@ -20,7 +20,7 @@ import onnx_ir as ir
 from bnfold import graph
 from bnfold.errors import UsageError
 from bnfold.folding.apply import Folded, apply
-from bnfold.folding.plan import FoldPlan, Scope, plan
+from bnfold.folding.plan import FoldPlan, MergedSum, Scope, plan
 from bnfold.folding.record import FoldedNorm, FoldRecord, record_of
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.reading.sniff import Kind
@@ -48,7 +48,8 @@ class FoldResult:
     model: the folded network, of the type that came in (a path gives the type of what it holds).
     original, graph: the ONNX graphs before and after. folded, kept: what became of each batch norm.
     absorbed: names of the constant multiplications and additions that are gone besides. record:
-    what verifies, undoes and re-adapts the fold. state_dict: for torch sources, the folded tensors
+    what verifies, undoes and re-adapts the fold. merged: sums of parallel branches that are one
+    convolution now. state_dict: for torch sources, the folded tensors
     by name.
     """
 
@@ -62,6 +63,7 @@ class FoldResult:
     modules: tuple[nn.Module, nn.Module] | None = None
     notes: tuple[str, ...] = ()
     absorbed: tuple[str, ...] = ()
+    merged: tuple[MergedSum, ...] = ()
 
     def verify(
         self,
@@ -212,6 +214,7 @@ def fold_source(
         state_dict=state_dict,
         modules=modules,
         notes=source.notes,
+        merged=chosen.merged,
     )
 
 

@@ -513,6 +513,10 @@ def _add_fold(done: Report, result: Any) -> None:
         "kept": [{"name": norm.name, "reason": norm.reason} for norm in result.kept],
         "absorbed": list(result.absorbed),
     }
+    done["merged"] = [
+        {"sum": merged.name, "into": merged.into, "layers": list(merged.layers)}
+        for merged in result.merged
+    ]
     done["operators"] = {
         "before": count_operators(result.original),
         "after": count_operators(result.graph),
@@ -523,6 +527,9 @@ def _fold_summary(found: int, result: Any) -> str:
     folded, producer = len(result.folded), result.original.producer_name
     others = len(result.absorbed)
     more = f" {others} Mul, Add, Sub or Div by constants went too." if others else ""
+    if result.merged:
+        sums = "1 sum" if len(result.merged) == 1 else f"{len(result.merged)} sums"
+        more += f" {sums} of parallel branches became one convolution each."
     if found == 0:
         hint = " (torch's exporter folds by itself unless optimize=False)"
         return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"

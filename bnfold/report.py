@@ -85,6 +85,10 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[l
         rows = [[n["name"], "folded", ", ".join(n["into"]) or "-"] for n in norms["folded"]]
         rows += [[n["name"], "stays", n["reason"]] for n in norms["kept"]]
         found.append(("Batch norms", ("batch norm", "", "into, or the reason why it stays"), rows))
+    merged = report.get("merged")
+    if merged:
+        rows = [[m["into"], ", ".join(m["layers"]) or "-", m["sum"]] for m in merged]
+        found.append(("Merged branches", ("convolution", "took in", "and is now the sum"), rows))
     operators = report.get("operators")
     if operators:
         before, after = operators["before"], operators["after"]
@@ -113,7 +117,7 @@ def to_text(report: Mapping[str, Any], *, verbose: bool = False) -> str:
     """The report for a terminal: the summary last, the long tables only if asked for."""
     lines: list[str] = []
     for title, head, rows in sections(report):
-        if title == "Operators" and not verbose:
+        if title in ("Operators", "Merged branches") and not verbose:
             continue
         shown = rows
         if title == "Batch norms" and not verbose:

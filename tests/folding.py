@@ -36,6 +36,7 @@ def fold(
     *,
     absorb: bool = True,
     repairs: frozenset[str] = frozenset(),
+    merge: bool = True,
     watched: bool = True,
 ) -> Fold:
     """Fold; the model that went in must come out of planning and applying byte by byte unchanged.
@@ -44,7 +45,7 @@ def fold(
     """
     model = graph.prepare(ir.from_proto(original))
     before = graph.to_bytes(model) if watched else b""
-    made = plan(model, absorb=absorb, repairs=repairs)
+    made = plan(model, absorb=absorb, repairs=repairs, merge=merge)
     folded = apply(made)
     if watched:
         assert graph.to_bytes(model) == before, "plan or apply changed the model they were given"
@@ -134,15 +135,18 @@ def check_algebra(made: Fold) -> None:
     assert certificate.passed, [record.sentence for record in certificate.failures]
 
 
-def check_folding_again(made: Fold, *, absorb: bool = True) -> None:
+def check_folding_again(made: Fold, *, absorb: bool = True, merge: bool = True) -> None:
     """A folded model has nothing left to fold, and folding it changes no byte."""
-    check_nothing_left(made, fold(made.model, absorb=absorb, repairs=made.plan.repairs))
+    check_nothing_left(
+        made, fold(made.model, absorb=absorb, repairs=made.plan.repairs, merge=merge)
+    )
 
 
 def check_nothing_left(made: Fold, again: Fold) -> None:
     """The second fold removes nothing and writes the file that it was given."""
     assert not again.plan.removed, f"a second fold removes {[r.name for r in again.plan.removed]}"
     assert not again.plan.absorbed, f"a second fold removes {again.plan.absorbed[0].name}"
+    assert not again.plan.merges, f"a second fold merges {again.plan.merges[0].result.name}"
     assert again.model.SerializeToString() == made.model.SerializeToString()
 
 

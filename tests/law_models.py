@@ -44,7 +44,8 @@ class Law:
     """One case. op: the row of RULES through which a gauge must really have gone ('': any).
 
     removed: how many batch norms go. kept: for each that stays, a word of the reason. absorbed: how
-    many constant multiplications and additions go (None: they are left alone). repairs: the exact
+    many constant multiplications and additions go (None: they are left alone). merges: how many
+    sums of parallel branches become one convolution (None: they are left alone). repairs: the exact
     repairs allowed. listed: initializers also listed as inputs. nodes: constants as Constant nodes.
     reference: the float64 reference can run it. runs: onnxruntime can (its CPU provider has no
     batch-first layout).
@@ -64,6 +65,7 @@ class Law:
     dtype: int = TensorProto.FLOAT
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     absorbed: int | None = None
+    merges: int | None = None
     repairs: tuple[str, ...] = ()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from tests.constant_laws import CONSTANT_LAWS
 from tests.law_models import Law, equal_parts, equal_shift
+from tests.parallel_laws import PARALLEL
 
 X = "x[4,4,4,4]"  # square: as many samples as channels, rows and columns
 PAD = "pads=[1,1,1,1]"
@@ -567,5 +568,5 @@ REPAIRED = [
 ]
 
 LAWS: list[Law] = [
-    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *GATES, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
+    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *PARALLEL, *GATES, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
 ]

@@ -44,6 +44,7 @@ class Mutant:
 LINEAR, NORM, PLAN, WAVE = "rules/linear.py", "rules/normalization.py", "plan.py", "wave.py"
 RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
 GATING, RECURRENT, EMBEDDING = "rules/gating.py", "rules/recurrent.py", "rules/embedding.py"
+MERGING, PARALLEL = "merging.py", "parallel.py"
 MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
 
 # a table is read by its columns
@@ -179,6 +180,30 @@ MUTANTS: list[Mutant] = [
     Mutant(CONSTANTS, "        if value.is_graph_output():\n            return None\n", "", "view"),
     Mutant(CONSTANTS, "all(view.op_type != \"Cast\" for view in self.views)", "True", "cast"),
     Mutant(CONSTANTS, "array = np.transpose(array, inverse(_perm(view, array.ndim)))", "array = array.reshape(shape)", "transpose"),
+    # parallel branches
+    Mutant(MERGING, "first, rest = divmod(outer.before - inner.before, unit)", "first, rest = divmod(outer.before - inner.before + 1, unit)", "parallel"),
+    Mutant(MERGING, "step, uneven = divmod(inner.dilation, unit)", "step, uneven = divmod(unit, unit)", "dilated"),
+    Mutant(MERGING, "inner.stride != outer.stride or inner.reach != outer.reach", "inner.stride != outer.stride", "spread"),
+    Mutant(MERGING, "inner.stride != outer.stride or inner.reach != outer.reach", "inner.reach != outer.reach", "spread"),
+    Mutant(MERGING, "if rest or uneven or first < 0 or last >= outer.size:", "if rest or uneven or last >= outer.size:", "crossed"),
+    Mutant(MERGING, "if any(n != 1 for n in (*strides, *dilations)):", "if any(n != 1 for n in dilations):", "SAME"),
+    Mutant(MERGING, 'upper = string(conv, "auto_pad", "") == "SAME_UPPER"', "upper = True", "SAME_LOWER"),
+    Mutant(MERGING, "[:, :, :, *place] += split[:, part]", "[:, :, :, *place] = split[:, part]", "parallel"),
+    Mutant(MERGING, "blocks[:, part, :, part]", "blocks[:, part, :, -1 - part]", "groups"),
+    Mutant(MERGING, "bias = bias + offset", "bias = offset", "biases"),
+    Mutant(MERGING, "scale * new[2] + shift", "scale * new[2]", "parallel"),
+    Mutant(MERGING, "scale * new[2] + shift", "new[2] + shift", "x - conv"),
+    Mutant(MERGING, "scale * along(x.origin, outs) + shift", "shift", "both sides"),
+    Mutant(MERGING, "(scale * along(x.read_scale, outs))", "(scale + 0 * along(x.read_scale, outs))", "both sides"),
+    Mutant(MERGING, "if shape[0] != shape[1] * groups:", "if False:", "channels"),
+    Mutant(MERGING, "if parts % groups or (other[0]", "if (other[0]", "depthwise and dense"),
+    Mutant(MERGING, "(other[0], other[1] * parts) != (shape[0], shape[1] * groups)", "False", "spreads over one"),
+    Mutant(PARALLEL, '"Sub": (1, -1)', '"Sub": (1, 1)', "x - conv"),
+    Mutant(PARALLEL, "shift if slot == 0 else np.zeros_like(shift)", "shift", "parallel"),
+    Mutant(PARALLEL, "if value.is_graph_output() or len(value.uses()) != 1:", "if len(value.uses()) > 99:", "read elsewhere"),
+    Mutant(PARALLEL, "if any(n > 1 for a in (scale, shift) for axis, n in enumerate(a.shape) if axis != 1):", "if False:", "columns"),
+    Mutant(PARALLEL, "weights(node, slot)  # they must be constant", "pass", "computed bias"),
+    Mutant(PARALLEL, "scale * m.affine.shift + shift", "m.affine.shift + shift", "parallel"),
 ]
 # fmt: on
 

@@ -165,8 +165,10 @@ def gammas(b: Builder, channels: int) -> np.ndarray:
 @operator(times=6, old=4)
 def batch_norm(b: Builder) -> object:
     x = b.value(lambda v: v.rank >= 2)
-    if x is None:
-        return None
+    return None if x is None else _normalize(b, x)
+
+
+def _normalize(b: Builder, x: Live) -> list[Live]:
     channels = x.shape[1]
     shift = 0 if b.flag(4) else 1
     gamma, beta, mean = gammas(b, channels), b.numbers(channels), b.numbers(channels)
@@ -217,6 +219,36 @@ def conv(b: Builder) -> object:
         "Conv", reads, (x.shape[0], outs, *sizes), group=groups, pads=[*low, *high],
         strides=[stride] * rank, dilations=[dilation] * rank,
     )  # fmt: skip
+
+
+@operator(times=2, old=1)
+def branches(b: Builder) -> object:
+    """Convolutions, batch norms and a value itself, of one value, added up."""
+    x = b.value(lambda v: v.rank in (3, 4, 5) and v.shape[1] > 0 and min(v.shape[2:]) >= 3)
+    if x is None:
+        return None
+    spatial, channels = len(x.shape) - 2, x.shape[1]
+    total: Live | None = None
+    for _ in range(2 + b.pick(3)):
+        branch, kind = x, b.pick(6)
+        if kind < 4:
+            groups = b.one_of([1, *(g for g in (2, channels) if channels % g == 0)])
+            size = b.one_of([3, 1])
+            fan_in = channels // groups * size**spatial
+            weight = b.numbers(channels, channels // groups, *[size] * spatial, fan_in=fan_in)
+            reads = [x.name, b.constant(weight)]
+            reads += [b.constant(b.numbers(channels))] if b.flag() else []
+            pads = [size // 2] * 2 * spatial
+            (branch,) = b.node("Conv", reads, x.shape, group=groups, pads=pads)
+        if kind in (0, 1, 4):
+            (branch,) = _normalize(b, branch)
+        if total is None:
+            total = branch
+        else:
+            pair = [total, branch] if b.flag() else [branch, total]
+            op = b.one_of(["Add", "Add", "Sub", "Sum"])
+            (total,) = b.node(op, [v.name for v in pair], x.shape)
+    return total
 
 
 @operator(times=2, old=1)

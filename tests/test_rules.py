@@ -24,11 +24,12 @@ def through(made: folding.Fold) -> set[str]:
 def check_law(law: Law) -> None:
     """Fold the case, count, compare bit by bit, fold again. Raises AssertionError."""
     original = build(law)
-    absorb = law.absorbed is not None
-    made = folding.fold(original, absorb=absorb, repairs=frozenset(law.repairs))
+    absorb, merge = law.absorbed is not None, law.merges is not None
+    made = folding.fold(original, absorb=absorb, repairs=frozenset(law.repairs), merge=merge)
     reasons = [kept.reason for kept in made.plan.kept]
     assert len(made.plan.removed) == law.removed, reasons
     assert len(made.plan.absorbed) == (law.absorbed or 0), [r.name for r in made.plan.absorbed]
+    assert len(made.plan.merges) == (law.merges or 0), [m.root for m in made.plan.merges]
     for word in law.kept:
         assert any(word in reason for reason in reasons), reasons
     folding.check_counts(made)
@@ -47,7 +48,7 @@ def check_law(law: Law) -> None:
     if law.reference:
         folding.check_values(made, feeds)
         folding.check_algebra(made)
-    folding.check_folding_again(made, absorb=absorb)
+    folding.check_folding_again(made, absorb=absorb, merge=merge)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)

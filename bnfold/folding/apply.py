@@ -17,6 +17,7 @@ import onnx_ir as ir
 from bnfold.errors import InputError
 from bnfold.folding.affine import Array
 from bnfold.folding.constants import Constant, constant, readers
+from bnfold.folding.merging import Merge
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules import RULES, constant_slots
 from bnfold.folding.rules.node import label, optional_input
@@ -56,8 +57,12 @@ def apply(plan: FoldPlan) -> Folded:
     nodes = _correspondence(plan.model, model)
     writer = _Writer(model)
     gone = {removed.node: removed.slot for removed in (*plan.removed, *plan.absorbed)}
-    touched = {node for value in plan.gauges for node in _around(value)} - set(gone)
+    inner = {node for merge in plan.merges for node in merge.inner}
+    hosts = {merge.host: merge for merge in plan.merges}
+    touched = {node for value in plan.gauges for node in _around(value)} - set(gone) - inner
     for node in nodes:
+        if node in hosts:
+            writer.rewrite(nodes[node], _news(node, hosts[node].constants(plan.gauge)))
         if node in touched:
             repair = repair_of(node, plan.repairs)
             form = repair.form(plan.gauge) if repair is not None else None
@@ -68,7 +73,11 @@ def apply(plan: FoldPlan) -> Folded:
             elif rewrite is not None:
                 writer.rewrite(nodes[node], _news(node, rewrite(node, plan.gauge)))
     writer.flush()
-    aliases = _bypass_all([(nodes[node], slot) for node, slot in gone.items()], writer)
+    bypassed = [(nodes[node], slot) for node, slot in gone.items() if node not in inner]
+    aliases = _bypass_all(bypassed, writer)
+    for merge in plan.merges:
+        _merge(merge, nodes, writer)
+    writer.forget_unread()
     return Folded(model, aliases, writer.biases, writer.written)
 
 
@@ -275,10 +284,10 @@ class _Writer:
                 continue
             node = value.producer()
             if node is not None:
-                if any(out.uses() or out.is_graph_output() for out in node.outputs):
+                read = any(out.uses() or out.is_graph_output() for out in node.outputs)
+                if read or node.graph is None:
                     continue
                 queue.extend(v for v in node.inputs if v is not None)
-                assert node.graph is not None
                 node.graph.remove(node, safe=True)
             elif value.is_initializer() and isinstance(value.graph, ir.Graph):
                 graph = value.graph
@@ -336,7 +345,6 @@ def _bypass_all(nodes: list[tuple[ir.Node, int]], writer: _Writer) -> dict[str, 
             y.replace_all_uses_with(x)
             merged[y_name] = x_name
             graph.remove(node, safe=True)
-    writer.forget_unread()
     return {name: _end_of(merged, name) for name in merged}
 
 
@@ -353,6 +361,23 @@ def _hand_over_output(graph: ir.Graph, node: ir.Node, x: ir.Value, y: ir.Value) 
     graph.remove(node, safe=True)
     y.name = None
     x.name = name
+
+
+def _merge(merge: Merge, nodes: Mapping[ir.Node, ir.Node], writer: _Writer) -> None:
+    """Let the host write the sum, under the sum's name, and take out what lies in between."""
+    host, root = nodes[merge.host], nodes[merge.root]
+    result, total = host.outputs[0], root.outputs[0]
+    name = total.name
+    result.shape, result.type = total.shape, total.type
+    result.meta.update(total.meta)
+    ir.convenience.replace_all_uses_with(total, result, replace_graph_outputs=True)
+    going = [new for old, new in nodes.items() if old in merge.inner and new is not host]
+    given = (value for node in going for value in node.inputs if value is not None)
+    writer.suspects.update({value: None for value in given if value.producer() not in going})
+    graph = host.graph
+    assert isinstance(graph, ir.Graph)
+    graph.remove(going, safe=True)
+    total.name, result.name = None, name
 
 
 def _end_of(merged: Mapping[str, str], name: str) -> str:

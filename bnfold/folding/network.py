@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from bnfold.folding.affine import ChannelAffine, Gauge
+from bnfold.folding.merging import Merge
 from bnfold.folding.rules import affine_of, relations_of
 from bnfold.folding.rules.node import input_of
 from bnfold.folding.rules.normalization import bypass
@@ -31,6 +32,7 @@ class Network:
     gone: the per-channel maps that disappear. trying: the one under trial, which is among them.
     repairs: the names of the exact repairs that nodes may take. visited: the values that waves have
     reached, changed: those around which something was agreed, since they were last emptied.
+    merges: the sums that become one convolution each; what lies inside them has no gauge any more.
     """
 
     model: ir.Model
@@ -40,15 +42,19 @@ class Network:
     repairs: frozenset[str] = frozenset()
     visited: set[ir.Value] = field(default_factory=set)
     changed: set[ir.Value] = field(default_factory=set)
+    merges: list[Merge] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.nodes = [node for graph in self.model.graphs() for node in graph]
         self._relations: dict[ir.Node, Relations] = {}
         self._maps: dict[ir.Node, ChannelMap] = {}
         self._repairs: dict[ir.Node, Repair | None] = {}
+        self._merged = {node: merge for merge in self.merges for node in merge.inner}
 
     def relations(self, node: ir.Node) -> Relations:
         """What a node asks of the gauges around it; one that goes asks as a bypass."""
+        if node in self._merged:
+            return self._merged[node].asks
         if node not in self._relations:
             repair = self.repair(node)
             if node in self.gone:
@@ -95,6 +101,18 @@ class Network:
         m = self.map_of(self.trying)
         self.gauges.update(gauges)
         self.changed.update(gauges, (m.x, m.y))
+
+    def merge(self, merge: Merge) -> None:
+        """Treat a sum as one convolution; merges inside it become parts of it."""
+        self.merges = [m for m in self.merges if m.root not in merge.inner] + [merge]
+        self._merged.update(dict.fromkeys(merge.inner, merge))
+        for node in merge.inner - {merge.root}:
+            for value in node.outputs:
+                self.gauges.pop(value, None)
+
+    def merged(self, node: ir.Node) -> Merge | None:
+        """The merge that a node lies inside of, or whose sum it computes."""
+        return self._merged.get(node)
 
     def gauge(self, value: ir.Value) -> Gauge:
         """The gauge agreed for a value so far."""

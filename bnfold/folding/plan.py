@@ -8,8 +8,10 @@ folding forward; size to y and origin to x passes a Relu and telescopes whole re
 the ways that work the one that touches the fewest values is taken.
 
 The same search takes out constant multiplications and additions (a batch norm that some exporter
-has taken apart, an input's mean and std). Last, where the caller allows exact repairs, what is left
-is tried with them, and of the ways that work the one with the fewest operators is taken.
+has taken apart, an input's mean and std). A sum of parallel branches that is one convolution
+(`parallel`) becomes one, which absorbs what no sum does. Last, where the caller allows exact
+repairs, what is left is tried with them, and of the ways that work the one with the fewest
+operators is taken.
 
 A plan never changes the model.
 """
@@ -26,7 +28,9 @@ import onnx_ir as ir
 from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.holds import broken
+from bnfold.folding.merging import Merge
 from bnfold.folding.network import Network
+from bnfold.folding.parallel import parallel_sums
 from bnfold.folding.range import Guard, OutOfRange, remedies, rescaled
 from bnfold.folding.rules import RULES, affine_of, constant_slots, is_batch_norm
 from bnfold.folding.rules.linear import matmul_bias
@@ -63,7 +67,8 @@ class FoldPlan:
     """An assignment of gauges to the values of a model, and what becomes of each batch norm.
 
     absorbed: the constant multiplications and additions that disappear besides. repairs: the exact
-    repairs that the plan may use.
+    repairs that the plan may use. merges: the sums of parallel branches that become one convolution
+    each.
     """
 
     model: ir.Model
@@ -72,6 +77,19 @@ class FoldPlan:
     kept: tuple[Kept, ...]
     absorbed: tuple[Removed, ...] = ()
     repairs: frozenset[str] = frozenset()
+    merges: tuple[Merge, ...] = ()
+
+    @property
+    def merged(self) -> tuple[MergedSum, ...]:
+        """The merges by names of layers."""
+        return tuple(
+            MergedSum(
+                merge.result.name or "",
+                _layer_name(merge.host, 1),
+                tuple(_layer_name(conv, 1) for conv in merge.convs if conv is not merge.host),
+            )
+            for merge in self.merges
+        )
 
     def gauge(self, value: ir.Value) -> Gauge:
         """The gauge of a value; identity where the plan says nothing."""
@@ -92,6 +110,18 @@ class Scope:
     norms: frozenset[str]
 
 
+@dataclass(frozen=True)
+class MergedSum:
+    """A sum of parallel branches that is one convolution now.
+
+    name: of the sum's value. into: the layer that writes it. layers: those that it took in.
+    """
+
+    name: str
+    into: str
+    layers: tuple[str, ...]
+
+
 Outcomes = dict[ir.Node, tuple[str, ...] | str]
 
 
@@ -101,13 +131,15 @@ def plan(
     *,
     absorb: bool = True,
     repairs: frozenset[str] = frozenset(),
+    merge: bool = True,
 ) -> FoldPlan:
     """Which batch norms of the model disappear, into what, and why the others stay.
 
     scope: restricts the plan to what a torch module can take back; without it every constant may
     change, and a weight that two nodes share may be written once for each of them. absorb: take out
     constant multiplications and additions too. repairs: names of exact repairs that may put
-    operators in the place of a batch norm (`rules.repairs`).
+    operators in the place of a batch norm (`rules.repairs`). merge: let sums of parallel branches
+    become one convolution each, which a torch module cannot take back.
     Raises InputError for statistics that no network can run with.
     """
     network = Network(model)
@@ -115,9 +147,11 @@ def plan(
     norms: Outcomes = {node: "" for node in network.nodes if is_batch_norm(node)}
     absorb = absorb and scope is None  # a module's own arithmetic is code, no parameter
     others: Outcomes = {n: "" for n in network.nodes if absorb and _is_map(n)}
-    _take_out(network, norms, guard, scope)
-    if _take_out(network, others, guard, scope):
+    progress = True
+    while progress:
         _take_out(network, norms, guard, scope)
+        progress = _take_out(network, others, guard, scope)
+        progress |= merge and scope is None and _merge(network, guard, norms, others)
     if repairs and any(isinstance(outcome, str) for outcome in norms.values()):
         network.allow(repairs)
         _take_out(network, norms, guard, scope)
@@ -125,12 +159,47 @@ def plan(
     kept += [Kept(name_of(node), node, why) for node, why in _inside_functions(model)]
     gauges = {value: g for value, g in network.gauges.items() if not g.is_identity}
     removed, absorbed = _removed(network, norms), _removed(network, others)
-    return FoldPlan(model, gauges, removed, tuple(kept), absorbed, network.repairs)
+    merges = tuple(network.merges)
+    return FoldPlan(model, gauges, removed, tuple(kept), absorbed, network.repairs, merges)
+
+
+def _merge(network: Network, guard: Guard, *outcomes: Outcomes) -> bool:
+    """Let sums of parallel branches be one convolution each, which absorbs what no sum does."""
+
+    def may_go(node: ir.Node) -> bool:
+        listed = any(node in known for known in outcomes)
+        return listed and _why_no_map(network.model, node) is None
+
+    before = len(network.merges)
+    for merge in list(parallel_sums(network, may_go)):
+        try:
+            guard.check_merge(merge, network.gauge)
+        except OutOfRange:
+            continue
+        network.merge(merge)
+        for known in outcomes:
+            known.update(dict.fromkeys(merge.inner & known.keys(), (_layer_name(merge.host, 1),)))
+    return len(network.merges) > before
+
+
+def _as_merged(network: Network, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of layers; one that is merged into another goes by the name of that one."""
+    now = {
+        _layer_name(conv, 1): _layer_name(merge.host, 1)
+        for merge in network.merges
+        for conv in merge.convs
+    }
+    return tuple(dict.fromkeys(now.get(layer, layer) for layer in layers))
 
 
 def _removed(network: Network, outcomes: Outcomes) -> tuple[Removed, ...]:
     return tuple(
-        Removed(name_of(node), node, outcome, list(node.inputs).index(network.map_of(node).x))
+        Removed(
+            name_of(node),
+            node,
+            _as_merged(network, outcome),
+            list(node.inputs).index(network.map_of(node).x),
+        )
         for node, outcome in outcomes.items()
         if isinstance(outcome, tuple)
     )
@@ -470,7 +539,9 @@ def _takers(network: Network, touched: Iterable[ir.Value]) -> tuple[str, ...]:
     """The names of the layers whose constants change with the gauges of these values."""
     names: dict[str, None] = {}
     for value in touched:
-        for node in network.around(value):
+        for near in network.around(value):
+            merge = network.merged(near)
+            node = merge.host if merge is not None else near
             slots = _constant_slots(network, node)
             if slots:
                 names[_layer_name(node, slots[0])] = None

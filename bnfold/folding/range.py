@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from bnfold.folding.affine import Array, Gauge, canonical
 from bnfold.folding.constants import FLOATS, Constant, constant
+from bnfold.folding.merging import Merge
 from bnfold.folding.network import Network
 from bnfold.folding.rules import RULES, constant_slots, is_batch_norm, relations_of
 from bnfold.folding.rules.node import Opaque, dims, label, real, weights
@@ -83,8 +84,19 @@ class Guard:
                 # else it becomes the output of that batch norm, whose own size counts
                 self._check_value(value, gauge(value))
         for node in dict.fromkeys(node for value in values for node in network.around(value)):
-            if node not in network.gone:
+            merge = network.merged(node)
+            if merge is not None:
+                self.check_merge(merge, gauge)
+            elif node not in network.gone:
                 self._check_constants(node, network.repair(node), gauge)
+
+    def check_merge(self, merge: Merge, gauge: Gauges) -> None:
+        """Raises OutOfRange where the one convolution of parallel branches leaves its type."""
+        held = constant(merge.host.inputs[1])
+        limits = Limits.of(held.dtype) if held is not None else None
+        around = [merge.result, *(branch.source for branch in merge.branches)]
+        for new in merge.constants(gauge).values():
+            _check_largest(new, limits, f"of {label(merge.host)}", around)
 
     # --- values
 
@@ -136,7 +148,9 @@ class Guard:
         form = repair.form(gauge) if repair is not None else None
         for step in form.steps if form is not None else ():
             finite = np.where(np.isfinite(step.constant), step.constant, 0)
-            _check_largest(finite, Limits.of(node.outputs[0].dtype), f"behind {label(node)}", node)
+            _check_largest(
+                finite, Limits.of(node.outputs[0].dtype), f"behind {label(node)}", _data(node)
+            )
         rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
         if rewrite is None or (form is not None and form.constants is None):
             return
@@ -154,7 +168,7 @@ class Guard:
             if before is not None and not np.all(np.isfinite(before.array)):
                 continue  # the network's own fault, told when it is written
             where = f"of {label(node)}" if before is None else f"'{before.root.name}'"
-            _check_largest(new, limits, where, node)
+            _check_largest(new, limits, where, _data(node))
             if absorbs and slot == slots[0] and before is not None and limits is not None:
                 faint = _faintest(new, before.array, limits.smallest / _SLACK)
                 if faint is not None and self._matters(node, slot, before, gauge, limits):
@@ -213,14 +227,16 @@ class Guard:
         return _faintest(new, before.array, limits.smallest / _SLACK) is not None
 
 
-def _check_largest(new: Array, limits: Limits | None, where: str, node: ir.Node) -> None:
+def _check_largest(
+    new: Array, limits: Limits | None, where: str, around: Iterable[ir.Value]
+) -> None:
     peak = float(np.max(np.abs(new), initial=0))
     if limits is not None and not peak <= limits.largest:
         raise OutOfRange(
             f"the constant {where} would be as large as {peak:.3g}, which {limits.name} does not"
             " hold",
             peak / limits.largest,
-            _data(node),
+            around,
         )
 
 

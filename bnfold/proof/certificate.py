@@ -8,6 +8,7 @@ graph that computes y~ is found, and shown to take the x~ of the node's sources 
 - a node without a gauge around it must be there unchanged, constants bit for bit;
 - a linear node (Conv, ConvTranspose, Gemm, MatMul) by its weights: each one must be the rounding of
   scale_y * W / scale_x, and each bias the rounding of scale_y * (b + W origin_x - origin_y);
+- a sum of parallel branches that is one convolution by that one's weights;
 - a normalization or a per-channel Mul/Add, staying or gone, by slope and intercept per channel;
 - any other node by running both sides in float64 on random x and the x~ that belongs to it.
 
@@ -53,6 +54,7 @@ from bnfold.proof.equations import (
     read_recurrent,
     shifted_border,
 )
+from bnfold.proof.parallel import NotParallel, is_sum, read_parallel
 from bnfold.proof.probe import probe
 from bnfold.proof.reference import NoReferenceError
 from bnfold.proof.shapes import Shapes
@@ -259,6 +261,8 @@ class _Proof:
     def _check(self, node: onnx.NodeProto, wanted: list[str]) -> tuple[NodeRecord, list[str]]:
         if any(attribute.HasField("g") for attribute in node.attribute):
             return self._check_control(node, wanted)
+        if (parallel := self._check_parallel(node, wanted)) is not None:
+            return parallel
         found = None
         try:
             found = match(node, wanted, self.original, self.folded, self.rename, self._carried,
@@ -418,6 +422,30 @@ class _Proof:
             pair.append(bare)
         rest = Match((pair[0],), (pair[1],), found.sources, found.outputs)
         return self._same_node(rest) and self._same_constants(rest)
+
+    def _check_parallel(self, node: onnx.NodeProto, wanted: list[str]
+                        ) -> tuple[NodeRecord, list[str]] | None:  # fmt: skip
+        """A sum in the original for which the folded graph has one convolution; else None."""
+        there = self.folded.producers.get(self.rename(wanted[0]))
+        if there is None or there.op_type != "Conv" or not is_sum(node, self.original):
+            return None
+        theirs = read_linear((there,), self.folded)
+        output = self.gauge(wanted[0])
+        if theirs is None or (outputs := channels(output, 1, theirs.shape_out)) is None:
+            return None
+
+        def carried(name: str) -> Carried | None:
+            return self.gauge(name) if self.rename(name) == theirs.source else None
+
+        try:
+            mine, sources = read_parallel(node, self.original, theirs, carried)
+        except NotParallel as reason:
+            sentence = f"not proved: in the folded graph it is one convolution; {reason}"
+            return self._record(node, "weights", False, sentence), self.original.sources(node)
+        plain = Carried(np.ones(theirs.shape_in), np.zeros(theirs.shape_in))
+        ulps, problem = compare_linear(mine, theirs, plain, outputs)
+        sentence = problem or "its branches add up to the weights and bias of one convolution."
+        return self._record(node, "weights", not problem, sentence, ulps), list(sources)
 
     # --------------------------------------------------------------------------- channel maps
 

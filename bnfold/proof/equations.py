@@ -38,6 +38,7 @@ class Linear:
     rank: of x and y, None where the operator takes any.
     blind: zeros enter the sums beside x (padding), or the borders see fewer taps.
     weight = factor * what is stored, rounded as `rounding`. biases: (values, rounding) each.
+    weight_size, bias_size: the magnitudes that were added up, where several things were.
     """
 
     source: str
@@ -49,6 +50,8 @@ class Linear:
     factor: float
     rounding: Rounding
     biases: tuple[tuple[Array, Rounding], ...]
+    weight_size: Array | None = None
+    bias_size: Array | None = None
 
     @property
     def shape_in(self) -> tuple[int, int]:
@@ -92,7 +95,7 @@ def _with_addition(linear: Linear, node: onnx.NodeProto, value: str, view: View
     if not view.is_constant(other) or (node.op_type == "Sub" and index == 1):
         return None
     constant = view.constant(other)
-    values = _per_channel(constant.value, linear.axis, math.prod(linear.shape_out), linear.rank)
+    values = per_channel(constant.value, linear.axis, math.prod(linear.shape_out), linear.rank)
     if values is None:
         return None
     signed = -values if node.op_type == "Sub" else values
@@ -100,7 +103,7 @@ def _with_addition(linear: Linear, node: onnx.NodeProto, value: str, view: View
     return dataclasses.replace(linear, biases=biases)
 
 
-def _per_channel(values: Array, axis: int, size: int, rank: int | None) -> Array | None:
+def per_channel(values: Array, axis: int, size: int, rank: int | None) -> Array | None:
     """A constant that is added to a value of `rank`, as one number per channel, or None."""
     if axis >= 0:
         if rank is None or values.ndim > rank:
@@ -186,7 +189,7 @@ def _read_gemm(node: onnx.NodeProto, view: View) -> Linear | None:
     biases: tuple[tuple[Array, Rounding], ...] = ()
     if len(node.input) > 2 and node.input[2]:
         constant = _float_constant(view, node.input[2])
-        values = None if constant is None else _per_channel(constant.value, -1, len(matrix), None)
+        values = None if constant is None else per_channel(constant.value, -1, len(matrix), None)
         if constant is None or values is None:
             return None
         biases = ((beta * values, constant.rounding),)
@@ -245,7 +248,7 @@ def channels(gauge: Carried, axis: int, shape: tuple[int, int]) -> Carried | Non
         if flat is None:
             if values.ndim <= (axis if axis >= 0 else -axis - 1):
                 return None
-            flat = _per_channel(values, axis, math.prod(shape), values.ndim)
+            flat = per_channel(values, axis, math.prod(shape), values.ndim)
         if flat is None:
             return None
         parts.append(np.broadcast_to(flat, (math.prod(shape),)).reshape(shape))
@@ -327,7 +330,10 @@ def compare_weights(
             expected /= divisor[:, None, :, None]
             expected *= readable[:, None, :, None]
         excess = np.abs(theirs.weight[:, rows] - expected)
-        excess /= np.abs(expected) * (rounding.unit * ONE_ROUNDING) + tiny
+        room = np.abs(expected) * (rounding.unit * ONE_ROUNDING) + tiny
+        if mine.weight_size is not None:
+            room += ARITHMETIC * mine.weight_size[:, rows] * np.abs(factor[:, rows, None, None])
+        excess /= room
         excess[~checked[:, rows]] = 0.0
         wrong = ~(excess <= 1)
         count += int(np.count_nonzero(wrong))
@@ -355,7 +361,8 @@ def _ranked(values: Array) -> Array:
 def _compare_bias(mine: Linear, theirs: Linear, inputs: Carried, outputs: Carried,
                   live: Array, known: Array) -> str:  # fmt: skip
     seen = np.where(inputs.scale == 0, 0.0, inputs.origin)
-    shift, size = np.zeros(live.shape), np.abs(mine.bias)
+    shift = np.zeros(live.shape)
+    size = np.abs(mine.bias) if mine.bias_size is None else mine.bias_size
     if seen.any():
         shift = np.einsum("gmct,gc->gm", mine.weight, seen)
         size = size + np.einsum("gmct,gc->gm", np.abs(mine.weight), np.abs(seen))
