@@ -168,7 +168,7 @@ def _merge(network: Network, guard: Guard, *outcomes: Outcomes) -> bool:
 
     def may_go(node: ir.Node) -> bool:
         listed = any(node in known for known in outcomes)
-        return listed and _why_no_map(network.model, node) is None
+        return listed and _why_no_map(network, node) is None
 
     before = len(network.merges)
     for merge in list(parallel_sums(network, may_go)):
