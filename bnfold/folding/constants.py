@@ -25,6 +25,7 @@ FLOATS = frozenset(
 _VIEWS = frozenset({"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast"})
 
 
+_STANDARD = ("", "ai.onnx")
 # a longer way from the parameters to the constant is no small arithmetic
 _LONGEST_EXPRESSION = 64
 
@@ -143,11 +144,11 @@ def constant(value: ir.Value | None) -> Constant | None:
 
 
 def _is_literal(node: ir.Node) -> bool:
-    return node.op_type == "Constant" and node.domain == ""
+    return node.op_type == "Constant" and node.domain in _STANDARD
 
 
 def _is_view(node: ir.Node) -> bool:
-    if node.op_type not in _VIEWS or node.domain != "":
+    if node.op_type not in _VIEWS or node.domain not in _STANDARD:
         return False
     return node.op_type in ("Identity", "Cast", "Transpose") or _static(node.outputs[0])
 
@@ -171,7 +172,7 @@ def _is_expression(value: ir.Value) -> bool:
             if _tensor(place) is None:
                 return False
             continue
-        computable = _is_view(node) or (node.op_type in ARITHMETIC and node.domain == "")
+        computable = _is_view(node) or (node.op_type in ARITHMETIC and node.domain in _STANDARD)
         if not computable or len(seen) > _LONGEST_EXPRESSION:
             return False
         found = {v for v in node.inputs if v is not None} - seen
