@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import ml_dtypes
 import numpy as np
+from onnx import TensorProto
 
 from tests.law_models import Law
 
@@ -84,4 +88,26 @@ BODIES = [
     Law("conv, bn in a scan", "Conv", "x[4,4,4] w[3,4,4,4] > y z; y, z = Scan<num_scan_inputs=1, body = l (float[4,4,4] i, float[4,4,4] j) => (float[4,4,4] o, float[4,4,4] v) { c = Conv(j, W[4,4,1]); b = BN4:alt0(c); o = Add(i, b); v = Identity(o) }>(x, w)", 1),
 ]
 
-CONSTANT_LAWS: list[Law] = [*EXPRESSIONS, *BODIES]
+def _numbers(seed: int, *shape: int, dtype: Any = np.float16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-2, 3, shape).astype(dtype)
+
+
+_HALF = {"W": _numbers(1, 4, 4, 3, 3), "B": _numbers(2, 4)}
+_SHORT = {"W": _numbers(1, 4, 4, 3, 3, dtype=ml_dtypes.bfloat16), "B": _numbers(2, 4, dtype=ml_dtypes.bfloat16)}
+_STATISTICS = {"y.gamma": np.array([1, -2, 0.5, -1], np.float32), "y.beta": np.array([1, 2, -3, 1], np.float32), "y.running_mean": np.array([1, 0, -2, 1], np.float32), "y.running_var": np.array([0.75, 3.75, 0, 0.75], np.float32)}
+TYPES = [
+    Law("conv in float16, cast, bn in float32", "Cast", f"{X} > y; h = Cast<to=10>(x); c = Conv(h, W, B); u = Cast<to=1>(c); y = BN4:alt0(u)", 1, constants=_HALF),
+    Law("conv in float16 without bias, cast, bn in float32", "Conv", f"{X} > y; h = Cast<to=10>(x); c = Conv(h, W); u = Cast<to=1>(c); y = BN4:alt0(u)", 1, constants=_HALF),
+    Law("conv in bfloat16, cast, bn in float32", "Cast", f"{X} > y; h = Cast<to=16>(x); c = Conv(h, W, B); u = Cast<to=1>(c); y = BN4:alt0(u)", 1, constants=_SHORT, opset=22, runs=False),
+    Law("bn in float32, cast to float16, conv", "", f"{X} > y; b = BN4(x); h = Cast<to=10>(b); c = Conv(h, W, B); y = Cast<to=1>(c)", 0, ("digits",), constants=_HALF),
+    Law("bn of scale in float32, cast to float16, conv", "Cast", f"{X} > y; b = BN4:altscale(x); h = Cast<to=10>(b); c = Conv(h, W, B); y = Cast<to=1>(c)", 1, constants=_HALF),
+    Law("bn in float32, cast to float64, conv", "Cast", f"{X} > y; b = BN4:alt0(x); h = Cast<to=11>(b); c = Conv(h, W); y = Cast<to=1>(c)", 1, constants={"W": _numbers(3, 4, 4, 1, 1, dtype=np.float64)}, runs=False),
+    Law("weights in float16, cast to float32", "Conv", f"{X} > y; w = Cast<to=1>(W); b = Cast<to=1>(B); c = Conv(x, w, b); y = BN4:alt0(c)", 1, constants=_HALF),
+    Law("weights in float32, cast to float16", "Conv", f"{X} > y; h = Cast<to=10>(x); w = Cast<to=10>(W[4,4,3,3]); c = Conv(h, w); u = Cast<to=1>(c); y = BN4:alt0(u)", 1),
+    Law("data in float16, statistics in float32", "Conv", f"{X} > y; c = Conv(x, W, B); y = BN4(c)", 1, constants=_HALF | _STATISTICS, dtype=TensorProto.FLOAT16, opset=15, ir_version=8, runs=False),
+    Law("data and statistics in bfloat16", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)", 1, dtype=TensorProto.BFLOAT16, opset=22, runs=False),
+    Law("data in float64", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); y = BN4:alt0(c)", 1, dtype=TensorProto.DOUBLE, runs=False),
+    Law("matmul in float64", "MatMul", "x[4,4] > y; c = MatMul(x, W[4,4]); d = Add(c, B[4]); y = BN4:alt0(d)", 1, dtype=TensorProto.DOUBLE),
+]
+
+CONSTANT_LAWS: list[Law] = [*EXPRESSIONS, *BODIES, *TYPES]

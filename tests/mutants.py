@@ -103,6 +103,8 @@ MUTANTS: list[Mutant] = [
     Mutant(JOINING, "if a is b:", "if False:", "itself"),
     Mutant(JOINING, "Term(value, sign, operand(value, y))", "Term(value, 1, operand(value, y))", "sub"),
     Mutant(JOINING, "at += size", "at += 0", "concat"),
+    Mutant(PASSING, "if y.dtype not in _SHORT or x.dtype in _SHORT:", "if True:", "cast to float16"),
+    Mutant(APPLY, "dtype = node.inputs[weight_slot].dtype or weight.dtype", "dtype = ir.DataType.FLOAT", "float16 without bias"),
     # constants computed from constants
     Mutant(CONSTANTS, "return self.tensor is not None and all(", "return all(", "read straight and as a product"),
     Mutant(CONSTANTS, "computable = _is_view(node) or", "computable = True or", "computed"),
@@ -140,7 +142,7 @@ MUTANTS: list[Mutant] = [
     Mutant(PASSING, "for other in node.outputs[1:]", "for other in node.outputs[2:]", "places"),
     Mutant(PASSING, 'np.where(x < 0, real(node, "alpha", 0.01) * x, x)', "x", "LeakyRelu"),
     Mutant(PASSING, "lambda array, _s: canonical(function(node, array))", "lambda array, _s: array", "constants through"),
-    Mutant(PASSING, "if input_of(node, 0).dtype not in FLOATS or node.outputs[0].dtype not in FLOATS:", "if False:", "cast to integers"),
+    Mutant(PASSING, "if x.dtype not in FLOATS or y.dtype not in FLOATS:", "if False:", "cast to integers"),
     Mutant(MOVES, "return back, ahead  # SpaceToDepth", "return ahead, back  # SpaceToDepth", "space to depth"),
     Mutant(MOVES, "axes = range(2, len(dims(x)))", "axes = range(0)", "rows"),
     Mutant(MOVES, "shape[axis] = array.shape[position]", "shape[axis - 1] = array.shape[position]", "mean"),

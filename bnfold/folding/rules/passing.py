@@ -222,14 +222,25 @@ def average_pool_rule() -> Rule:
     return Rule(relations)
 
 
+_SHORT = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+
 def cast_rule() -> Rule:
-    """Cast between floating types: any gauge, as far as the algebra goes."""
+    """Cast between floating types: any gauge, but no shift where digits are dropped.
+
+    Two bytes have few digits: what is rounded to them far from its own mean would lose them all.
+    """
     rule = structural()
 
     def relations(node: ir.Node) -> Relations:
-        if input_of(node, 0).dtype not in FLOATS or node.outputs[0].dtype not in FLOATS:
+        x, y = input_of(node, 0), node.outputs[0]
+        if x.dtype not in FLOATS or y.dtype not in FLOATS:
             raise Opaque("it is not a cast between floating types")
-        return rule.relations(node)
+        asks = rule.relations(node)
+        if y.dtype not in _SHORT or x.dtype in _SHORT:
+            return asks
+        sentence = f"{label(node)} drops digits, of which a shift would change what is left"
+        return Relations(asks.scales, asks.origins, (), (no_shift(y, sentence),))
 
     return Rule(relations)
 
