@@ -85,7 +85,8 @@ def check_again(made: folding.Fold) -> None:
     again = folding.fold(made.model, repairs=made.plan.repairs, watched=False)
     precise = any("spreads away" in kept.reason for kept in made.plan.kept)
     more_known = has_constants(made) or made.folded.biases or free_extents(made.original) or precise
-    if (again.plan.removed or again.plan.absorbed) and more_known:
+    more = again.plan.removed or again.plan.absorbed or again.plan.merges
+    if more and more_known:
         return
     folding.check_nothing_left(made, again)
 
