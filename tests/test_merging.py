@@ -82,6 +82,15 @@ def test_a_module_cannot_take_it_back() -> None:
         assert not plan(graph.prepare(ir.from_proto(build(law))), scope).merges
 
 
+def test_a_sum_that_float16_cannot_hold_stays_apart() -> None:
+    kernel = np.full((4, 4, 1, 1), 40000, np.float16)
+    text = "x[4,4,4,4] > y; a = Conv(x, W); b = Conv(x, V); s = Add(a, b); y = Relu(s)"
+    law = Law("too large", "", text, 0, dtype=onnx.TensorProto.FLOAT16)
+    assert not fold(replace(law, constants={"W": kernel, "V": kernel})).plan.merges
+    small = kernel / np.float16(2)
+    assert fold(replace(law, constants={"W": small, "V": small})).plan.merges
+
+
 # --- gate A --------------------------------------------------------------------------------------
 
 
