@@ -23,6 +23,7 @@ from bnfold.folding.apply import Folded, apply
 from bnfold.folding.plan import FoldPlan, MergedSum, Scope, plan
 from bnfold.folding.record import FoldedNorm, FoldRecord, record_of
 from bnfold.folding.rules.repairs import REPAIRS
+from bnfold.folding.selection import Selection
 from bnfold.reading.sniff import Kind
 from bnfold.reading.source import Source, open_source
 
@@ -104,6 +105,8 @@ def fold(
     freeze_inputs: bool = False,
     factory: str | None = None,
     repair: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> FoldResult:
     """Fold every batch norm that folds exactly into the neighbouring weights.
 
@@ -113,10 +116,14 @@ def fold(
     freeze_inputs: treat initializers that a caller could override as constants. repair: exact
     repairs ("clamp", "border") that may put other operators in the place of a batch norm; they are
     of the graph, so the result of a module is its folded ONNX graph then.
-    Raises BnfoldError with a sentence: an unreadable or unsupported model, impossible statistics.
+    keep, only: shell-style patterns of batch norms' names (`layer1.*`). One that matches keep, or
+    that does not match only, stays with its parameters unchanged, to be tuned or re-estimated.
+    Raises BnfoldError with a sentence: an unreadable or unsupported model, impossible statistics, a
+    pattern that matches nothing.
     """
     source = _source(model, example_inputs, opset, freeze_inputs, factory)
-    return fold_source(source, model, torch_side=not repair, repair=repair)
+    selection = _selection(keep, only)
+    return fold_source(source, model, torch_side=not repair, repair=repair, selection=selection)
 
 
 def inspect(
@@ -125,10 +132,12 @@ def inspect(
     *,
     freeze_inputs: bool = False,
     factory: str | None = None,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> Inspection:
     """Where each batch norm would go, or why it would stay; arguments as for `fold`."""
     source = _source(model, example_inputs, None, freeze_inputs, factory)
-    result = fold_source(source)
+    result = fold_source(source, selection=_selection(keep, only))
     return Inspection(result.folded, result.kept, count_operators(source.graph))
 
 
@@ -184,17 +193,19 @@ def fold_source(
     *,
     torch_side: bool = True,
     repair: Sequence[str] = (),
+    selection: Selection | None = None,
 ) -> FoldResult:
     """Fold a source that was read; `given` is what the caller passed, whose type comes back.
 
     torch_side: give the folded module or state_dict too, where the source has one; then only what
-    they can hold is folded. repair: as for `fold`.
+    they can hold is folded. repair: as for `fold`. selection: the batch norms that the user wants
+    to keep.
     """
     unknown = sorted(set(repair) - set(REPAIRS))
     if unknown:
         raise UsageError(f"There is no repair '{unknown[0]}'; there are {', '.join(REPAIRS)}.")
     scope = _scope(source) if torch_side else None
-    chosen = plan(source.graph, scope, repairs=frozenset(repair))
+    chosen = plan(source.graph, scope, repairs=frozenset(repair), selection=selection)
     folded = apply(chosen)
     record = record_of(chosen, folded)
     state_dict, modules = _torch_side(source, chosen, folded) if torch_side else (None, None)
@@ -216,6 +227,12 @@ def fold_source(
         notes=source.notes,
         merged=chosen.merged,
     )
+
+
+def _selection(keep: Sequence[str], only: Sequence[str]) -> Selection:
+    if isinstance(keep, str) or isinstance(only, str):
+        raise UsageError("keep and only are lists of patterns, such as keep=['layer1.*'].")
+    return Selection(tuple(keep), tuple(only))
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:

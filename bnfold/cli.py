@@ -96,6 +96,21 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 def _add_folding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("folding")
     group.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep the batch norms of this name, parameters and statistics unchanged, so that they"
+        " can be tuned or re-estimated; shell-style (layer1.*), repeat for several",
+    )
+    group.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="fold the batch norms of this name and keep the others unchanged",
+    )
+    group.add_argument(
         "--repair",
         dest="repairs",
         choices=("clamp", "border", "all"),

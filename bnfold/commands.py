@@ -50,8 +50,8 @@ def fold(args: argparse.Namespace) -> Report:
     if not args.dry_run:
         check_outputs([*outputs, record], args.model, args.overwrite, _FORMATS)
     started = time.perf_counter()
-    source = _open_scaled(args)
-    result = fold_source(source, torch_side=torch_side, repair=_repairs(args))
+    source, repair = _open_scaled(args), _repairs(args)
+    result = fold_source(source, torch_side=torch_side, repair=repair, selection=_selection(args))
     done = _new("fold", args, result.notes)
     if torch_side and source.module is None and source.state_dict is not None:
         done["warnings"] = [_NOT_RUN]
@@ -77,7 +77,9 @@ def inspect(args: argparse.Namespace) -> Report:
     from bnfold.api import fold_source
 
     source, in_graph = _open_scaled(args), _changes_operators(args)
-    result = fold_source(source, torch_side=in_graph is None, repair=_repairs(args))
+    result = fold_source(
+        source, torch_side=in_graph is None, repair=_repairs(args), selection=_selection(args)
+    )
     done = _new("inspect", args, result.notes)
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
@@ -471,6 +473,12 @@ def _open_scaled(args: argparse.Namespace) -> Any:
     scaled = scale_input(source.graph, mean, std, args.input_name)
     note = "the network takes its input as it is; (x - mean) / std is part of it now"
     return replace(source, graph=scaled, notes=(*source.notes, note))
+
+
+def _selection(args: argparse.Namespace) -> Any:
+    from bnfold.folding.selection import Selection
+
+    return Selection(tuple(args.keep), tuple(args.only))
 
 
 def _inputs_of(source: Any) -> dict[str, Any]:

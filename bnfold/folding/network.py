@@ -12,6 +12,7 @@ from bnfold.folding.merging import Merge
 from bnfold.folding.rules import affine_of, relations_of
 from bnfold.folding.rules.node import input_of
 from bnfold.folding.rules.normalization import bypass
+from bnfold.folding.rules.passing import opaque
 from bnfold.folding.rules.relations import Relations, Repair
 from bnfold.folding.rules.repairs import repair_of
 
@@ -30,6 +31,7 @@ class Network:
     """A model that stays as it is, and a growing assignment of gauges.
 
     gone: the per-channel maps that disappear. trying: the one under trial, which is among them.
+    held: the batch norms that are to stay untouched, each with the reason.
     repairs: the names of the exact repairs that nodes may take. visited: the values that waves have
     reached, changed: those around which something was agreed, since they were last emptied.
     merges: the sums that become one convolution each; what lies inside them has no gauge any more.
@@ -39,6 +41,7 @@ class Network:
     gauges: dict[ir.Value, Gauge] = field(default_factory=dict)
     gone: set[ir.Node] = field(default_factory=set)
     trying: ir.Node | None = None
+    held: dict[ir.Node, str] = field(default_factory=dict)
     repairs: frozenset[str] = frozenset()
     visited: set[ir.Value] = field(default_factory=set)
     changed: set[ir.Value] = field(default_factory=set)
@@ -56,13 +59,17 @@ class Network:
         if node in self._merged:
             return self._merged[node].asks
         if node not in self._relations:
-            repair = self.repair(node)
-            if node in self.gone:
-                m = self.map_of(node)
-                self._relations[node] = bypass(m.x, m.y, m.affine)
-            else:
-                self._relations[node] = repair.relations if repair else relations_of(node)
+            self._relations[node] = self._ask(node)
         return self._relations[node]
+
+    def _ask(self, node: ir.Node) -> Relations:
+        if node in self.held:
+            return opaque(node, "it is to stay as it is")
+        if node in self.gone:
+            m = self.map_of(node)
+            return bypass(m.x, m.y, m.affine)
+        repair = self.repair(node)
+        return repair.relations if repair else relations_of(node)
 
     def repair(self, node: ir.Node) -> Repair | None:
         """The repair that a node may take, if there is one."""

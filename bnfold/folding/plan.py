@@ -37,6 +37,7 @@ from bnfold.folding.rules.linear import matmul_bias
 from bnfold.folding.rules.node import Opaque, input_of, name_of, optional_input, real, weights
 from bnfold.folding.rules.normalization import constants_of_bypass
 from bnfold.folding.rules.relations import Gauges
+from bnfold.folding.selection import Selection
 from bnfold.folding.wave import Conflict, Wave
 
 
@@ -132,6 +133,7 @@ def plan(
     absorb: bool = True,
     repairs: frozenset[str] = frozenset(),
     merge: bool = True,
+    selection: Selection | None = None,
 ) -> FoldPlan:
     """Which batch norms of the model disappear, into what, and why the others stay.
 
@@ -139,12 +141,17 @@ def plan(
     change, and a weight that two nodes share may be written once for each of them. absorb: take out
     constant multiplications and additions too. repairs: names of exact repairs that may put
     operators in the place of a batch norm (`rules.repairs`). merge: let sums of parallel branches
-    become one convolution each, which a torch module cannot take back.
-    Raises InputError for statistics that no network can run with.
+    become one convolution each, which a torch module cannot take back. selection: the batch norms
+    that the user wants to keep as they are; their statistics and affine parameters do not change
+    either.
+    Raises InputError for statistics that no network can run with, UsageError for a selection that
+    names no batch norm.
     """
     network = Network(model)
+    found = [node for node in network.nodes if is_batch_norm(node)]
+    network.held.update((selection or Selection()).held(found))
     guard = Guard(network)
-    norms: Outcomes = {node: "" for node in network.nodes if is_batch_norm(node)}
+    norms: Outcomes = {node: "" for node in found if node not in network.held}
     absorb = absorb and scope is None  # a module's own arithmetic is code, no parameter
     others: Outcomes = {n: "" for n in network.nodes if absorb and _is_map(n)}
     progress = True
@@ -155,7 +162,8 @@ def plan(
     if repairs and any(isinstance(outcome, str) for outcome in norms.values()):
         network.allow(repairs)
         _take_out(network, norms, guard, scope)
-    kept = [Kept(name_of(n), n, o) for n, o in norms.items() if isinstance(o, str)]
+    reasons = {node: network.held.get(node) or norms[node] for node in found}
+    kept = [Kept(name_of(n), n, why) for n, why in reasons.items() if isinstance(why, str)]
     kept += [Kept(name_of(node), node, why) for node, why in _inside_functions(model)]
     gauges = {value: g for value, g in network.gauges.items() if not g.is_identity}
     removed, absorbed = _removed(network, norms), _removed(network, others)
