@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     from bnfold.errors import BnfoldError as BnfoldError
     from bnfold.folding.module import load_folded as load_folded
     from bnfold.proof.verify import VerifyReport as VerifyReport
+    from bnfold.unfolding import UnfoldResult as UnfoldResult
+    from bnfold.unfolding import unfold as unfold
 
 _HOMES = {
     "AdaptResult": "bnfold.adapting.adapt",
     "BnfoldError": "bnfold.errors",
     "FoldResult": "bnfold.api",
+    "UnfoldResult": "bnfold.unfolding",
     "VerifyReport": "bnfold.proof.verify",
     "adapt": "bnfold.adapting.adapt",
     "export": "bnfold.api",
     "fold": "bnfold.api",
     "inspect": "bnfold.api",
     "load_folded": "bnfold.folding.module",
+    "unfold": "bnfold.unfolding",
     "verify": "bnfold.api",
 }
 __all__ = sorted(_HOMES)

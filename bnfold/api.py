@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from bnfold import graph
 from bnfold.errors import UsageError
 from bnfold.folding.apply import Folded, apply
 from bnfold.folding.plan import FoldPlan, MergedSum, Scope, plan
-from bnfold.folding.record import FoldedNorm, FoldRecord, record_of
+from bnfold.folding.record import FoldedNorm, FoldRecord, gauges_of, norms_of, record_of
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.folding.selection import Selection
 from bnfold.reading.sniff import Kind
@@ -48,10 +49,9 @@ class FoldResult:
 
     model: the folded network, of the type that came in (a path gives the type of what it holds).
     original, graph: the ONNX graphs before and after. folded, kept: what became of each batch norm.
-    absorbed: names of the constant multiplications and additions that are gone besides. record:
-    what verifies, undoes and re-adapts the fold. merged: sums of parallel branches that are one
-    convolution now. state_dict: for torch sources, the folded tensors
-    by name.
+    absorbed: names of the constant multiplications and additions that are gone besides. merged:
+    sums of parallel branches that are one convolution now. state_dict: for torch sources, the
+    folded tensors by name. plan, applied, source: what it was made of.
     """
 
     model: Any
@@ -59,12 +59,28 @@ class FoldResult:
     graph: ir.Model
     folded: tuple[FoldedNorm, ...]
     kept: tuple[KeptNorm, ...]
-    record: FoldRecord
+    plan: FoldPlan = field(repr=False)
+    applied: Folded = field(repr=False)
+    source: Source = field(repr=False)
     state_dict: Mapping[str, torch.Tensor] | None = None
     modules: tuple[nn.Module, nn.Module] | None = None
     notes: tuple[str, ...] = ()
     absorbed: tuple[str, ...] = ()
     merged: tuple[MergedSum, ...] = ()
+
+    @cached_property
+    def record(self) -> FoldRecord:
+        """What verifies, undoes and re-adapts the fold; made when it is first asked for."""
+        if self.state_dict is None:
+            return record_of(self.plan, self.applied)
+        from bnfold.folding.torch_undo import torch_side_of
+
+        before, scope = self.source.state_dict, _scope(self.source)
+        assert before is not None  # the folded one was made from it
+        assert scope is not None
+        gone = [norm.name for norm in self.folded]
+        side = torch_side_of(before, self.state_dict, scope, self.source.module, gone)
+        return record_of(self.plan, self.applied, side)
 
     def verify(
         self,
@@ -79,8 +95,8 @@ class FoldResult:
         return verify(
             graph.to_proto(self.original),
             graph.to_proto(self.graph),
-            gauges=self.record.gauges,
-            aliases=self.record.aliases,
+            gauges=gauges_of(self.plan),
+            aliases=self.applied.aliases,
             inputs=inputs,
             providers=tuple(providers),
             seed=seed,
@@ -207,26 +223,30 @@ def fold_source(
     scope = _scope(source) if torch_side else None
     chosen = plan(source.graph, scope, repairs=frozenset(repair), selection=selection)
     folded = apply(chosen)
-    record = record_of(chosen, folded)
     state_dict, modules = _torch_side(source, chosen, folded) if torch_side else (None, None)
     result: object = folded.model
     if modules is not None:
         result = modules[1]
     elif isinstance(given, onnx.ModelProto):
         result = graph.to_proto(folded.model)
-    return FoldResult(
+    made = FoldResult(
         model=result,
         original=source.graph,
         graph=folded.model,
-        folded=record.norms,
+        folded=norms_of(chosen),
         kept=tuple(KeptNorm(kept.name, kept.reason) for kept in chosen.kept),
         absorbed=tuple(removed.name for removed in chosen.absorbed),
-        record=record,
+        plan=chosen,
+        applied=folded,
+        source=source,
         state_dict=state_dict,
         modules=modules,
         notes=source.notes,
         merged=chosen.merged,
     )
+    if source.module is not None:
+        _ = made.record  # now: the caller's module may have other weights later
+    return made
 
 
 def _selection(keep: Sequence[str], only: Sequence[str]) -> Selection:

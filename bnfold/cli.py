@@ -218,6 +218,20 @@ def build_parser() -> argparse.ArgumentParser:
     _add_proof(fold)
     _add_report(fold)
 
+    unfold = verbs.add_parser(
+        "unfold",
+        help="give back the network that was folded",
+        description="From a folded model and its fold record: the network that was folded, its"
+        " batch norms, its graph and every weight bit for bit. Proved before it is written.",
+    )
+    _add_model(unfold, "folded")
+    _add_output(unfold, "unfolded model (default NAME.unfolded beside the input, same suffix)")
+    unfold.add_argument("--record", type=Path, metavar="FILE", help="fold record (default beside)")
+    unfold.add_argument("--no-verify", action="store_true", help="write without proof")
+    _add_source(unfold)
+    _add_proof(unfold)
+    _add_report(unfold)
+
     adapt = verbs.add_parser("adapt", help="re-estimate the statistics on a target domain")
     _add_model(adapt)
     _add_data(adapt, "--target-data", "samples of the target domain", required=True)

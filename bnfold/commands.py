@@ -18,6 +18,7 @@ from bnfold.outputs import (
     beside,
     check_outputs,
     record_path,
+    unfolded_beside,
     write_all,
     writer_of,
 )
@@ -68,7 +69,48 @@ def fold(args: argparse.Namespace) -> Report:
             done["summary"] += " No file was written."
             return _timed(done, started)
     writers = {path: writer_of(path, args, result, source) for path in outputs}
-    write_all(done, writers, record, result.record, args.model)
+    write_all(done, writers, (record, result.record), source=args.model)
+    return _timed(done, started)
+
+
+def unfold(args: argparse.Namespace) -> Report:
+    """`bnfold unfold FOLDED`: the original, bit for bit; no file appears when a gate fails."""
+    from bnfold.api import count_operators
+    from bnfold.folding.record import load_record
+    from bnfold.unfolding import check_belongs, open_folded, unfold_source
+
+    outputs = args.outputs or [unfolded_beside(args.folded)]
+    check_outputs(outputs, args.folded, args.overwrite, _FORMATS)
+    started = time.perf_counter()
+    record = load_record(args.record or record_path(args.folded))
+    check_belongs(args.folded, record)
+    source, own_graph = open_folded(
+        args.folded,
+        factory=args.factory,
+        shapes=args.shapes or (),
+        opset=args.opset,
+        trust_pickle=args.trust_pickle,
+    )
+    result = unfold_source(source, record, own_graph=own_graph, factory=args.factory)
+    done = _new("unfold", args, result.notes)
+    before, after = count_operators(source.graph), count_operators(result.graph)
+    done["operators"] = {"before": before, "after": after}
+    done["summary"] = (
+        f"{len(result.norms)} batch norms are back, every weight the original's bit for bit."
+    )
+    if not args.no_verify:
+        proof = result.verify(providers=args.providers or ("cpu",))
+        _add_proof(done, proof, is_fold=own_graph)
+        if not proof.passed:
+            done["summary"] += " No file was written."
+            return _timed(done, started)
+    plain = {"layers": record.undo.layers, "norms": record.undo.norms}
+    writers = {
+        path: writer_of(path, args, result, source, kind="unfold", plain=plain) for path in outputs
+    }
+    hashes = write_all(done, writers, role="unfolded", source=args.folded)
+    if record.files.get("original") in hashes.values():
+        done["summary"] += " The file is the one that was folded, byte for byte."
     return _timed(done, started)
 
 
@@ -135,6 +177,11 @@ def verify(args: argparse.Namespace) -> Report:
     if record is not None and record.files.get("original") != report.sha256(args.original):
         done["notes"].append(f"{path} is the record of another original; gate A is left out")
         record = None
+    elif record is not None and not record.is_of(report.sha256(args.folded)):
+        done["notes"].append(
+            f"{args.folded} is not what {path} was written for, or was changed since: gate A says"
+            " whether it still is that fold"
+        )
     inputs = None
     if args.data is not None:
         names = list(_inputs_of(original))
@@ -569,6 +616,7 @@ def _add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
 
 VERBS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "fold": fold,
+    "unfold": unfold,
     "inspect": inspect,
     "export": export,
     "verify": verify,

@@ -146,7 +146,7 @@ def save_onnx(model: ir.Model, path: Path) -> None:
         if value.const_value is not None
     )
     if size > ONE_FILE_LIMIT:
-        with _as_declared(model):
+        with as_declared(model):
             ir.save(model, path, external_data=f"{path.name}.data")
     else:
         path.write_bytes(to_bytes(model))
@@ -168,7 +168,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     for value, tensor in external.items():
         value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     try:
-        with _as_declared(model):
+        with as_declared(model):
             return ir.to_proto(model)
     finally:
         for value, tensor in external.items():
@@ -280,7 +280,7 @@ def _values(model: ir.Model) -> list[ir.Value]:
 
 
 @contextlib.contextmanager
-def _as_declared(model: ir.Model) -> Iterator[None]:
+def as_declared(model: ir.Model) -> Iterator[None]:
     """The shapes of the model as its file declares them, for as long as it is written."""
     inferred = {value: value.shape for value in _values(model) if _DECLARED in value.meta}
     for value in inferred:

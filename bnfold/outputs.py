@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ Writer = Callable[[Path], None]
 def beside(path: Path, word: str, suffixes: list[str]) -> list[Path]:
     """Names beside a file: net.onnx -> net.folded.onnx."""
     return [path.with_name(f"{path.stem}.{word}{suffix}") for suffix in suffixes]
+
+
+def unfolded_beside(path: Path) -> Path:
+    """Where the unfolded model lies unless it is named: net.folded.onnx -> net.unfolded.onnx."""
+    return path.with_name(f"{path.stem.removesuffix('.folded')}.unfolded{path.suffix}")
 
 
 def record_path(output: Path) -> Path:
@@ -50,22 +55,30 @@ def check_outputs(
         seen.add(path.resolve())
 
 
-def writer_of(path: Path, args: Namespace, result: Any, source: Any) -> Writer:
-    """What writes a folded model to a path of this suffix."""
+def writer_of(
+    path: Path,
+    args: Namespace,
+    result: Any,
+    source: Any,
+    *,
+    kind: str = "fold",
+    plain: Mapping[str, Sequence[str]] | None = None,
+) -> Writer:
+    """What writes a result to a path of this suffix; kind and plain: of `checkpoint_bytes`."""
     from bnfold.graph import save_onnx
 
     if path.suffix.lower() == ".onnx":
         return lambda staged: save_onnx(result.graph, staged)
     if result.state_dict is None:
         raise UsageError(
-            f"{path}: an ONNX model folds to .onnx; {path.suffix} needs a torch model."
+            f"{path}: an ONNX model {kind}s to .onnx; {path.suffix} needs a torch model."
         )
-    names = [norm.name for norm in result.folded]
+    names = [norm.name for norm in result.folded] if kind == "fold" else []
     if path.suffix.lower() == ".safetensors":
         from safetensors.torch import save
 
         tensors = {name: tensor.contiguous() for name, tensor in result.state_dict.items()}
-        about = {"schema": SCHEMA, "kind": "fold", "model": args.factory, "folded": names}
+        about = {"schema": SCHEMA, "kind": kind, "model": args.factory, "folded": names}
         metadata = {DESCRIPTION_KEY: json.dumps(about)}
         return lambda staged: _write(staged, save(tensors, metadata=metadata))
     from bnfold.saving import checkpoint_bytes
@@ -73,10 +86,11 @@ def writer_of(path: Path, args: Namespace, result: Any, source: Any) -> Writer:
     data = checkpoint_bytes(
         result.state_dict,
         result.graph,
-        kind="fold",
+        kind=kind,
         model=args.factory or source.description.get("model"),
         shapes=_shapes_of(source),
         folded=names,
+        plain=plain,
     )
     return lambda staged: _write(staged, data)
 
@@ -114,24 +128,33 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_all(
-    done: Report, writers: Mapping[Path, Writer], target: Path, record: Any, source: Path
-) -> None:
-    """Stage every file, then let all of them appear; the record last, with the others' hashes."""
+    done: Report,
+    writers: Mapping[Path, Writer],
+    record: tuple[Path, Any] | None = None,
+    *,
+    role: str = "folded",
+    source: Path,
+) -> dict[str, str]:
+    """Stage every file, then let all of them appear; the hashes of the source and of each file.
+
+    record: where it goes and what it is; it gets the hashes and is written last.
+    """
     from dataclasses import replace
 
+    hashes = {"original": report.sha256(source)}
     with contextlib.ExitStack() as stack:
-        hashes = {"original": report.sha256(source)}
         # what is entered first is renamed last
-        staged_record = stack.enter_context(replacing(target))
+        staged_record = stack.enter_context(replacing(record[0])) if record else None
         for path, writer in writers.items():
             staged = stack.enter_context(replacing(path))
             writer(staged)
             hashes[path.name] = report.sha256(staged)
-            done["files"].append({"role": "folded", "path": str(path), "sha256": hashes[path.name]})
-        replace(record, files=hashes).write(staged_record)
-        done["files"].append(
-            {"role": "record", "path": str(target), "sha256": report.sha256(staged_record)}
-        )
+            done["files"].append({"role": role, "path": str(path), "sha256": hashes[path.name]})
+        if record and staged_record:
+            replace(record[1], files=hashes).write(staged_record)
+            digest = report.sha256(staged_record)
+            done["files"].append({"role": "record", "path": str(record[0]), "sha256": digest})
+    return hashes
 
 
 def add_file(done: Report, role: str, path: Path) -> None:

@@ -13,6 +13,7 @@ import onnxruntime
 from bnfold import graph
 from bnfold.folding.apply import Folded, apply
 from bnfold.folding.plan import FoldPlan, plan
+from bnfold.folding.undo import original_graph, undo_of
 from bnfold.proof.certificate import certify
 from bnfold.proof.reference import Float64Reference
 
@@ -180,3 +181,10 @@ def check_values(made: Fold, feeds: Feeds, *, tolerance: float = 0.0) -> int:
         assert np.max(error, initial=0) <= tolerance * largest, f"'{name}' is not its gauge"
         compared += 1
     return compared
+
+
+def check_undo(made: Fold) -> None:
+    """The folded file, with what its record keeps, gives the original, every bit of it."""
+    undo = undo_of(made.plan, made.folded)
+    folded = graph.parse_onnx(made.model.SerializeToString())
+    assert graph.to_bytes(original_graph(undo, folded)) == graph.to_bytes(made.plan.model)

@@ -107,6 +107,7 @@ def check(case: RandomModel, *, dyadic: bool, algebra: bool = False, repaired: b
     if algebra and not free_extents(case.proto):  # a constant may fix what is declared free
         folding.check_algebra(made)
     check_again(made)
+    folding.check_undo(made)
     return len(made.plan.removed)
 
 

@@ -49,6 +49,7 @@ def check_law(law: Law) -> None:
         folding.check_values(made, feeds)
         folding.check_algebra(made)
     folding.check_folding_again(made, absorb=absorb, merge=merge)
+    folding.check_undo(made)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)

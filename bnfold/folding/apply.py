@@ -54,7 +54,7 @@ def apply(plan: FoldPlan) -> Folded:
     Raises InputError where a new constant does not fit its own type (an overflow in float16).
     """
     model = plan.model.clone()
-    nodes = _correspondence(plan.model, model)
+    nodes = correspondence(plan.model, model)
     writer = _Writer(model)
     gone = {removed.node: removed.slot for removed in (*plan.removed, *plan.absorbed)}
     inner = {node for merge in plan.merges for node in merge.inner}
@@ -81,7 +81,7 @@ def apply(plan: FoldPlan) -> Folded:
     return Folded(model, aliases, writer.biases, writer.written)
 
 
-def _correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]:
+def correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]:
     """The nodes of a model and of its clone, which lists them in the same order."""
     return {
         old: new
@@ -167,7 +167,7 @@ class _Writer:
                 )
             )
             if agreed and first is not None:
-                _set_root(root, _rounded(first, writes[0].held.dtype, root.name))
+                set_root(root, _rounded(first, writes[0].held.dtype, root.name))
                 self.written[str(root.name)] = (str(root.name),)
             else:
                 for write in writes:
@@ -316,7 +316,8 @@ def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[An
     )
 
 
-def _set_root(root: ir.Value, tensor: ir.Tensor[Any]) -> None:
+def set_root(root: ir.Value, tensor: ir.Tensor[Any]) -> None:
+    """Give a constant new elements where it stands: an initializer or a Constant node."""
     node = root.producer()
     if node is None:
         root.const_value = tensor

@@ -1,12 +1,16 @@
 """The fold record: what a fold did, in a small file that travels beside the folded model.
 
-It holds the gauges of the plan and, for each batch norm that is gone, gamma, beta, mean, var and
-eps: enough to check the fold, to undo it, and to adapt the folded network to another domain.
+It holds the gauges of the plan; for each batch norm that is gone gamma, beta, mean, var and eps;
+and what it takes to undo the fold bit for bit. Enough to check the fold, to undo it, and to adapt
+the folded network to another domain. The format is described in docs/record.md.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +23,16 @@ from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.apply import Folded
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules.node import real, weights
+from bnfold.folding.told import AnyArray, Told
+from bnfold.folding.undo import TorchSide, Undo, undo_of
 from bnfold.graph import replacing
 
-SCHEMA = 1
+Streams = Mapping[str, bytes]
+
+SCHEMA = 2
 _STATISTICS = ("gamma", "beta", "mean", "var")
+# what a stream may unpack to; a file that wants more is a decompression bomb
+_ROOM, _RATIO = 2**28, 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class FoldRecord:
     norms: tuple[FoldedNorm, ...]
     gauges: Mapping[str, Gauge]
     aliases: Mapping[str, str]
-    files: Mapping[str, str]  # "original", "folded": the SHA-256 of the files, where there are any
+    files: Mapping[str, str]  # "original", and the folded by name: the files' SHA-256
+    undo: Undo
 
     def save(self, path: Path | str) -> None:
         """Write the record as safetensors, whole or not at all."""
@@ -59,35 +70,33 @@ class FoldRecord:
         """Write the record in place."""
         from safetensors.numpy import save
 
-        tensors: dict[str, np.ndarray] = {}
-        for index, norm in enumerate(self.norms):
-            for key, array in norm.statistics.items():
-                tensors[f"norm.{index}.{key}"] = np.ascontiguousarray(array)
-        for index, gauge in enumerate(self.gauges.values()):
-            tensors[f"gauge.{index}.scale"] = np.array(gauge.scale, order="C")
-            tensors[f"gauge.{index}.origin"] = np.array(gauge.origin, order="C")
-        names = {
-            "schema": SCHEMA,
-            "norms": [
-                {
-                    "name": norm.name,
-                    "into": list(norm.into),
-                    "input": norm.input,
-                    "output": norm.output,
-                    "eps": norm.eps,
-                }
-                for norm in self.norms
-            ],
-            "gauges": list(self.gauges),
+        pool = _Pool()
+        facts = {
+            "norms": [_norm_facts(norm, pool) for norm in self.norms],
+            "gauges": {
+                name: [pool.add(gauge.scale), pool.add(gauge.origin)]
+                for name, gauge in self.gauges.items()
+            },
             "aliases": dict(self.aliases),
-            "files": dict(self.files),
+            "undo": _undo_facts(self.undo, pool),
         }
-        path.write_bytes(save(tensors, metadata={"bnfold": json.dumps(names)}))
+        streams = {"facts": json.dumps(facts).encode(), "graph": self.undo.graph, **pool.streams()}
+        packed = {
+            name: np.frombuffer(zlib.compress(stream, 9), np.uint8)
+            for name, stream in streams.items()
+        }
+        about = {"schema": SCHEMA, "files": dict(self.files)}
+        path.write_bytes(save(packed, metadata={"bnfold": json.dumps(about)}))
+
+    def is_of(self, sha256: str) -> bool:
+        """True if a file of this hash is one that was folded, as far as the record says."""
+        folded = [digest for name, digest in self.files.items() if name != "original"]
+        return not folded or sha256 in folded
 
 
-def record_of(plan: FoldPlan, folded: Folded, files: Mapping[str, str] | None = None) -> FoldRecord:
-    """The record of a plan that has been applied."""
-    norms = tuple(
+def norms_of(plan: FoldPlan) -> tuple[FoldedNorm, ...]:
+    """The batch norms that a plan removes."""
+    return tuple(
         FoldedNorm(
             removed.name,
             removed.into,
@@ -98,41 +107,173 @@ def record_of(plan: FoldPlan, folded: Folded, files: Mapping[str, str] | None = 
         )
         for removed in plan.removed
     )
-    gauges = {str(value.name): gauge for value, gauge in plan.gauges.items()}
-    return FoldRecord(norms, gauges, dict(folded.aliases), dict(files or {}))
+
+
+def gauges_of(plan: FoldPlan) -> dict[str, Gauge]:
+    """The gauges of a plan by the names of the values."""
+    return {str(value.name): gauge for value, gauge in plan.gauges.items()}
+
+
+def record_of(plan: FoldPlan, folded: Folded, torch_side: TorchSide | None = None) -> FoldRecord:
+    """The record of a plan that has been applied."""
+    undo = undo_of(plan, folded, torch_side)
+    return FoldRecord(norms_of(plan), gauges_of(plan), dict(folded.aliases), {}, undo)
 
 
 def load_record(path: Path | str) -> FoldRecord:
-    """Read a record back. Raises InputError for a file that is none."""
+    """Read a record back. Raises InputError for a file that is none, or of another schema."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            facts: dict[str, Any] = json.loads((file.metadata() or {})["bnfold"])
-            if facts["schema"] != SCHEMA:
+            about = json.loads((file.metadata() or {})["bnfold"])
+            if about["schema"] != SCHEMA:
                 raise InputError(
-                    f"{path} is a fold record of schema {facts['schema']}; this bnfold reads"
-                    f" schema {SCHEMA}."
+                    f"{path} is a fold record of schema {about['schema']}; this bnfold reads"
+                    f" schema {SCHEMA}. Read it with the bnfold that wrote it, or fold again."
                 )
-            norms = tuple(
-                FoldedNorm(
-                    norm["name"],
-                    tuple(norm["into"]),
-                    norm["input"],
-                    norm["output"],
-                    float(norm["eps"]),
-                    {key: file.get_tensor(f"norm.{index}.{key}") for key in _STATISTICS},
-                )
-                for index, norm in enumerate(facts["norms"])
-            )
-            gauges = {
-                name: Gauge(
-                    file.get_tensor(f"gauge.{index}.scale"),
-                    file.get_tensor(f"gauge.{index}.origin"),
-                )
-                for index, name in enumerate(facts["gauges"])
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        most = _ROOM + _RATIO * path.stat().st_size
+        streams = {name: _unpacked(array, most) for name, array in packed.items()}
+        return _record(json.loads(streams["facts"]), streams, about["files"])
+    except FileNotFoundError:
+        raise InputError(f"There is no fold record at {path}; --record names it.") from None
+    except _BROKEN as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path} is not a fold record, or is damaged: {text}.") from error
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is not a fold record, or was cut short: {error}. `bnfold fold` writes one."
+        ) from error
+
+
+# what a file that only looks like a record makes of the code below
+_BROKEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, zlib.error)
+
+
+def _unpacked(array: AnyArray, most: int) -> bytes:
+    unpack = zlib.decompressobj()
+    stream = unpack.decompress(array.tobytes(), most)
+    if not unpack.eof:
+        raise ValueError("a part of it is cut short, or too large")
+    return stream
+
+
+def _record(facts: Any, streams: Streams, files: Mapping[str, str]) -> FoldRecord:
+    norms = tuple(
+        FoldedNorm(
+            norm["name"],
+            tuple(norm["into"]),
+            norm["input"],
+            norm["output"],
+            float(norm["eps"]),
+            {key: _taken(streams, norm[key]).astype(np.float64) for key in _STATISTICS},
+        )
+        for norm in facts["norms"]
+    )
+    gauges = {
+        str(name): Gauge(_taken(streams, scale), _taken(streams, origin))
+        for name, (scale, origin) in facts["gauges"].items()
+    }
+    aliases = {str(a): str(b) for a, b in facts["aliases"].items()}
+    hashes = {str(a): str(b) for a, b in files.items()}
+    return FoldRecord(norms, gauges, aliases, hashes, _undo(facts["undo"], streams))
+
+
+# --- arrays: each one once, whatever refers to it -------------------------------------------------
+
+
+class _Pool:
+    """Arrays as references into streams, one for each type; equal arrays are held once."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[bytes]] = {}
+        self._known: dict[tuple[str, bytes], int] = {}
+        self._ends: Counter[str] = Counter()
+
+    def add(self, array: AnyArray) -> list[Any]:
+        """What refers to the array: its type, where it begins in the type's stream, its shape."""
+        dtype, data = array.dtype.name, np.ascontiguousarray(array).tobytes()
+        if (dtype, data) not in self._known:
+            self._known[dtype, data] = self._ends[dtype]
+            self._parts.setdefault(dtype, []).append(data)
+            self._ends[dtype] += len(data) // array.dtype.itemsize
+        return [dtype, self._known[dtype, data], list(array.shape)]
+
+    def add_exactly(self, array: Array) -> list[Any]:
+        """A float64 array in float32 where that is the same numbers."""
+        with np.errstate(over="ignore"):
+            narrow = array.astype(np.float32)
+        return self.add(narrow if np.array_equal(narrow, array) else array)
+
+    def streams(self) -> dict[str, bytes]:
+        """The arrays of each type, one after the other, by the type's name."""
+        return {dtype: b"".join(parts) for dtype, parts in self._parts.items()}
+
+
+def _taken(streams: Streams, reference: Any) -> AnyArray:
+    name, begin, shape = reference
+    dtype, sizes = np.dtype(name), [int(size) for size in shape]
+    count, offset = math.prod(sizes), int(begin) * dtype.itemsize
+    return np.frombuffer(streams[name], dtype, count, offset).reshape(sizes)
+
+
+# --- the parts of the file ------------------------------------------------------------------------
+
+
+def _norm_facts(norm: FoldedNorm, pool: _Pool) -> dict[str, Any]:
+    facts = {
+        "name": norm.name,
+        "into": list(norm.into),
+        "input": norm.input,
+        "output": norm.output,
+        "eps": norm.eps,
+    }
+    return facts | {key: pool.add_exactly(array) for key, array in norm.statistics.items()}
+
+
+def _undo_facts(undo: Undo, pool: _Pool) -> dict[str, Any]:
+    return {
+        "told": {
+            name: {
+                "source": told.source,
+                "shape": list(told.shape),
+                "view": list(told.view),
+                "factors": [pool.add(factor) for factor in told.factors],
+                "upper": pool.add(told.upper),
+                "places": pool.add(told.places),
+                "fixes": pool.add(told.fixes),
             }
-            return FoldRecord(norms, gauges, facts["aliases"], facts["files"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{path} is not a fold record: {error}.") from error
+            for name, told in undo.told.items()
+        },
+        "kept": {name: pool.add(array) for name, array in undo.kept.items()},
+        "digests": dict(undo.digests),
+        "state": list(undo.names),
+        "layers": list(undo.layers),
+        "norms": list(undo.norms),
+        "built": {name: dict(how) for name, how in undo.built.items()},
+    }
+
+
+def _undo(facts: Any, streams: Streams) -> Undo:
+    told = {
+        str(name): Told(
+            str(entry["source"]),
+            tuple(int(size) for size in entry["shape"]),
+            tuple(int(size) for size in entry["view"]),
+            tuple(_taken(streams, factor) for factor in entry["factors"]),
+            *(_taken(streams, entry[key]) for key in ("upper", "places", "fixes")),
+        )
+        for name, entry in facts["told"].items()
+    }
+    return Undo(
+        streams["graph"],
+        told,
+        {str(name): _taken(streams, entry) for name, entry in facts["kept"].items()},
+        {str(name): str(digest) for name, digest in facts["digests"].items()},
+        tuple(str(name) for name in facts["state"]),
+        tuple(str(name) for name in facts["layers"]),
+        tuple(str(name) for name in facts["norms"]),
+        {str(name): dict(how) for name, how in facts["built"].items()},
+    )

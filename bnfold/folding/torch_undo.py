@@ -1,0 +1,128 @@
+"""Undoing a fold on the torch side: what to note of a network, and how it is put back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import nn
+
+from bnfold.errors import InputError
+from bnfold.folding.plan import Scope
+from bnfold.folding.told import AnyArray
+from bnfold.folding.undo import TorchSide, Undo, original_state
+
+_NORMS = {
+    norm.__name__: norm
+    for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+}
+
+
+def torch_side_of(
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+    scope: Scope,
+    module: nn.Module | None,
+    gone: Collection[str],
+) -> TorchSide:
+    """What the record notes of a torch network. `gone`: the batch norms that were folded."""
+    built = {name: _how(module.get_submodule(name)) for name in gone} if module is not None else {}
+    return TorchSide(
+        arrays_of(before),
+        arrays_of(after),
+        tuple(sorted(scope.layers)),
+        tuple(sorted(scope.norms)),
+        built,
+    )
+
+
+def _how(norm: nn.Module) -> dict[str, Any]:
+    """How to build a batch norm like this one."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)  # a scope has no others
+    return {
+        "class": type(norm).__name__,
+        "num_features": norm.num_features,
+        "eps": norm.eps,
+        "momentum": norm.momentum,
+        "affine": norm.affine,
+        "bias": norm.bias is not None,
+    }
+
+
+def unfold_module(module: nn.Module, undo: Undo) -> nn.Module:
+    """A copy of a folded module with its batch norms back, in eval mode; the same class.
+
+    Raises InputError for a module that is not the one that was folded.
+    """
+    folded = module.state_dict()
+    state, _ = original_state(undo, arrays_of(folded))
+    if not undo.built:
+        raise InputError("The record does not say how to build the batch norms that are gone.")
+    result = copy.deepcopy(module)
+    for name, how in undo.built.items():
+        _put_norm(result, name, how, state)
+    for name, child in result.named_modules():
+        bias = f"{name}.bias" if name else "bias"
+        if child._parameters.get("bias") is not None and bias not in state:
+            child.register_parameter("bias", None)
+    others = {name: value for name, value in folded.items() if not _is_tensor(value)}
+    try:
+        result.load_state_dict({**others, **tensors_of(state)})
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:300]
+        raise InputError(f"{type(module).__name__} is not what was folded: {text}") from error
+    return result.eval()
+
+
+def _put_norm(
+    module: nn.Module, name: str, how: Mapping[str, Any], state: Mapping[str, AnyArray]
+) -> None:
+    """A batch norm in the place of the Identity that its fold left."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        there = module.get_submodule(name)
+    except AttributeError:
+        there = None
+    if type(there) is not nn.Identity or how.get("class") not in _NORMS:
+        found = "nothing" if there is None else f"a {type(there).__name__}"
+        raise InputError(f"Where '{name}' was folded the module has {found}, no Identity.")
+    norm = _NORMS[how["class"]](
+        how["num_features"], eps=how["eps"], momentum=how["momentum"], affine=how["affine"]
+    )
+    if not how["bias"]:
+        norm.register_parameter("bias", None)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    dtype = tensors_of({name: state[f"{name}.running_mean"]})[name].dtype
+    setattr(module.get_submodule(parent), leaf, norm.to(device=device, dtype=dtype))
+
+
+# --- tensors and arrays ---------------------------------------------------------------------------
+
+
+def arrays_of(state_dict: Mapping[str, Any]) -> dict[str, AnyArray]:
+    """The tensors of a state_dict as numpy arrays, bit for bit, bfloat16 and float8 too."""
+    return {
+        name: TorchTensor(tensor.detach().cpu()).numpy()
+        for name, tensor in state_dict.items()
+        if _is_tensor(tensor)
+    }
+
+
+def tensors_of(arrays: Mapping[str, AnyArray]) -> dict[str, torch.Tensor]:
+    """The inverse of `arrays_of`."""
+    return {name: _tensor(array) for name, array in arrays.items()}
+
+
+def _tensor(array: AnyArray) -> torch.Tensor:
+    if array.dtype.isbuiltin == 1:
+        return torch.from_numpy(np.array(array))
+    bits = np.array(array).view(f"i{array.dtype.itemsize}")
+    return torch.from_numpy(bits).view(getattr(torch, array.dtype.name))
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
