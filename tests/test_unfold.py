@@ -535,3 +535,68 @@ def test_a_real_onnx_file_comes_back_bit_for_bit(shared_data, tmp_path, name):
     back = bnfold.unfold(tmp_path / "f.onnx")
     assert plainly(back.graph) == plainly(graph.read_onnx(path))
     assert plainly(bnfold.fold(back.graph).graph) == plainly(result.graph)
+
+
+# --- the page about the format --------------------------------------------------------------------
+
+
+def read_by_the_page(record, folded):
+    """The original weights from docs/record.md alone: nothing of bnfold is used."""
+    about, streams = _opened(record)
+    assert about["schema"] == 2
+    facts = json.loads(streams["facts"])["undo"]
+    graph_without = onnx.ModelProto.FromString(streams["graph"]).graph
+    found = {}
+    for name in [t.name for t in graph_without.initializer if t.external_data]:
+        if name in facts["kept"]:
+            found[name] = _array(streams, facts["kept"][name])
+        elif name in facts["told"]:
+            found[name] = _told_by_the_page(streams, facts["told"][name], folded)
+        else:
+            found[name] = folded[name]
+    return found
+
+
+def _array(streams, reference):
+    dtype, begin, shape = reference
+    every = np.frombuffer(streams[dtype], dtype)
+    return every[begin : begin + int(np.prod(shape))].reshape(shape)
+
+
+def _told_by_the_page(streams, told, folded):
+    w = folded[told["source"]].reshape(told["view"]).astype(np.float64)
+    f = np.ones(1)
+    for factor in told["factors"]:
+        f = f * _array(streams, factor)
+    f = np.broadcast_to(f, w.shape)
+    upper = iter(np.unpackbits(_array(streams, told["upper"])))
+    places = np.unpackbits(_array(streams, told["places"]))
+    fixes = iter(_array(streams, told["fixes"]))
+    answer = []
+    with np.errstate(all="ignore"):
+        for at, (one, factor) in enumerate(zip(w.flat, f.flat, strict=True)):
+            wanted = np.float32(one).tobytes()
+            guess = int(np.float32(one / factor).view(np.uint32))
+            three = [np.array(guess + k).astype(np.uint32).view(np.float32) for k in (-1, 0, 1)]
+            fits = [np.float32(np.float64(n) * factor).tobytes() == wanted for n in three]
+            number = next((n for n, fit in zip(three, fits, strict=True) if fit), three[2])
+            if fits[1] and (fits[0] or fits[2]) and factor != 0:
+                number = three[fits.index(True) + int(next(upper))]
+            if places.size and places[at]:
+                number = next(fixes)
+            answer.append(number)
+    return np.array(answer, np.float32).reshape(told["shape"])
+
+
+def test_the_page_is_enough_to_read_a_record(net):
+    folded = {
+        t.name: numpy_helper.to_array(t)
+        for t in onnx.load(net / "net.folded.onnx").graph.initializer
+    }
+    original = torch.load(net / "net.pt")
+    found = read_by_the_page(net / RECORD, folded)
+    told = json.loads(_opened(net / RECORD)[1]["facts"])["undo"]["told"]
+    assert told
+    assert set(told) <= set(found)
+    for name, array in found.items():
+        assert array.tobytes() == original[name].numpy().tobytes(), name
