@@ -252,17 +252,24 @@ def _neighbours(node: ir.Node) -> Iterator[ir.Node]:
         yield from (user for user, _ in output.uses())
 
 
+def _held(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant (whose name onnx_ir's reader would change)."""
+    node = value.producer()
+    held = node.attributes.get("value") if node is not None and node.op_type == "Constant" else None
+    return value.const_value if held is None else held.as_tensor()
+
+
 def _tell_channels(node: ir.Node) -> bool:
     """A batch norm knows its own number of channels; true where its values did not."""
     gamma = node.inputs[1] if is_batch_norm(node) and len(node.inputs) > 1 else None
-    tensor = ir.convenience.get_const_tensor(gamma) if gamma is not None else None
+    tensor = _held(gamma) if gamma is not None else None
     told = False
     for value in (node.inputs[0], node.outputs[0]) if tensor is not None else ():
         if value is not None and value.shape is not None and len(value.shape) > 1:
             extents = list(value.shape)
             if not isinstance(extents[1], int):
                 assert tensor is not None
-                extents[1] = int(tensor.numpy().size)
+                extents[1] = int(tensor.shape[0])
                 value.shape = ir.Shape(extents)
                 told = True
     return told

@@ -155,8 +155,11 @@ def _is_view(node: ir.Node) -> bool:
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
     """What an initializer or a Constant holds, None where a caller may override it."""
-    if value.producer() is not None:
-        return ir.convenience.get_const_tensor(value)
+    node = value.producer()
+    if node is not None:
+        held = node.attributes.get("value")
+        # onnx_ir's own reader gives the tensor of a Constant another name
+        return ir.convenience.get_const_tensor(value) if held is None else held.as_tensor()
     if not value.is_initializer() or (value.is_graph_input() and _overridable(value)):
         return None
     return value.const_value
