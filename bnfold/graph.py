@@ -269,7 +269,7 @@ def _tell_channels(node: ir.Node) -> bool:
             extents = list(value.shape)
             if not isinstance(extents[1], int):
                 assert tensor is not None
-                extents[1] = int(tensor.shape[0])
+                extents[1] = int(tensor.shape.numpy()[0])
                 value.shape = ir.Shape(extents)
                 told = True
     return told
