@@ -110,4 +110,50 @@ TYPES = [
     Law("matmul in float64", "MatMul", "x[4,4] > y; c = MatMul(x, W[4,4]); d = Add(c, B[4]); y = BN4:alt0(d)", 1, dtype=TensorProto.DOUBLE),
 ]
 
-CONSTANT_LAWS: list[Law] = [*EXPRESSIONS, *BODIES, *TYPES]
+def _integers(*shape: int, dtype: Any = np.int8, low: int = -3) -> np.ndarray:
+    return np.random.default_rng(len(shape)).integers(low, low + 7, shape).astype(dtype)
+
+
+_Q = {"Q": _integers(4, 4, 3, 3), "S": np.float32(0.5), "Z": np.int8(0)}
+_QU = {"Q": _integers(4, 4, 3, 3, dtype=np.uint8, low=125), "S": np.float32(0.5), "Z": np.uint8(128)}
+_QC = {"Q": _integers(4, 4, 3, 3), "S": np.array([0.5, 2, 1, 4], np.float32), "Z": np.array([1, 0, -1, 2], np.int8)}
+_Q4 = {"Q": _integers(4, 4, 1, 1, dtype=ml_dtypes.int4), "S": np.float32(0.5), "Z": np.array(0, ml_dtypes.int4)}
+_QB = {"Q": _integers(4, 4), "S": np.array([[1, 2, 0.5, 1], [2, 1, 1, 4]], np.float32), "Z": np.array([[1, 0, 0, 2], [0, -1, 0, 0]], np.int8)}
+_BIAS = {"I": np.array([3, -2, 0, 5], np.int32), "J": np.float32(0.25)}
+_LEAST = {"Q": np.where(np.arange(144).reshape(4, 4, 3, 3) == 40, -128, _integers(4, 4, 3, 3)).astype(np.int8), "S": np.float32(0.5)}
+_W = "w = DequantizeLinear(Q, S, Z); "
+QUANTIZED = [
+    Law("integers, conv, bn", "Conv", f"{X} > y; {_W}c = Conv(x, w, B[4]); y = BN4(c)", 1, constants=_Q),
+    Law("integers, conv, bn, gamma 0", "Conv", f"{X} > y; {_W}c = Conv(x, w); y = BN4:alt0(c)", 1, constants=_Q),
+    Law("integers without a zero point, conv, bn", "Conv", f"{X} > y; w = DequantizeLinear(Q, S); c = Conv(x, w); y = BN4:alt0(c)", 1, constants=_Q),
+    Law("integers, conv, bn of one scale", "Conv", f"{X} > y; {_W}c = Conv(x, w); y = BN4:neg<epsilon=0.0>(c)", 1, constants=_Q | {"y.gamma": np.full(4, -2, np.float32), "y.running_var": np.ones(4, np.float32)}),
+    Law("unsigned integers, conv, bn", "Conv", f"{X} > y; {_W}c = Conv(x, w, B[4]); y = BN4(c)", 1, constants=_QU),
+    Law("integers with a scale for each channel, conv, bn", "Conv", f"{X} > y; w = DequantizeLinear<axis=0>(Q, S, Z); c = Conv(x, w); y = BN4(c)", 1, constants=_QC),
+    Law("integers with a scale for each input channel, conv, bn", "", f"{X} > y; {_W}c = Conv(x, w); y = BN4(c)", 0, ("axis",), constants=_QC),
+    Law("integers, grouped conv, bn", "Conv", f"{X} > y; {_W}c = Conv<group=2>(x, w); y = BN4(c)", 1, constants=_Q | {"Q": _integers(4, 2, 3, 3)}),
+    Law("integers, grouped transposed conv, bn", "", f"{X} > y; {_W}c = ConvTranspose<group=2>(x, w); y = BN4(c)", 0, ("quantised",), constants=_Q | {"Q": _integers(4, 2, 3, 3)}),
+    Law("integers, transposed conv, bn", "ConvTranspose", f"{X} > y; {_W}c = ConvTranspose(x, w); y = BN4(c)", 1, constants=_Q),
+    Law("integers, gemm, bn", "Gemm", "x[4,4] > y; w = DequantizeLinear(Q, S, Z); c = Gemm<transB=1>(x, w, B[4]); y = BN4(c)", 1, constants=_Q | {"Q": _integers(4, 4)}),
+    Law("integers, transposed, matmul, bn", "MatMul", "x[4,4] > y; w = DequantizeLinear(Q, S, Z); t = Transpose(w); c = MatMul(x, t); y = BN4(c)", 1, constants=_Q | {"Q": _integers(4, 4)}),
+    Law("integers in blocks, matmul, bn", "MatMul", "x[4,4] > y; w = DequantizeLinear<axis=0, block_size=2>(Q, S, Z); c = MatMul(x, w); y = BN4:alt0(c)", 1, constants=_QB, opset=21),
+    Law("integers in blocks along the channels, bn", "", "x[4,4] > y; w = DequantizeLinear<axis=0, block_size=2>(Q, S, Z); c = Gemm<transB=1>(x, w); y = BN4(c)", 0, ("axis",), constants=_QB, opset=21),
+    Law("integers of four bits, conv, bn", "Conv", f"{X} > y; {_W}c = Conv(x, w); y = BN4(c)", 1, constants=_Q4, opset=21),
+    Law("the least integer, conv, bn of its sign", "Conv", f"{X} > y; w = DequantizeLinear(Q, S); c = Conv(x, w); y = BN4:pos(c)", 1, constants=_LEAST),
+    Law("the least integer, conv, bn of the other sign", "", f"{X} > y; w = DequantizeLinear(Q, S); c = Conv(x, w); y = BN4(c)", 0, ("least",), constants=_LEAST),
+    Law("the least integer, another channel changes its sign", "Conv", f"{X} > y; w = DequantizeLinear(Q, S); c = Conv(x, w); y = BN4:tla(c)", 1, constants=_LEAST),
+    Law("integers and a bias of integers, conv, bn", "Conv", f"{X} > y; {_W}b = DequantizeLinear(I, J); c = Conv(x, w, b); y = BN4(c)", 1, constants=_Q | _BIAS),
+    Law("bn, conv of integers", "Conv", f"{X} > y; b = BN4(x); {_W}y = Conv(b, w)", 1, constants=_Q),
+    Law("bn, conv of integers with a scale for each channel", "", f"{X} > y; b = BN4(x); w = DequantizeLinear<axis=0>(Q, S, Z); y = Conv(b, w)", 0, ("quantised",), constants=_QC),
+    Law("conv of integers, bn, conv of integers", "Conv", f"{X} > y; {_W}c = Conv(x, w); b = BN4:alt0(c); v = DequantizeLinear(Q, S, Z); y = Conv<{PAD}>(b, v)", 1, constants=_Q),
+    Law("sum of convs of integers, bn", "Add", f"{X} > y; {_W}c = Conv(x, w); v = DequantizeLinear(P, S, Z); d = Conv(x, v); s = Add(c, d); y = BN4:alt0(s)", 1, constants=_Q | {"P": _integers(4, 4, 3, 3, low=-4)}),
+    Law("bn of a shift, conv of integers", "Conv", f"{X} > y; b = BN4:shift(x); {_W}y = Conv(b, w)", 1, constants=_Q),
+    Law("one tensor of integers for two convs", "Conv", f"{X} > y z; {_W}v = DequantizeLinear(Q, S, Z); c = Conv(x, w); y = BN4(c); z = Conv(x, v)", 1, constants=_Q),
+    Law("one weight of integers for two convs", "", f"{X} > y z; {_W}c = Conv(x, w); y = BN4(c); z = Conv(x, w)", 0, ("several",), constants=_Q),
+    Law("integers, opset 10", "", f"{X} > y; {_W}c = Conv(x, w); y = BN4(c)", 0, ("opset",), constants=_Q, opset=10, ir_version=5),
+    Law("quantised activations, conv, bn", "Conv", f"{X} > y; q = QuantizeLinear(x, A); d = DequantizeLinear(q, A); {_W}c = Conv(d, w, B[4]); y = BN4(c)", 1, constants=_Q | {"A": np.float32(0.5)}),
+    Law("conv, quantised activations, bn", "", f"{X} > y; {_W}c = Conv(x, w, B[4]); q = QuantizeLinear(c, A, E); d = DequantizeLinear(q, A, E); y = BN4(d)", 0, ("DequantizeLinear",), constants=_Q | {"A": np.float32(0.5), "E": np.int8(0)}),
+    Law("embedding of integers, bn", "Gather", "i:int[4,4] > y; t = DequantizeLinear(Q, S, Z); e = Gather(t, i); u = Transpose<perm=[0,2,1]>(e); y = BN4:altscale(u)", 1, constants=_Q | {"Q": _integers(5, 4)}),
+    Law("embedding of integers, bn of a shift", "", "i:int[4,4] > y; t = DequantizeLinear(Q, S, Z); e = Gather(t, i); u = Transpose<perm=[0,2,1]>(e); y = BN4(u)", 0, ("quantised",), constants=_Q | {"Q": _integers(5, 4)}),
+]
+
+CONSTANT_LAWS: list[Law] = [*EXPRESSIONS, *BODIES, *TYPES, *QUANTIZED]

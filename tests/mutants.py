@@ -43,6 +43,7 @@ class Mutant:
 
 LINEAR, NORM, PLAN, WAVE = "rules/linear.py", "rules/normalization.py", "plan.py", "wave.py"
 RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
+QUANTIZED = "quantized.py"
 GATING, RECURRENT, EMBEDDING = "rules/gating.py", "rules/recurrent.py", "rules/embedding.py"
 MERGING, PARALLEL = "merging.py", "parallel.py"
 MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
@@ -105,6 +106,17 @@ MUTANTS: list[Mutant] = [
     Mutant(JOINING, "at += size", "at += 0", "concat"),
     Mutant(PASSING, "if y.dtype not in _SHORT or x.dtype in _SHORT:", "if True:", "cast to float16"),
     Mutant(APPLY, "dtype = node.inputs[weight_slot].dtype or weight.dtype", "dtype = ir.DataType.FLOAT", "float16 without bias"),
+    # weights held as integers
+    Mutant(QUANTIZED, "middle + (wide - middle) * np.sign", "(wide - middle) * np.sign", "unsigned"),
+    Mutant(QUANTIZED, "if np.any((turned < info.min) | (turned > info.max)):", "if False:", "the least integer"),
+    Mutant(QUANTIZED, "if len(readers(held.root)) > 1:", "if False:", "two convs"),
+    Mutant(QUANTIZED, "if scale.size == 1 and opset_of(node) < 13:", "if False:", "opset 10"),
+    Mutant(QUANTIZED, "[axis] if scale.size > 1 else", "", "each input channel"),
+    Mutant(QUANTIZED, "if np.all(np.abs(wanted - found * rows) <= _EQUAL * np.abs(wanted)):", "if True:", "grouped transposed"),
+    Mutant(QUANTIZED, "sizes = np.where(factor == 0, 1, np.abs(factor))", "sizes = np.where(factor == 0, 1, factor)", "integers, conv"),
+    Mutant(QUANTIZED, "np.broadcast_to(zero.reshape(-1), factor.shape)", "0 * np.broadcast_to(zero.reshape(-1), factor.shape)", "unsigned"),
+    Mutant(PLAN, "    _check_quantized(network, trial)\n", "", "integers"),
+    Mutant(APPLY, "new.axis is not None", "False", "integers, conv"),
     # constants computed from constants
     Mutant(CONSTANTS, "return self.tensor is not None and all(", "return all(", "read straight and as a product"),
     Mutant(CONSTANTS, "computable = _is_view(node) or", "computable = True or", "computed"),

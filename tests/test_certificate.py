@@ -587,6 +587,13 @@ def test_right_fold_is_certified(name: str) -> None:
     assert certificate.worst.ulps <= 1
 
 
+def test_an_epsilon_that_is_not_written_is_a_float32() -> None:
+    fold = conv_then_bn()
+    bare = [onnx.NodeProto.FromString(n.SerializeToString()) for n in fold.nodes]
+    del bare[1].attribute[:]
+    assert replace(fold, nodes=bare).certify().passed
+
+
 def test_weights_of_an_lstm_are_read_not_probed() -> None:
     checks = {record.op_type: record.check for record in bn_then_lstm().certify().records}
     assert checks["LSTM"] == "weights"

@@ -68,6 +68,15 @@ CASES: dict[str, list[Case]] = {
         ([whole(4)], {"value": helper.make_tensor("v", 1, [1], [2.5])}, 20),
         ([whole(4)], {"value": helper.make_tensor("v", 7, [1], [3])}, 20),
     ],
+    "DequantizeLinear": [
+        ([np.array([[1, -2], [3, 4]], np.int8), np.float32(0.3)], {}, 13),
+        ([np.array([[1, -2], [3, 4]], np.int8), draw(2), np.array([1, -1], np.int8)], {}, 13),
+        ([np.array([[1, -2], [3, 4]], np.int8), draw(2)], {"axis": 0}, 13),
+        ([np.array([[1, 2]], np.uint8), np.float32(0.3), np.uint8(7)], {"axis": -1}, 21),
+        ([whole(1, 2, 3, 4, 5, 6).astype(np.int8).reshape(2, 3), draw(2, 2)],
+         {"axis": 1, "block_size": 2}, 21),
+        ([np.array([2**30, -3], np.int32), np.float32(0.3)], {}, 13),
+    ],
 }  # fmt: skip
 
 

@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from bnfold.errors import InputError
 from bnfold.folding.affine import Array
-from bnfold.folding.constants import Constant, constant, readers
+from bnfold.folding.constants import FLOATS, Constant, constant, readers
 from bnfold.folding.merging import Merge
 from bnfold.folding.plan import FoldPlan
+from bnfold.folding.quantized import requantized
 from bnfold.folding.rules import RULES, constant_slots
 from bnfold.folding.rules.node import label, optional_input
 from bnfold.folding.rules.relations import Step
@@ -171,7 +172,30 @@ class _Writer:
                 self.written[str(root.name)] = (str(root.name),)
             else:
                 for write in writes:
-                    self._copy(write)
+                    dequantizer = write.held.dequantizer
+                    if dequantizer is None:
+                        self._copy(write)
+                    else:
+                        self._requantize(write, dequantizer)
+
+    def _requantize(self, write: _Write, node: ir.Node) -> None:
+        """Give a DequantizeLinear, which only this reader reads, new integers and scales."""
+        new = requantized(write.held, write.array)
+        if new.axis is not None:
+            node.attributes["axis"] = ir.AttrInt64("axis", new.axis)
+        for slot, array in enumerate((new.integers, new.scale, new.zero_point)):
+            old = optional_input(node, slot)
+            if old is None or np.array_equal(_elements(old), array):
+                continue
+            assert old.dtype is not None
+            if old.dtype in FLOATS:
+                tensor = _rounded(array, old.dtype, old.name)
+            else:
+                tensor = ir.Tensor(np.ascontiguousarray(array), dtype=old.dtype)
+            value = self._initializer(node, f"{old.name}_folded", tensor)
+            node.replace_input_with(slot, value)
+            self.suspects[old] = None
+            self.written[str(old.name)] = (str(value.name),)
 
     def _copy(self, write: _Write) -> None:
         """Give this reader a tensor of its own, already in the layout that it reads."""
@@ -296,6 +320,11 @@ class _Writer:
                         continue
                     graph.inputs.remove(value)
                 graph.initializers.pop(value.name or "")
+
+
+def _elements(value: ir.Value) -> Any:
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
 
 
 def _same_shape(write: _Write) -> bool:

@@ -121,6 +121,22 @@ def _norm(x: Elements, **options: Any) -> Elements:
     return np.asarray(np.sqrt(np.sum(np.square(x), **options)))
 
 
+def _dequantize(node: ir.Node, operands: list[Any]) -> Elements:
+    x, scale, zero = (*operands, None)[:3]
+    axis, block = _attribute(node, "axis", 1), _attribute(node, "block_size", 0)
+
+    def spread(parameter: Elements) -> Elements:
+        if parameter.size == 1 and not block:
+            return parameter.reshape(())
+        if block:
+            wide = np.repeat(parameter, block, axis=axis)
+            return np.asarray(wide[tuple(slice(0, size) for size in x.shape)])
+        return parameter.reshape(-1, *(1,) * (x.ndim - 1 - axis % x.ndim))
+
+    middle = 0.0 if zero is None else spread(zero.astype(np.float64))
+    return np.asarray((x.astype(np.float64) - middle) * spread(scale))
+
+
 ARITHMETIC: dict[str, Evaluate] = {
     "Add": _pointwise(np.add),
     "Sub": _pointwise(np.subtract),
@@ -145,4 +161,5 @@ ARITHMETIC: dict[str, Evaluate] = {
     "Concat": _concat,
     "Expand": _expand,
     "ConstantOfShape": _fill,
+    "DequantizeLinear": _dequantize,
 }

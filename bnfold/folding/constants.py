@@ -92,6 +92,18 @@ class Constant:
         return held
 
     @property
+    def dequantizer(self) -> ir.Node | None:
+        """The DequantizeLinear that gives the root from a weight's integers, if one does.
+
+        A bias of 32 bits is none: its integers are as long as the floats that take their place.
+        """
+        node = self.root.producer() if self.tensor is None else None
+        integers = node.inputs[0] if node is not None else None
+        if node is None or node.op_type != "DequantizeLinear" or integers is None:
+            return None
+        return None if integers.dtype == ir.DataType.INT32 else node
+
+    @property
     def in_place(self) -> bool:
         """True where the root can hold any new value of the operand: no Cast on the way."""
         return self.tensor is not None and all(view.op_type != "Cast" for view in self.views)

@@ -17,7 +17,7 @@ from bnfold.folding.constants import constant
 from bnfold.folding.merging import Branch, Merge, holds
 from bnfold.folding.network import Network
 from bnfold.folding.rules import relations_of
-from bnfold.folding.rules.node import Opaque, dims, input_of, weights
+from bnfold.folding.rules.node import Opaque, constant_at, dims, input_of, weights
 
 _SUMS = {"Add": (1, 1), "Sub": (1, -1)}
 _VIEWS = frozenset({"Identity", "Dropout"})
@@ -165,8 +165,9 @@ class _Search:
         if _tensor(self.network, source) is not self.tensor:
             raise _NotParallel
         for slot in range(1, len(node.inputs)):
-            if node.inputs[slot] is not None:
-                weights(node, slot)  # they must be constant
+            given = node.inputs[slot] is not None
+            if given and constant_at(node, slot).dequantizer is not None:
+                raise _NotParallel  # integers have no sum
         self._add(source, node, scale, shift)
 
     def _add(self, source: ir.Value, conv: ir.Node | None, scale: Array, shift: Array) -> None:

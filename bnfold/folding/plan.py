@@ -31,6 +31,7 @@ from bnfold.folding.holds import broken
 from bnfold.folding.merging import Merge
 from bnfold.folding.network import Network
 from bnfold.folding.parallel import parallel_sums
+from bnfold.folding.quantized import Unquantizable, requantized
 from bnfold.folding.range import Guard, OutOfRange, remedies, rescaled
 from bnfold.folding.rules import RULES, affine_of, constant_slots, is_batch_norm
 from bnfold.folding.rules.linear import matmul_bias
@@ -339,6 +340,7 @@ def _checked(network: Network, trial: _Trial, guard: Guard, scope: Scope | None)
     _check_result(network, trial)
     _check_precision(network, trial)
     _check_cost(network, trial)
+    _check_quantized(network, trial)
     if scope is not None:
         _check_scope(network, trial, scope)
     guard.check(network, trial.touched, trial.gauge)
@@ -480,6 +482,25 @@ def _check_cost(network: Network, trial: _Trial) -> None:
     if added > (1 if is_batch_norm(network.trying) else 0):
         what = "batch norm" if is_batch_norm(network.trying) else network.trying.op_type
         raise Conflict(f"it would put {added} additions in the place of one {what}")
+
+
+def _check_quantized(network: Network, trial: _Trial) -> None:
+    """A weight that is held as integers stays so. Raises Conflict."""
+    for node in {node for value in trial.touched for node in network.around(value)}:
+        held = {
+            slot: constant(optional_input(node, slot)) for slot in _constant_slots(network, node)
+        }
+        if not any(c is not None and c.dequantizer is not None for c in held.values()):
+            continue
+        rewrite = RULES[node.op_type].rewrite
+        for slot, array in rewrite(node, trial.gauge).items() if rewrite else ():
+            c = held.get(slot)
+            if c is not None and c.dequantizer is not None:
+                try:
+                    requantized(c, array)
+                except Unquantizable as why:
+                    name = c.dequantizer.inputs[0].name  # type: ignore[union-attr]
+                    raise Conflict(f"the quantised weight '{name}' cannot take it: {why}") from None
 
 
 def _extra_operators(network: Network, trial: _Trial) -> int:

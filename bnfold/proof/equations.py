@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -483,7 +483,7 @@ def _read_normalization(
     gamma, beta, mean, var = (
         constant.value.reshape(-1, *(1,) * (rank - 2)) for constant in parameters
     )
-    slope = gamma / np.sqrt(var + float(given.get("epsilon", 1e-5)))
+    slope = gamma / np.sqrt(var + _epsilon(given))
     centred = np.abs(slope * mean)
     return ChannelMap(
         slope,
@@ -492,8 +492,13 @@ def _read_normalization(
         np.abs(beta) + 2.5 * centred,
         np.abs(beta) + centred,
         coarsest(constant.rounding for constant in parameters),
-        1 / np.sqrt(var + float(given.get("epsilon", 1e-5))),
+        1 / np.sqrt(var + _epsilon(given)),
     )
+
+
+def _epsilon(given: Mapping[str, Any]) -> float:
+    """As a file holds it, in float32, where it is not written too."""
+    return float(np.float32(given.get("epsilon", 1e-5)))
 
 
 def _in_training(node: onnx.NodeProto, view: View) -> bool:
