@@ -216,7 +216,7 @@ MUTANTS: list[Mutant] = [
     Mutant(PARALLEL, "shift if slot == 0 else np.zeros_like(shift)", "shift", "parallel"),
     Mutant(PARALLEL, "if value.is_graph_output() or len(value.uses()) != 1:", "if len(value.uses()) > 99:", "read elsewhere"),
     Mutant(PARALLEL, "if any(n > 1 for a in (scale, shift) for axis, n in enumerate(a.shape) if axis != 1):", "if False:", "columns"),
-    Mutant(PARALLEL, "weights(node, slot)  # they must be constant", "pass", "computed bias"),
+    Mutant(PARALLEL, "if given and constant_at(node, slot).dequantizer is not None:", "if False:", "computed bias"),
     Mutant(PARALLEL, "scale * m.affine.shift + shift", "m.affine.shift + shift", "parallel"),
 ]
 # fmt: on
