@@ -427,6 +427,25 @@ def _recurrent() -> list[Law]:
     return laws
 
 
+EINSUMS = [
+    Law("einsum, add, bn", "", 'x[4,4,4] > y; e = Einsum<equation="bct,co->bot">(x, W[4,4]); a = Add(e, A[4,1]); y = BN4:alt0(a)', 0, ("gamma = 0",)),
+    Law("einsum, add, bn without a dead channel", "Einsum", 'x[4,4,4] > y; e = Einsum<equation="bct,co->bot">(x, W[4,4]); a = Add(e, A[4,1]); y = BN4:alt(a)', 1),
+    Law("einsum of a weight first, add, bn", "Einsum", 'x[4,4,4] > y; e = Einsum<equation="oc,bct->bot">(W[4,4], x); a = Add(e, A[4,1]); y = BN4:alt(a)', 1),
+    Law("bn, einsum, add", "Einsum", 'x[4,4,4] > y; b = BN4:alt(x); e = Einsum<equation="bct, co -> bto">(b, W[4,4]); y = Add(e, A[4])', 1),
+    Law("bn, gamma 0, einsum, add", "Einsum", 'x[4,4,4] > y; b = BN4:alt0(x); e = Einsum<equation="bct,co->bto">(b, W[4,4]); y = Add(e, A[4])', 1),
+    Law("bn, einsum, bn, conv", "Einsum", 'x[4,4,4] > y; f = Floor(x); b = BN4:alt(f); e = Einsum<equation="bct,co->bot">(b, W[4,4]); n = BN4:tla(e); y = Conv(n, V[4,4,1])', 2),
+    Law("einsum, bn, output", "", 'x[4,4,4] > y; e = Einsum<equation="bct,co->bot">(x, W[4,4]); y = BN4(e)', 0, ("do not agree",)),
+    Law("einsum, bn of scale, output", "Einsum", 'x[4,4,4] > y; e = Einsum<equation="bct,co->bot">(x, W[4,4]); y = BN4:altscale(e)', 1),
+    Law("bn, einsum of heads, add", "Einsum", 'x[4,4,4] > y; b = BN4:alt(x); e = Einsum<equation="bct,chd->bhtd">(b, W[4,2,3]); y = Add(e, A[2,1,3])', 1),
+    Law("einsum of each channel by itself, bn of scale", "Einsum", 'x[4,4,4] > y; e = Einsum<equation="bct,cts->bcs">(x, W[4,4,4]); y = BN4:altscale(e)', 1),
+    Law("bn of scale, einsum of each channel by itself", "Einsum", 'x[4,4,4] > y; b = BN4:altscale(x); y = Einsum<equation="bct,cts->bcs">(b, W[4,4,4])', 1),
+    Law("bn, einsum that sums the steps, add", "Einsum", 'x[4,4,4] > y; b = BN4:alt(x); e = Einsum<equation="bct,co->bo">(b, W[4,4]); y = Add(e, A[4])', 1),
+    Law("bn over an axis that the constant lacks", "", 'x[4,4,4] > y; b = BN4:altscale(x); y = Einsum<equation="bct,to->bco">(b, W[4,4])', 0, ("lacks an axis",)),
+    Law("einsum of two values, bn", "", 'x[4,4,4] u[4,4,4] > y; f = Floor(x); g = Floor(u); e = Einsum<equation="bct,bts->bcs">(f, g); y = BN4:altscale(e)', 0, ("Einsum",)),
+    Law("einsum with dots, bn", "", 'x[4,4,4] > y; e = Einsum<equation="...c,co->...o">(x, W[4,4]); t = Transpose<perm=[0,2,1]>(e); y = BN4:altscale(t)', 0, ("form",)),
+    Law("einsum of a diagonal, bn", "", 'x[4,4,4] > y; e = Einsum<equation="bcc,co->bo">(x, W[4,4]); y = BN4:altscale(e)', 0, ("diagonal",)),
+]
+
 SEQUENCES = [
     *_recurrent(),
     Law("bn over the steps, LSTM", "", "x[4,4,4] > y; b = BN4(x); y = LSTM<hidden_size=2>(b, W[1,8,4], R[1,8,2])", 0, ("axis",)),
@@ -568,5 +587,5 @@ REPAIRED = [
 ]
 
 LAWS: list[Law] = [
-    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *PARALLEL, *GATES, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
+    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *PARALLEL, *GATES, *EINSUMS, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
 ]

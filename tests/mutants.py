@@ -43,7 +43,7 @@ class Mutant:
 
 LINEAR, NORM, PLAN, WAVE = "rules/linear.py", "rules/normalization.py", "plan.py", "wave.py"
 RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
-QUANTIZED = "quantized.py"
+QUANTIZED, EINSUM = "quantized.py", "rules/einsum.py"
 GATING, RECURRENT, EMBEDDING = "rules/gating.py", "rules/recurrent.py", "rules/embedding.py"
 MERGING, PARALLEL = "merging.py", "parallel.py"
 MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
@@ -106,6 +106,12 @@ MUTANTS: list[Mutant] = [
     Mutant(JOINING, "at += size", "at += 0", "concat"),
     Mutant(PASSING, "if y.dtype not in _SHORT or x.dtype in _SHORT:", "if True:", "cast to float16"),
     Mutant(APPLY, "dtype = node.inputs[weight_slot].dtype or weight.dtype", "dtype = ir.DataType.FLOAT", "float16 without bias"),
+    # Einsum
+    Mutant(EINSUM, "{p.slot: p.constant * read *", "{p.slot: p.constant *", "bn, einsum"),
+    Mutant(EINSUM, "return Relations((), (tie,), (), demands)", "return Relations((), (), (), demands)", "bn, einsum"),
+    Mutant(EINSUM, "            *p.only_shared(p.x, p.of_x, node),\n", "", "lacks"),
+    Mutant(EINSUM, "total = total * (size", "total = total * (1", "sums the steps"),
+    Mutant(EINSUM, "readable(p.y, node),", "", "einsum, add, bn"),
     # weights held as integers
     Mutant(QUANTIZED, "middle + (wide - middle) * np.sign", "(wide - middle) * np.sign", "unsigned"),
     Mutant(QUANTIZED, "if np.any((turned < info.min) | (turned > info.max)):", "if False:", "the least integer"),

@@ -412,6 +412,24 @@ def product(b: Builder) -> object:
 
 
 @operator()
+def einsum(b: Builder) -> object:
+    """A product with a constant along one axis, often with an addition behind it."""
+    x = b.value(lambda v: v.rank == 3)
+    if x is None:
+        return None
+    axis, outs = b.one_of([1, 2]), b.one_of([2, 3])
+    result = "bot" if axis == 1 else "bco"
+    weight = b.constant(b.numbers(x.shape[axis], outs, fan_in=x.shape[axis]))
+    equation = f"bct,{'c' if axis == 1 else 't'}o->{result}"
+    shape = (x.shape[0], outs, x.shape[2]) if axis == 1 else (*x.shape[:2], outs)
+    if b.flag():
+        return b.node("Einsum", [x.name, weight], shape, equation=equation)
+    product = b.hidden("Einsum", [x.name, weight], equation=equation)
+    bias = b.numbers(outs, 1) if axis == 1 else b.numbers(outs)
+    return b.node("Add", [product, b.constant(bias)], shape)
+
+
+@operator()
 def matrix_product(b: Builder) -> object:
     """A value times another one, as matrices."""
     x = b.value(lambda v: v.rank >= 2)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.folding.affine import ChannelAffine
+from bnfold.folding.rules.einsum import einsum_rule
 from bnfold.folding.rules.embedding import gather_rule
 from bnfold.folding.rules.joining import (
     add_rule,
@@ -84,6 +85,7 @@ RULES: dict[str, Rule] = {
     "ConvTranspose": conv_rule(transposed=True),
     "Gemm": Rule(gemm_relations, gemm_rewrite, lambda _node: (1, 2)),
     "MatMul": matmul_rule(_blocks),
+    "Einsum": einsum_rule(),
     "RNN": recurrent_rule(),
     "GRU": recurrent_rule(),
     "LSTM": recurrent_rule(),
