@@ -105,6 +105,8 @@ TRAPS = [
     Law("conv 3-D, added bias of five axes, bn", "Conv", "x[2,2,2,2,2] > y; c = Conv(x, W[2,2,1,1,1]); a = Add(c, A[1,2,1,1,1]); y = BN2(a)", 1),
     Law("grouped conv, added bias, bn", "Conv", f"{X} > y; c = Conv<group=2>(x, W[4,2,3,3]); a = Add(c, A[1,4,1,1]); y = BN4:alt0(a)", 1),
     Law("conv and its input, add, bn", "", f"{X} > y; c = Conv(x, W[4,4,1,1]); a = Add(c, x); y = BN4(a)", 0, ("'x'",)),
+    Law("conv and its input, which are one conv, bn", "", f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3]); a = Add(c, x); y = BN4:alt0(a)", 1, merges=1),
+    Law("conv and its gated input, add, bn", "", f"{X} > y; c = Conv<{PAD}>(x, W[4,4,3,3]); s = Abs(x); a = Add(c, s); y = BN4(a)", 0, ("Abs",), merges=0),
     Law("conv and a pooled conv, add, bn", "Add", f"{X} > y; c = Conv(x, W[4,4,1,1]); d = Conv(x, V[4,4,1,1]); p = GlobalAveragePool(d); a = Add(c, p); y = BN4:alt0(a)", 1),
     Law("conv, add of a conv that others read, bn", "Add", f"{X} > y z; c = Conv(x, W[4,4,1,1]); d = Conv(x, V[4,4,1,1]); a = Add(c, d); y = BN4:alt(a); z = Conv(d, U[4,4,3,3])", 1),
     Law("conv, add of a conv that others look at, bn", "", f"{X} > y z; c = Conv(x, W[4,4,1,1]); d = Conv(x, V[4,4,1,1]); a = Add(c, d); y = BN4:alt(a); z = Floor(d)", 0, ("Floor",)),
@@ -128,7 +130,8 @@ def test_trap(trap: Law) -> None:
 def test_values_against_float64(trap: Law) -> None:
     """Not only as the runtime computed them before: as the formulas say."""
     original = build(trap)
-    made = folding.fold(original, absorb=trap.absorbed is not None)
+    absorb, merge = trap.absorbed is not None, trap.merges is not None
+    made = folding.fold(original, absorb=absorb, merge=merge)
     exact = Float64Reference(original).run(inputs(original))
     folded = Float64Reference(made.model).run(inputs(original))
     for name, expected in exact.items():
