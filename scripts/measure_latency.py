@@ -133,7 +133,7 @@ def _about() -> list[str]:
         "",
         "Printed by `scripts/measure_latency.py`: onnxruntime's CPU provider, all optimisations on",
         "(it folds Conv -> BN itself), one thread, batch 1. Original in milliseconds (median); the",
-        "others as ratios to it, median of the ratios within a round and their quartiles. Processor",
+        "others as ratios to it, median of the ratios within a round and quartiles. Processor",
         f"time; the networks run in turn, up to {ROUNDS} rounds or {SECONDS} s.",
         "",
         "| network | original, ms | bnfold | onnxsim | onnxslim | rounds |",

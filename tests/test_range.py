@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from bnfold.folding.range import _slices
 from bnfold.proof.reference import Float64Reference
 from tests import folding
 
@@ -104,6 +105,10 @@ def test_a_gauge_of_a_power_of_two_is_exact() -> None:
     arrays = {**LARGE, **norm("p", [1024, -1024, 0, 512], shift=1)}
     body = "c = Conv(x, W); n = N(c, p); y = Conv(n, V)"
     fold(model(body, arrays), 1, fed(size=2.0**-8))
+
+
+def test_a_constant_without_axes_is_a_slice() -> None:
+    assert [float(size) for size in _slices(np.array(-3.0))] == [3]
 
 
 @pytest.mark.parametrize("size", [2, 20])  # the values would overflow, or the weights too

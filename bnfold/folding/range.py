@@ -247,8 +247,10 @@ def _data(node: ir.Node) -> list[ir.Value]:
 
 
 def _slices(array: Array) -> Iterator[Array]:
-    """The largest magnitude of each slice across each axis."""
+    """The largest magnitude of each slice across each axis; a scalar is one slice."""
     size = np.abs(array)
+    if not array.ndim:
+        yield size
     for axis in range(array.ndim):
         yield np.max(size, axis=tuple(i for i in range(array.ndim) if i != axis), initial=0)
 
