@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
@@ -21,18 +21,28 @@ import onnx_ir as ir
 from bnfold import graph
 from bnfold.errors import UsageError
 from bnfold.folding.apply import Folded, apply
-from bnfold.folding.plan import FoldPlan, MergedSum, Scope, plan
+from bnfold.folding.plan import FoldPlan, MergedSum, plan
 from bnfold.folding.record import FoldedNorm, FoldRecord, gauges_of, norms_of, record_of
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.folding.selection import Selection
 from bnfold.reading.sniff import Kind
-from bnfold.reading.source import Source, open_source
+from bnfold.reading.source import (
+    Source,
+    open_source,
+    source_of_module,
+    source_of_program,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.export import ExportedProgram
 
     from bnfold.proof.verify import VerifyReport
+
+
+# One tensor per argument of forward, or a dict or list of tensors for one.
+Examples = Any
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,13 @@ class KeptNorm:
 class FoldResult:
     """What a fold gives.
 
-    model: the folded network, of the type that came in (a path gives the type of what it holds).
+    model: the folded network, of the type that came in (a path gives the type of what it holds); a
+    module comes back in its own class, or as a graph module where its class cannot hold the fold.
     original, graph: the ONNX graphs before and after. folded, kept: what became of each batch norm.
     absorbed: names of the constant multiplications and additions that are gone besides. merged:
     sums of parallel branches that are one convolution now. state_dict: for torch sources, the
-    folded tensors by name. plan, applied, source: what it was made of.
+    folded tensors by name. program: of a graph module, what torch.export.save writes. notes: what
+    was done on the way and why, a sentence each. plan, applied, source: what it was made of.
     """
 
     model: Any
@@ -64,6 +76,7 @@ class FoldResult:
     source: Source = field(repr=False)
     state_dict: Mapping[str, torch.Tensor] | None = None
     modules: tuple[nn.Module, nn.Module] | None = None
+    program: ExportedProgram | None = None
     notes: tuple[str, ...] = ()
     absorbed: tuple[str, ...] = ()
     merged: tuple[MergedSum, ...] = ()
@@ -71,15 +84,17 @@ class FoldResult:
     @cached_property
     def record(self) -> FoldRecord:
         """What verifies, undoes and re-adapts the fold; made when it is first asked for."""
-        if self.state_dict is None:
+        if self.state_dict is None or self.program is not None:
             return record_of(self.plan, self.applied)
         from bnfold.folding.torch_undo import torch_side_of
+        from bnfold.writeback import class_scope
 
-        before, scope = self.source.state_dict, _scope(self.source)
+        before, gone = self.source.state_dict, [norm.name for norm in self.folded]
         assert before is not None  # the folded one was made from it
-        assert scope is not None
-        gone = [norm.name for norm in self.folded]
-        side = torch_side_of(before, self.state_dict, scope, self.source.module, gone)
+        if any(f"{name}.running_mean" not in before for name in gone):
+            return record_of(self.plan, self.applied)  # the module's state_dict() is its own affair
+        scope = class_scope(self.source)
+        side = torch_side_of(before, self.state_dict, scope, self.source.plain, gone)
         return record_of(self.plan, self.applied, side)
 
     def verify(
@@ -114,8 +129,8 @@ class Inspection:
 
 
 def fold(
-    model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    model: nn.Module | ExportedProgram | ir.Model | onnx.ModelProto | Path | str,
+    example_inputs: Examples | None = None,
     *,
     opset: int | None = None,
     freeze_inputs: bool = False,
@@ -123,28 +138,36 @@ def fold(
     repair: Sequence[str] = (),
     keep: Sequence[str] = (),
     only: Sequence[str] = (),
+    writeback: Literal["auto", "class", "graph"] = "auto",
 ) -> FoldResult:
     """Fold every batch norm that folds exactly into the neighbouring weights.
 
-    model: an nn.Module (with `example_inputs`, one tensor per argument of forward), an onnx_ir or
-    onnx model, or the path of a model file. It is not changed; a module comes back as a copy of its
-    own class in eval mode. factory: the network of a checkpoint path ("path.py:name").
+    model: an nn.Module (with `example_inputs`, one tensor, or dict or list of tensors, per argument
+    of forward), an exported program, an onnx_ir or onnx model, or the path of a model file. It is
+    not changed. factory: the network of a checkpoint path ("path.py:name").
     freeze_inputs: treat initializers that a caller could override as constants. repair: exact
     repairs ("clamp", "border") that may put other operators in the place of a batch norm; they are
     of the graph, so the result of a module is its folded ONNX graph then.
     keep, only: shell-style patterns of batch norms' names (`layer1.*`). One that matches keep, or
     that does not match only, stays with its parameters unchanged, to be tuned or re-estimated.
+    writeback: what a module comes back as. "class": a copy of its own class in eval mode, with what
+    that can hold. "graph": a graph module (torch.fx), which can hold more. "auto": its class,
+    unless a graph module takes more batch norms and no hook of the user's would be lost with it.
     Raises BnfoldError with a sentence: an unreadable or unsupported model, impossible statistics, a
     pattern that matches nothing.
     """
-    source = _source(model, example_inputs, opset, freeze_inputs, factory)
-    selection = _selection(keep, only)
-    return fold_source(source, model, torch_side=not repair, repair=repair, selection=selection)
+    return fold_source(
+        _source(model, example_inputs, opset, freeze_inputs, factory),
+        model,
+        writeback=None if repair else writeback,
+        repair=repair,
+        selection=_selection(keep, only),
+    )
 
 
 def inspect(
-    model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    model: nn.Module | ExportedProgram | ir.Model | onnx.ModelProto | Path | str,
+    example_inputs: Examples | None = None,
     *,
     freeze_inputs: bool = False,
     factory: str | None = None,
@@ -188,7 +211,7 @@ def verify(
 
 def export(
     module: nn.Module,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    example_inputs: Examples,
     path: Path | str | None = None,
     *,
     opset: int = graph.DEFAULT_OPSET,
@@ -196,7 +219,7 @@ def export(
 ) -> ir.Model:
     """The inference graph of a torch module, batch norms in place; written to `path` if given."""
     exported = graph.export_module(
-        module, _tensors(example_inputs), opset=opset, dynamic_batch=dynamic_batch
+        module, _arguments(example_inputs), opset=opset, dynamic_batch=dynamic_batch
     )
     if path is not None:
         graph.write_onnx(exported, path)
@@ -207,30 +230,47 @@ def fold_source(
     source: Source,
     given: object = None,
     *,
-    torch_side: bool = True,
+    writeback: Literal["auto", "class", "graph"] | None = "auto",
     repair: Sequence[str] = (),
     selection: Selection | None = None,
 ) -> FoldResult:
     """Fold a source that was read; `given` is what the caller passed, whose type comes back.
 
-    torch_side: give the folded module or state_dict too, where the source has one; then only what
-    they can hold is folded. repair: as for `fold`. selection: the batch norms that the user wants
-    to keep.
+    writeback: what a torch network comes back as, see `fold`; None: the ONNX graph alone, which can
+    hold more than torch can. repair: as for `fold`, of the ONNX graph alone. selection: the batch
+    norms that the user wants to keep.
     """
     unknown = sorted(set(repair) - set(REPAIRS))
     if unknown:
         raise UsageError(f"There is no repair '{unknown[0]}'; there are {', '.join(REPAIRS)}.")
-    scope = _scope(source) if torch_side else None
-    chosen = plan(source.graph, scope, repairs=frozenset(repair), selection=selection)
-    folded = apply(chosen)
-    state_dict, modules = _torch_side(source, chosen, folded) if torch_side else (None, None)
-    result: object = folded.model
-    if modules is not None:
-        result = modules[1]
-    elif isinstance(given, onnx.ModelProto):
-        result = graph.to_proto(folded.model)
-    made = FoldResult(
-        model=result,
+    is_torch = source.state_dict is not None or source.exported is not None
+    if writeback is None or not is_torch:
+        chosen = plan(source.graph, repairs=frozenset(repair), selection=selection)
+        folded = apply(chosen)
+        as_proto = isinstance(given, onnx.ModelProto)
+        model: object = graph.to_proto(folded.model) if as_proto else folded.model
+        return _result(source, chosen, folded, model)
+    from bnfold.writeback import fold_torch
+
+    found = fold_torch(source, writeback, selection)
+    model = found.module if found.module is not None else found.folded.model
+    if source.kind is Kind.EXPORTED_PROGRAM and found.program is not None:
+        model = found.program
+    made = replace(
+        _result(source, found.plan, found.folded, model),
+        state_dict=found.state_dict,
+        modules=found.compared,
+        program=found.program,
+        notes=(*source.notes, *found.notes),
+    )
+    if source.exported is not None:
+        _ = made.record  # now: the caller's module may have other weights later
+    return made
+
+
+def _result(source: Source, chosen: FoldPlan, folded: Folded, model: object) -> FoldResult:
+    return FoldResult(
+        model=model,
         original=source.graph,
         graph=folded.model,
         folded=norms_of(chosen),
@@ -239,14 +279,9 @@ def fold_source(
         plan=chosen,
         applied=folded,
         source=source,
-        state_dict=state_dict,
-        modules=modules,
         notes=source.notes,
         merged=chosen.merged,
     )
-    if source.module is not None:
-        _ = made.record  # now: the caller's module may have other weights later
-    return made
 
 
 def _selection(keep: Sequence[str], only: Sequence[str]) -> Selection:
@@ -260,35 +295,9 @@ def count_operators(model: ir.Model) -> dict[str, int]:
     return dict(Counter(node.op_type for g in model.graphs() for node in g).most_common())
 
 
-def _scope(source: Source) -> Scope | None:
-    if source.module is not None:
-        from bnfold.folding.module import scope_of
-
-        return scope_of(source.module, source.graph)
-    if source.state_dict is not None:
-        from bnfold.folding.module import scope_of_names
-
-        return scope_of_names(source.state_dict, source.description.get("plain") or {})
-    return None
-
-
-def _torch_side(
-    source: Source, chosen: FoldPlan, folded: Folded
-) -> tuple[Mapping[str, torch.Tensor] | None, tuple[nn.Module, nn.Module] | None]:
-    if source.module is None and source.state_dict is None:
-        return None, None
-    from bnfold.folding.module import folded_state, write_back
-
-    if source.module is not None:
-        module = write_back(source.module, chosen, folded)
-        return module.state_dict(), (source.module, module)
-    assert source.state_dict is not None
-    return folded_state(source.state_dict, chosen, folded), None
-
-
 def _source(
-    model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None,
+    model: nn.Module | ExportedProgram | ir.Model | onnx.ModelProto | Path | str,
+    example_inputs: Examples | None,
     opset: int | None,
     freeze_inputs: bool,
     factory: str | None,
@@ -297,7 +306,7 @@ def _source(
     if isinstance(model, str | Path):
         shapes = None
         if example_inputs is not None:
-            shapes = [("", tuple(x.shape)) for x in _tensors(example_inputs)]
+            shapes = [("", tuple(x.shape)) for x in _arguments(example_inputs)]
         return open_source(
             model, model=factory, input_shapes=shapes, opset=opset, freeze_inputs=freeze_inputs
         )
@@ -310,30 +319,33 @@ def _source(
         read = graph.freeze_inputs(read) if freeze_inputs else read
         return Source(Path("the model"), Kind.ONNX, read)
     from torch import nn
+    from torch.export import ExportedProgram
 
-    from bnfold.reading.weights import check_batchnorm_statistics
-
+    if isinstance(model, ExportedProgram):
+        return source_of_program(model, Path("the program"), opset)
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"bnfold folds an nn.Module, an ONNX model or a path; this is a {type(model).__name__}."
+            "bnfold folds an nn.Module, an exported program, an ONNX model or a path; this is a"
+            f" {type(model).__name__}."
         )
     if example_inputs is None:
         raise UsageError(
             "An nn.Module needs example_inputs, such as torch.zeros(1, 3, 224, 224), to be traced."
         )
-    check_batchnorm_statistics(model)
-    tensors = _tensors(example_inputs)
-    exported = graph.export_module(model, tensors, opset=opset or graph.DEFAULT_OPSET)
-    return Source(
-        Path(type(model).__name__), Kind.CHECKPOINT, exported, model, model.state_dict(), tensors
-    )
+    name = Path(type(model).__name__)
+    return source_of_module(model, _arguments(example_inputs), name, opset)
 
 
-def _tensors(
-    example_inputs: torch.Tensor | Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, ...]:
+def _arguments(example_inputs: Examples) -> tuple[Any, ...]:
+    """One item per argument of forward. Raises UsageError for what holds no tensors."""
     import torch
+    from torch.utils import _pytree as tree
 
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,)
-    return tuple(example_inputs)
+    alone = isinstance(example_inputs, torch.Tensor | Mapping)
+    arguments = (example_inputs,) if alone else tuple(example_inputs)
+    leaves = tree.tree_leaves(arguments)
+    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise UsageError(
+            "example_inputs are tensors: one, or a dict or list of them, per argument of forward."
+        )
+    return arguments

@@ -207,7 +207,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     fold = verbs.add_parser("fold", help="fold a model's batch norms, prove it, write it")
     _add_model(fold)
-    _add_output(fold, "folded model: .onnx, .pt or .safetensors (default beside the input)")
+    _add_output(
+        fold,
+        "folded model: .onnx, .pt or .safetensors (the network's own class), .pt2 (a graph module);"
+        " default beside the input",
+    )
     fold.add_argument(
         "--record", type=Path, metavar="FILE", help="fold record (default beside OUT)"
     )

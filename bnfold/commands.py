@@ -14,12 +14,16 @@ from typing import Any
 from bnfold import report
 from bnfold.errors import BnfoldError, InputError, UsageError
 from bnfold.outputs import (
+    Writeback,
     add_file,
+    as_it_came,
     beside,
     check_outputs,
+    default_suffixes,
     record_path,
     unfolded_beside,
     write_all,
+    writeback_of,
     writer_of,
 )
 
@@ -29,7 +33,7 @@ _NOT_RUN = (
     "The network's torch module was not at hand: the torch file holds the proved graph's weights by"
     " name and was not run. `bnfold verify` with --model runs it."
 )
-_FORMATS = (".onnx", ".pt", ".pth", ".safetensors")
+_FORMATS = (".onnx", ".pt", ".pth", ".safetensors", ".pt2")
 
 
 # --- fold, inspect, export, verify ---------------------------------------------------------------
@@ -38,23 +42,20 @@ _FORMATS = (".onnx", ".pt", ".pth", ".safetensors")
 def fold(args: argparse.Namespace) -> Report:
     """`bnfold fold MODEL`: plan, apply, prove, write; no file appears when a gate fails."""
     from bnfold.api import fold_source
-    from bnfold.reading.sniff import Kind, sniff
 
-    checkpoint = sniff(args.model) not in (Kind.ONNX, Kind.EXPORTED_PROGRAM)
-    in_graph = _changes_operators(args)
-    both = checkpoint and in_graph is None
-    outputs = args.outputs or beside(args.model, "folded", [".onnx", ".pt"][: 1 + both])
-    torch_side = any(path.suffix.lower() != ".onnx" for path in outputs)
-    if torch_side and in_graph is not None:
-        raise UsageError(f"{in_graph} changes operators, not only weights: write .onnx only.")
+    outputs, writeback = _outputs_of_fold(args)
     record = args.record or record_path(outputs[0])
     if not args.dry_run:
         check_outputs([*outputs, record], args.model, args.overwrite, _FORMATS)
     started = time.perf_counter()
     source, repair = _open_scaled(args), _repairs(args)
-    result = fold_source(source, torch_side=torch_side, repair=repair, selection=_selection(args))
+    result = fold_source(source, writeback=writeback, repair=repair, selection=_selection(args))
+    if not args.outputs:
+        outputs = as_it_came(outputs, result)
+        if not args.dry_run:
+            check_outputs(outputs, args.model, args.overwrite, _FORMATS)
     done = _new("fold", args, result.notes)
-    if torch_side and source.module is None and source.state_dict is not None:
+    if result.state_dict is not None and result.modules is None:
         done["warnings"] = [_NOT_RUN]
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
@@ -70,6 +71,9 @@ def fold(args: argparse.Namespace) -> Report:
             return _timed(done, started)
     writers = {path: writer_of(path, args, result, source) for path in outputs}
     write_all(done, writers, (record, result.record), source=args.model)
+    for path in outputs:
+        if path.suffix.lower() == ".pt2":
+            done["summary"] += f" Load the graph with torch.export.load('{path}').module()."
     return _timed(done, started)
 
 
@@ -114,14 +118,26 @@ def unfold(args: argparse.Namespace) -> Report:
     return _timed(done, started)
 
 
+def _outputs_of_fold(args: argparse.Namespace) -> tuple[list[Path], Writeback]:
+    """The files that a fold is to write, and what a torch network is to come back as for them."""
+    from bnfold.reading.sniff import sniff
+
+    kind, in_graph = sniff(args.model), _changes_operators(args)
+    suffixes = default_suffixes(kind)[: 1 if in_graph is not None else None]
+    outputs = args.outputs or beside(args.model, "folded", suffixes)
+    writeback = writeback_of(outputs, named=bool(args.outputs))
+    if writeback is not None and in_graph is not None:
+        raise UsageError(f"{in_graph} changes operators, not only weights: write .onnx only.")
+    return outputs, writeback
+
+
 def inspect(args: argparse.Namespace) -> Report:
     """`bnfold inspect MODEL`: where each batch norm would go, or why it would stay."""
     from bnfold.api import fold_source
 
     source, in_graph = _open_scaled(args), _changes_operators(args)
-    result = fold_source(
-        source, torch_side=in_graph is None, repair=_repairs(args), selection=_selection(args)
-    )
+    way: Writeback = "auto" if in_graph is None else None
+    result = fold_source(source, writeback=way, repair=_repairs(args), selection=_selection(args))
     done = _new("inspect", args, result.notes)
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)

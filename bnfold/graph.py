@@ -8,14 +8,17 @@ clean-up passes or writes a file.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import os
 import shutil
 import tempfile
+import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from bnfold.errors import InputError, UnsafeInputError, UsageError
+from bnfold.parts import parts
 
 if TYPE_CHECKING:
     import torch
@@ -316,54 +320,80 @@ def freeze_inputs(model: ir.Model) -> ir.Model:
 
 # --- torch ---------------------------------------------------------------------------------------
 
+# A node's metadata: the operator of the exported program that it was made from, by name, and the
+# module in whose forward it runs.
+OPERATOR, MODULE = "bnfold.operator", "bnfold.module"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A torch network's inference graph, and the exported program that it was converted from.
+
+    `OPERATOR` in the metadata of the model's nodes names the program's node that each came from.
+    """
+
+    model: ir.Model
+    program: torch.export.ExportedProgram
+
 
 def export_module(
     module: nn.Module,
-    example_inputs: Sequence[torch.Tensor],
+    example_inputs: Sequence[Any],
     *,
     opset: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
     input_names: Sequence[str] | None = None,
 ) -> ir.Model:
+    """The inference graph of a torch module alone; see `trace_module`."""
+    return trace_module(
+        module,
+        example_inputs,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        input_names=input_names,
+    ).model
+
+
+def trace_module(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    *,
+    opset: int = DEFAULT_OPSET,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+) -> Exported:
     """The inference graph of a torch module, its batch norms still in place.
 
-    example_inputs: one tensor per argument of forward; the first axis of each is the batch and is
-    exported as dynamic unless `dynamic_batch` is off or the network fixes it. Initializers carry
+    example_inputs: a tensor, or a dict or list of tensors, per argument of forward; the first axis
+    of each is the batch and is exported as dynamic unless `dynamic_batch` is off or the network
+    fixes it. Initializers carry
     the names of the module's parameters and buffers. The module's training flags are as before
     afterwards. Raises InputError if torch cannot export it.
     """
-    for name, parameter in module.named_parameters():
-        if str(parameter.dtype) in ("torch.float64", "torch.bfloat16"):
-            raise InputError(
-                f"'{name}' is in {parameter.dtype}, which onnxruntime's CPU provider does not run;"
-                " call .float() on the network first."
-            )
-    modes = [(m, m.training) for m in module.modules()]
+    modes = [(part, part.training) for _, part in parts(module)]
     module.eval()
     try:
         attempts = [dynamic_batch, False] if dynamic_batch else [False]
         for dynamic in attempts:
             try:
-                model = _run_exporter(module, tuple(example_inputs), opset, dynamic, input_names)
+                found = _run_exporter(module, tuple(example_inputs), opset, dynamic, input_names)
                 break
             except Exception as error:
                 failure = error
         else:
             raise InputError(_export_failure(module, failure)) from failure
     finally:
-        for m, training in modes:
-            m.training = training
-    if model.opset_imports.get("") != opset:
+        for part, training in modes:
+            part.training = training
+    if found.model.opset_imports.get("") != opset:
         raise UsageError(
-            f"The exporter could not write opset {opset}: it gave {model.opset_imports.get('')}."
-            " Ask for opset 18 or newer."
+            f"The exporter could not write opset {opset}: it gave"
+            f" {found.model.opset_imports.get('')}. Ask for opset 18 or newer."
         )
-    return model
+    return found
 
 
-def export_program(
-    program: torch.export.ExportedProgram, *, opset: int = DEFAULT_OPSET
-) -> ir.Model:
+def trace_program(program: torch.export.ExportedProgram, *, opset: int = DEFAULT_OPSET) -> Exported:
     """The inference graph of an exported program (.pt2), its batch norms still in place.
 
     Initializers carry the names of its state_dict. Raises InputError if torch cannot convert it.
@@ -376,17 +406,22 @@ def export_program(
 
 def _run_exporter(
     module: nn.Module | torch.export.ExportedProgram,
-    example_inputs: tuple[torch.Tensor, ...] | None,
+    example_inputs: tuple[Any, ...] | None,
     opset: int,
     dynamic: bool,
     input_names: Sequence[str] | None,
-) -> ir.Model:
+) -> Exported:
     import torch
 
     shapes: Any = None
+    arguments = example_inputs or ()
+    if arguments and isinstance(arguments[-1], dict):
+        arguments = (*arguments, {})  # torch takes a dictionary at the end for keyword arguments
     if dynamic and example_inputs is not None:
         batch = torch.export.Dim("batch")
-        shapes = tuple({0: batch} if x.dim() else {} for x in example_inputs)
+        shapes = torch.utils._pytree.tree_map(
+            lambda x: {0: batch} if x.dim() else {}, tuple(example_inputs)
+        )
     # torch logs a failure, with its traceback, before it raises it
     logging.disable(logging.CRITICAL)
     try:
@@ -398,7 +433,7 @@ def _run_exporter(
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
-                example_inputs or (),
+                arguments,
                 dynamo=True,
                 # optimize=True already folds part of the batch norms: nothing left to prove
                 optimize=False,
@@ -410,18 +445,75 @@ def _run_exporter(
     finally:
         logging.disable(logging.NOTSET)
     assert program is not None
-    return _tidy_export(program.model)
+    assert program.exported_program is not None
+    _note_operators(program.model)
+    return Exported(_tidy_export(program.model), program.exported_program)
+
+
+def _note_operators(model: ir.Model) -> None:
+    """Remember which node of the program each node was made from, and in which module it runs."""
+    for node in model.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        if scopes:
+            *modules, node.meta[OPERATOR] = ast.literal_eval(scopes)
+            node.meta[MODULE] = modules[-1] if modules else ""
 
 
 def _export_failure(module: object, error: Exception) -> str:
+    """Why torch cannot export, where in the network's code, and what to do."""
     root: BaseException = error
+    places = [_place(error)]
     while root.__cause__ is not None:
         root = root.__cause__
+        places.append(_place(root))
+    where = next((place for place in reversed(places) if place), "")
+    subject = f"torch cannot export {type(module).__name__} to ONNX: "
+    if "DataDependent" in type(root).__name__ or "data-dependent" in str(root):
+        return (
+            f"{subject}its forward chooses by the values of a tensor{where}. A graph holds one"
+            " way: write the choice with torch.where or torch.cond, or fold the parts before and"
+            " behind it on their own."
+        )
+    overwritten = _overwritten(module)
+    if overwritten:
+        where += f" {overwritten}"
     text = " ".join(str(root).split())[:300]
     return (
-        f"torch cannot export {type(module).__name__} to ONNX: {type(root).__name__}: {text}"
+        f"{subject}{type(root).__name__}: {text}{where}"
         " Check the input shape; what cannot be exported cannot be verified on onnxruntime either."
     )
+
+
+def _place(error: BaseException) -> str:
+    """The last line of the network's own code that an error went through."""
+    import torch
+
+    libraries = [Path(torch.__file__).parent, Path(onnx.__file__).parent, Path(__file__).parent]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        standard = "site-packages" not in file.parts and file.is_relative_to(
+            Path(os.__file__).parent
+        )
+        if file.is_file() and not standard and not any(map(file.is_relative_to, libraries)):
+            return f" (at {file}:{frame.lineno}: `{(frame.line or '').strip()}`)"
+    return ""
+
+
+# What torch.export reads a module through.
+_READ_THROUGH = ("named_parameters", "named_buffers", "named_modules", "state_dict")
+
+
+def _overwritten(module: object) -> str:
+    from torch import nn
+
+    if not isinstance(module, nn.Module):
+        return ""
+    for name, part in parts(module):
+        for method in _READ_THROUGH:
+            if getattr(type(part), method) is not getattr(nn.Module, method):
+                path = f"'{name}' ({type(part).__name__})" if name else type(part).__name__
+                return f"{path} overwrites {method}(), through which torch.export reads it."
+    return ""
 
 
 def _tidy_export(model: ir.Model) -> ir.Model:

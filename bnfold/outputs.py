@@ -7,16 +7,18 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bnfold import report
 from bnfold.errors import UsageError
 from bnfold.graph import graph_inputs, replacing
 from bnfold.reading.checkpoint import DESCRIPTION_KEY
-from bnfold.saving import SCHEMA
+from bnfold.reading.sniff import Kind
+from bnfold.saving import SCHEMA, program_bytes
 
 Report = dict[str, Any]
 Writer = Callable[[Path], None]
+Writeback = Literal["auto", "class", "graph"] | None
 
 
 def beside(path: Path, word: str, suffixes: list[str]) -> list[Path]:
@@ -27,6 +29,35 @@ def beside(path: Path, word: str, suffixes: list[str]) -> list[Path]:
 def unfolded_beside(path: Path) -> Path:
     """Where the unfolded model lies unless it is named: net.folded.onnx -> net.unfolded.onnx."""
     return path.with_name(f"{path.stem.removesuffix('.folded')}.unfolded{path.suffix}")
+
+
+def default_suffixes(kind: Kind) -> list[str]:
+    """The files that a fold writes where none is named."""
+    torch_file = {Kind.ONNX: [], Kind.EXPORTED_PROGRAM: [".pt2"]}
+    return [".onnx", *torch_file.get(kind, [".pt"])]
+
+
+def writeback_of(outputs: Sequence[Path], *, named: bool) -> Writeback:
+    """What a torch network is to come back as, for the files that are to hold it.
+
+    A state_dict holds what fits the network's own class, a .pt2 a graph module, and .onnx neither.
+    Where the files were not `named`, the network may come back as either.
+    """
+    suffixes = {path.suffix.lower() for path in outputs}
+    if suffixes <= {".onnx"}:
+        return None
+    if not named:
+        return "auto"
+    return "class" if suffixes - {".onnx", ".pt2"} else "graph"
+
+
+def as_it_came(outputs: list[Path], result: Any) -> list[Path]:
+    """The default files for what a network came back as: its class, a graph module, or ONNX."""
+    if result.state_dict is None:
+        return [path for path in outputs if path.suffix == ".onnx"]
+    if result.program is None:
+        return outputs
+    return [path.with_suffix(".pt2") if path.suffix == ".pt" else path for path in outputs]
 
 
 def record_path(output: Path) -> Path:
@@ -69,6 +100,13 @@ def writer_of(
 
     if path.suffix.lower() == ".onnx":
         return lambda staged: save_onnx(result.graph, staged)
+    if path.suffix.lower() == ".pt2":
+        if result.program is None:
+            raise UsageError(
+                f"{path}: a .pt2 holds a graph module, and a .pt or .safetensors asked for the"
+                " network's own class; fold them one at a time."
+            )
+        return lambda staged: _write(staged, program_bytes(result.program))
     if result.state_dict is None:
         raise UsageError(
             f"{path}: an ONNX model {kind}s to .onnx; {path.suffix} needs a torch model."

@@ -21,6 +21,7 @@ from bnfold.version import VERSION
 
 if TYPE_CHECKING:
     import torch
+    from torch.export import ExportedProgram
 
 SCHEMA = 1
 
@@ -77,6 +78,15 @@ def checkpoint_bytes(
             "The network's state cannot be written as plain tensors:"
             f" {' '.join(str(error).split())[:200]}"
         ) from error
+    return file.getvalue()
+
+
+def program_bytes(program: ExportedProgram) -> bytes:
+    """A folded graph as a .pt2, which torch.export.load opens without the network's own code."""
+    import torch
+
+    file = io.BytesIO()
+    torch.export.save(program, file)
     return file.getvalue()
 
 

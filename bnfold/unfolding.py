@@ -143,6 +143,8 @@ def open_folded(
     trust_pickle: bool = False,
 ) -> tuple[Source, bool]:
     """A folded model that was read; True if its graph is its own and not exported anew."""
+    if sniff(path) is Kind.EXPORTED_PROGRAM:
+        raise InputError(f"{path} is {Kind.EXPORTED_PROGRAM.label}; unfold the .onnx beside it.")
     if sniff(path) not in (Kind.CHECKPOINT, Kind.SAFETENSORS):
         return open_source(path, model=factory), True
     described = load_checkpoint(path, trust_pickle=trust_pickle).description or {}
@@ -169,12 +171,14 @@ def unfold_source(
         original = original_graph(record.undo, source.graph)
         return UnfoldResult(original, original, source.graph, record, notes=source.notes)
     from bnfold.folding.torch_undo import arrays_of, tensors_of
+    from bnfold.reading.plain import make_plain
 
     arrays, original = original_state(record.undo, arrays_of(source.state_dict))
     state = tensors_of(arrays)
     modules = None
     if source.module is not None and factory is not None:
         module = build_module(factory)
+        make_plain(module)  # the record is of what was folded: computed weights are held there
         load_into(module, Checkpoint(state))
         modules = (module.eval(), source.module.eval())
     return UnfoldResult(

@@ -1,5 +1,8 @@
 """Small networks and realistic statistics for the tests."""
 
+import copy
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -22,6 +25,36 @@ def with_statistics(module: nn.Module, *, seed: int = 0, positive: bool = False)
                 child.weight.data.copy_(gamma.abs() + 0.05 if positive else gamma)
                 child.bias.data.copy_(torch.randn(n, generator=generator) * 0.5)
     return module.eval()
+
+
+def norms(module: nn.Module) -> list[nn.Module]:
+    """The batch norms of a module."""
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def agree(module: nn.Module, folded: nn.Module, *inputs: torch.Tensor) -> bool:
+    """Whether the folded module is as near to the module in float64 as the module itself."""
+    with torch.no_grad():
+        exact = flat(copy.deepcopy(module).double()(*(x.double() for x in inputs)))
+        own, got = flat(module(*inputs)), flat(folded(*inputs))
+    assert got.shape == exact.shape
+    dtype = inputs[0].dtype
+    # in float64 the exporter's float32 epsilon of a batch norm shows before the rounding does
+    unit = 2.0**-42 if dtype is torch.float64 else torch.finfo(dtype).eps / 2
+    error, usual = (
+        (values.double() - exact).abs().max() / exact.abs().max() for values in (got, own)
+    )
+    return bool(error <= 4 * max(usual, 4 * unit))
+
+
+def flat(outputs: object) -> torch.Tensor:
+    """All tensors of a network's outputs in one vector."""
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    if isinstance(outputs, list | tuple):
+        return torch.cat([flat(item) for item in outputs])
+    assert isinstance(outputs, torch.Tensor)
+    return outputs.reshape(-1)
 
 
 class Tokens(nn.Module):

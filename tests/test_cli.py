@@ -10,13 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from nets import with_statistics
+from nets import CalledTwice, with_statistics
 from torch import nn
 
 import bnfold
 from bnfold import graph
 from bnfold.cli import main
 from bnfold.errors import InputError
+from bnfold.folding.program import fold_program
 from models.digits import digits_cnn
 
 SPEC = "models/digits.py:digits_cnn"
@@ -351,3 +352,67 @@ def test_every_verb_has_help(capsys):
             main([verb, "--help"])
         assert stop.value.code == 0
         assert verb in capsys.readouterr().out
+
+
+# --- torch networks whose class cannot hold the fold ---------------------------------------------
+
+TWICE = "tests/nets.py:CalledTwice"
+
+
+@pytest.fixture
+def twice(tmp_path):
+    """The weights of a network with one batch norm that is called twice."""
+    torch.save(with_statistics(CalledTwice()).state_dict(), tmp_path / "net.pt")
+    return tmp_path
+
+
+def fold_twice(capsys, folder, *options):
+    shape = ["--input-shape", "1,3,6,6"]
+    return run(capsys, "fold", folder / "net.pt", "--model", TWICE, *shape, *options)
+
+
+def test_what_the_class_cannot_hold_is_written_as_a_graph(twice, capsys):
+    code, out, err = fold_twice(capsys, twice)
+    assert code == 0
+    assert "All 2 batch norms folded." in out
+    assert f"Load the graph with torch.export.load('{twice / 'net.folded.pt2'}').module()." in out
+    assert "graph module" in err
+    assert {"net.folded.onnx", "net.folded.pt2"} <= set(files(twice))
+    assert "net.folded.pt" not in files(twice)
+    x = torch.randn(3, 3, 6, 6)
+    module = with_statistics(CalledTwice())
+    module.load_state_dict(torch.load(twice / "net.pt", weights_only=True))
+    graph_module = torch.export.load(twice / "net.folded.pt2").module()
+    assert torch.allclose(graph_module(x), module(x), rtol=1e-5, atol=1e-5)
+    code, out, _ = run(capsys, "fold", twice / "net.folded.pt2")
+    assert code == 0
+    assert "There is no batch norm in the model" in out
+    assert {"net.folded.folded.onnx", "net.folded.folded.pt2"} <= set(files(twice))
+
+
+def test_the_suffix_of_the_output_picks_class_or_graph(twice, capsys):
+    code, out, err = fold_twice(capsys, twice, "-o", twice / "class.pt")
+    assert code == 0
+    assert "0 of 2 batch norms folded" in out
+    assert "-o NAME.pt2" in err
+    code, out, _ = fold_twice(capsys, twice, "-o", twice / "graph.pt2", "--json")
+    assert code == 0
+    assert len(json.loads(out)["batch_norms"]["folded"]) == 2
+    code, _, err = fold_twice(capsys, twice, "-o", twice / "a.pt", "-o", twice / "a.pt2")
+    assert code == 2
+    assert "one at a time" in err
+    assert not {"a.pt", "a.pt2"} & set(files(twice))
+
+
+def test_a_fault_in_a_graph_is_caught_before_a_file_appears(twice, capsys, monkeypatch):
+    def spoilt(program, plan):
+        made = fold_program(program, plan)
+        made.state_dict["a.weight"].data[0] *= 1.01
+        return made
+
+    monkeypatch.setattr("bnfold.writeback.fold_program", spoilt)
+    before = files(twice)
+    code, out, _ = fold_twice(capsys, twice)
+    assert code == 1
+    assert "No file was written." in out
+    assert files(twice) == before

@@ -7,7 +7,7 @@ what nothing reads any more goes. The model that came in stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,19 @@ def apply(plan: FoldPlan) -> Folded:
     return Folded(model, aliases, writer.biases, writer.written)
 
 
+def changes(plan: FoldPlan) -> Iterator[tuple[ir.Node, list[New]]]:
+    """The nodes of the plan's own model whose constants change, in its order, each with the new.
+
+    That is all of a plan without repairs and merges, besides what it takes out.
+    """
+    gone = {removed.node for removed in (*plan.removed, *plan.absorbed)}
+    touched = {node for value in plan.gauges for node in _around(value)} - gone
+    for node in (node for graph in plan.model.graphs() for node in graph if node in touched):
+        rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
+        if rewrite is not None and (news := _news(node, rewrite(node, plan.gauge))):
+            yield node, news
+
+
 def correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]:
     """The nodes of a model and of its clone, which lists them in the same order."""
     return {
@@ -97,7 +110,7 @@ def _around(value: ir.Value) -> Iterable[ir.Node]:
 
 
 @dataclass(frozen=True)
-class _New:
+class New:
     """A new constant for one slot; `held` is None where the slot was empty."""
 
     slot: int
@@ -105,7 +118,7 @@ class _New:
     held: Constant | None
 
 
-def _news(node: ir.Node, constants: Mapping[int, Array]) -> list[_New]:
+def _news(node: ir.Node, constants: Mapping[int, Array]) -> list[New]:
     """The new constants of one node of the original model."""
     news = []
     for slot, array in constants.items():
@@ -113,7 +126,7 @@ def _news(node: ir.Node, constants: Mapping[int, Array]) -> list[_New]:
         held = constant(value) if value is not None else None
         if held is None and not np.any(array):
             continue  # a bias of zeros need not appear
-        news.append(_New(slot, array, held))
+        news.append(New(slot, array, held))
     return news
 
 
@@ -141,7 +154,7 @@ class _Writer:
         } | {out.name for graph in model.graphs() for node in graph for out in node.outputs}
         self.suspects: dict[ir.Value, None] = {}
 
-    def rewrite(self, node: ir.Node, news: list[_New]) -> None:
+    def rewrite(self, node: ir.Node, news: list[New]) -> None:
         for new in news:
             if new.held is None:
                 self._add_bias(node, new)
@@ -168,7 +181,7 @@ class _Writer:
                 )
             )
             if agreed and first is not None:
-                set_root(root, _rounded(first, writes[0].held.dtype, root.name))
+                set_root(root, rounded(first, writes[0].held.dtype, root.name))
                 self.written[str(root.name)] = (str(root.name),)
             else:
                 for write in writes:
@@ -199,7 +212,7 @@ class _Writer:
 
     def _copy(self, write: _Write) -> None:
         """Give this reader a tensor of its own, already in the layout that it reads."""
-        tensor = _rounded(write.array, write.held.dtype, write.root.name)
+        tensor = rounded(write.array, write.held.dtype, write.root.name)
         old = write.node.inputs[write.slot]
         assert old is not None
         assert old.dtype is not None
@@ -236,7 +249,7 @@ class _Writer:
         self.names.add(candidate)
         return candidate
 
-    def _add_bias(self, node: ir.Node, new: _New) -> None:
+    def _add_bias(self, node: ir.Node, new: New) -> None:
         """A bias where there was none: an input of Conv and Gemm, an Add behind a MatMul."""
         weight_slot = RULES[node.op_type].constants(node)[0]
         weight = constant(optional_input(node, weight_slot))
@@ -246,7 +259,7 @@ class _Writer:
         stem = (weight.root.name or label(node)).removesuffix(".weight")
         name = f"{stem}.bias" if stem != weight.root.name else f"{stem}_bias"
         dtype = node.inputs[weight_slot].dtype or weight.dtype  # type: ignore[union-attr]
-        value = self._initializer(node, name, _rounded(new.array, dtype, name))
+        value = self._initializer(node, name, rounded(new.array, dtype, name))
         if weight.root.name:
             known = self.biases.get(weight.root.name, ())
             self.biases[weight.root.name] = (*known, value.name or name)
@@ -256,12 +269,12 @@ class _Writer:
         node.resize_inputs(max(len(node.inputs), new.slot + 1))
         node.replace_input_with(new.slot, value)
 
-    def _add_constant(self, node: ir.Node, new: _New) -> None:
+    def _add_constant(self, node: ir.Node, new: New) -> None:
         """An optional operand where there was none."""
         output = node.outputs[0]
         assert output.dtype is not None
         name = f"{node.name or output.name}_constant"
-        value = self._initializer(node, name, _rounded(new.array, output.dtype, name))
+        value = self._initializer(node, name, rounded(new.array, output.dtype, name))
         node.resize_inputs(max(len(node.inputs), new.slot + 1))
         node.replace_input_with(new.slot, value)
 
@@ -273,7 +286,7 @@ class _Writer:
             assert value.dtype is not None
             name = f"{stem}_{step.op_type.lower()}"
             bound = np.clip(step.constant, -_LARGEST[value.dtype], _LARGEST[value.dtype])
-            held = self._initializer(node, name, _rounded(bound, value.dtype, name))
+            held = self._initializer(node, name, rounded(bound, value.dtype, name))
             value = self._put_behind(value, step.op_type, held)
         if in_place:
             x, inner = node.inputs[0], node.outputs[0]
@@ -331,7 +344,7 @@ def _same_shape(write: _Write) -> bool:
     return write.array.shape == write.held.shape
 
 
-def _rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[Any]:
+def rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[Any]:
     """The array rounded once to its own type. Raises InputError if it overflows there."""
     with np.errstate(over="ignore"):
         stored = array.astype(dtype.numpy(), order="C")

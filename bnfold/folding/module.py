@@ -20,10 +20,12 @@ from bnfold.folding.apply import Folded
 from bnfold.folding.plan import FoldPlan, Scope
 from bnfold.folding.rules import is_batch_norm
 from bnfold.folding.rules.node import name_of
+from bnfold.graph import MODULE
+from bnfold.parts import parts
 from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
+from bnfold.reading.plain import copy_of, ends_in_act, hooked, make_plain
 from bnfold.reading.weights import load_into
 
-# Their forward is the batch norm and nothing else; a subclass may add to it.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Their forward reads `self.bias` and works with or without it.
 _LAYERS = (
@@ -40,32 +42,105 @@ _LAYERS = (
 def scope_of(module: nn.Module, graph: ir.Model) -> Scope:
     """What of a module a fold may change, given its exported graph."""
     calls = Counter(name_of(node) for g in graph.graphs() for node in g if is_batch_norm(node))
-    named = list(module.named_modules(remove_duplicate=False))
+    named = list(parts(module))
     places = Counter(id(child) for _, child in named)
+    known = set(graph.graph.initializers)
+    # one tensor by several names, of which the graph knows but one: whose layer it is, is not told
+    tied = {n for names in _tied(_tensors_of(module)) if not known.issuperset(names) for n in names}
     norms = {
         name
         for name, child in named
-        if type(child) in _NORMS
-        and calls[name] == 1
+        if calls[name] == 1
         and places[id(child)] == 1
-        and not _has_hooks(child)
+        and f"{name}.running_mean" not in tied
+        and behind(child) is not None
     }
     layers = {
         name
         for name, child in named
-        if type(child) in _LAYERS and places[id(child)] == 1 and not _has_hooks(child)
+        if type(child) in _LAYERS
+        and places[id(child)] == 1
+        and f"{name}.weight" not in tied
+        and not hooked(child)
     }
     plain = {
         f"{name}.{key}" if name else key
         for name, child in named
-        if not _has_hooks(child)
+        if not hooked(child)
         for key in (*child._parameters, *child._buffers)
     }
-    return Scope(frozenset(plain), frozenset(layers), frozenset(norms))
+    seen, hidden = _seen_by_hooks(module, graph)
+    closed = "".join(
+        f"a hook on '{name}' looks at a value unknown to the graph" for name in hidden[:1]
+    )
+    return Scope(
+        frozenset(plain),
+        frozenset(layers),
+        frozenset(norms),
+        watched=seen,
+        closed=closed,
+    )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _seen_by_hooks(module: nn.Module, graph: ir.Model) -> tuple[dict[str, str], list[str]]:
+    """Value name -> the hooked module that may look at it; and hooked modules that no node shows.
+
+    A hook is the user's code: what it is given must not change, though the outputs would not.
+    """
+    nodes = [node for g in graph.graphs() for node in g]
+    seen: dict[str, str] = {}
+    hidden = []
+    for name, child in parts(module):
+        if not hooked(child):
+            continue
+        inside = {n for n in nodes if MODULE in n.meta and _below(n.meta[MODULE], name)}
+        if not inside and name:
+            hidden.append(name)
+        for node in inside:
+            for value in (*node.inputs, *node.outputs):
+                at_border = value is not None and (
+                    value.producer() not in inside
+                    or value.is_graph_output()
+                    or any(user not in inside for user, _ in value.uses())
+                )
+                if value is not None and (at_border or not child._modules):
+                    seen[str(value.name)] = name or type(module).__name__
+    return seen, hidden
+
+
+def _below(path: str, name: str) -> bool:
+    return not name or path == name or path.startswith(f"{name}.")
+
+
+def _tied(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names that stand for one tensor: the same object, or the same memory read the same way."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.device))
+        groups.setdefault(key if tensor.numel() else id(tensor), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def behind(child: nn.Module) -> nn.Module | None:
+    """What is left of a batch norm when its normalization goes; None where that is not known.
+
+    An Identity for torch's own classes and for subclasses that keep their forward, `drop` and `act`
+    for those that end in them. A subclass with another forward may add to it whatever it likes.
+    """
+    if ends_in_act(child):
+        left = nn.Sequential()
+        for leaf in ("drop", "act"):
+            left.add_module(leaf, getattr(child, leaf))
+        return left.train(child.training)
+    kind = type(child)
+    own = kind.__call__ is nn.Module.__call__ and kind.forward in [n.forward for n in _NORMS]
+    plain = isinstance(child, _NORMS) and own and not hooked(child)
+    return nn.Identity().train(child.training) if plain else None
+
+
+def hooked_parts(module: nn.Module) -> list[str]:
+    """The names of what runs more than its class's own forward."""
+    return [name for name, child in parts(module) if hooked(child)]
 
 
 def write_back(module: nn.Module, plan: FoldPlan, folded: Folded) -> nn.Module:
@@ -73,16 +148,34 @@ def write_back(module: nn.Module, plan: FoldPlan, folded: Folded) -> nn.Module:
 
     Raises InputError if the module cannot be copied.
     """
-    try:
-        result = copy.deepcopy(module).eval()
-    except Exception as error:
-        raise InputError(
-            f"{type(module).__name__} cannot be copied ({error}); fold it to ONNX instead."
-        ) from error
-    state = folded_state(module.state_dict(), plan, folded)
-    _take_shape(result, state, {removed.name for removed in plan.removed})
-    result.load_state_dict(state)
+    result = copy_of(module)
+    new = _new_tensors(_tensors_of(module), plan, folded)
+    _take_shape(result, new, {removed.name for removed in plan.removed})
+    for name, part in parts(result):
+        # each a tensor of its own: what was tied to it may need another value
+        for key, parameter in part._parameters.items():
+            if (
+                parameter is not None
+                and (tensor := new.get(f"{name}.{key}" if name else key)) is not None
+            ):
+                part._parameters[key] = nn.Parameter(tensor, parameter.requires_grad)
+        for key, buffer in part._buffers.items():
+            if (
+                buffer is not None
+                and (tensor := new.get(f"{name}.{key}" if name else key)) is not None
+            ):
+                part._buffers[key] = tensor
     return result
+
+
+def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, whatever the module's own state_dict says."""
+    return {
+        f"{name}.{key}" if name else key: tensor
+        for name, part in parts(module)
+        for key, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
+    }
 
 
 def folded_state(
@@ -93,22 +186,35 @@ def folded_state(
     Raises InputError if a constant that was written has no place in it.
     """
     gone = {removed.name for removed in plan.removed}
-    state = {
+    kept = {
         name: copy.deepcopy(tensor)
         for name, tensor in state_dict.items()
         if name.rpartition(".")[0] not in gone
     }
+    return kept | _new_tensors(state_dict, plan, folded)
+
+
+def _new_tensors(
+    tensors: Mapping[str, torch.Tensor], plan: FoldPlan, folded: Folded
+) -> dict[str, torch.Tensor]:
+    """The tensors that the fold changes or adds, by name. Raises InputError where one cannot be."""
     initializers = folded.model.graph.initializers
+    new: dict[str, torch.Tensor] = {}
     for name, written in folded.written.items():
-        if name not in state or written != (name,):
+        if name not in tensors or written != (name,):
             raise _unfit(name)
-        state[name] = _tensor(initializers[name], state[name])
+        new[name] = tensor_of(initializers[name].const_value, tensors[name])
+    for names in _tied(tensors):
+        # the exporter knows a tensor by one of its names; the others follow
+        for name in set(names) & set(new):
+            for other in set(names) - set(plan.model.graph.initializers):
+                new[other] = new[name]
     for weight, biases in folded.biases.items():
         name = f"{weight.removesuffix('.weight')}.bias"
-        if len(biases) != 1 or weight not in state or name in state:
+        if len(biases) != 1 or weight not in tensors or name in tensors:
             raise _unfit(name)
-        state[name] = _tensor(initializers[biases[0]], state[weight])
-    return state
+        new[name] = tensor_of(initializers[biases[0]].const_value, tensors[weight])
+    return new
 
 
 def _unfit(name: str) -> InputError:
@@ -116,12 +222,13 @@ def _unfit(name: str) -> InputError:
     return InputError(f"The fold changes '{name}' in a way that the state_dict cannot hold.")
 
 
-def _tensor(value: ir.Value, like: torch.Tensor) -> torch.Tensor:
-    assert value.const_value is not None
-    array = value.const_value.numpy()
+def tensor_of(held: ir.TensorProtocol | None, like: torch.Tensor) -> torch.Tensor:
+    """A constant of the graph as a tensor, of the type and on the device of another."""
+    assert held is not None
+    array = held.numpy()
     if array.dtype.kind not in "fiub":  # bfloat16 is not a type of numpy's own
         array = array.astype("float32")
-    return torch.from_numpy(array.copy()).to(like.dtype)
+    return torch.from_numpy(array.copy()).to(dtype=like.dtype, device=like.device)
 
 
 def take_shape_of(module: nn.Module, checkpoint: Checkpoint) -> None:
@@ -133,21 +240,23 @@ def take_shape_of(module: nn.Module, checkpoint: Checkpoint) -> None:
     described = checkpoint.description or {}
     if described.get("kind") != "fold":
         raise InputError("The checkpoint is not one that bnfold has folded.")
+    make_plain(module)
     _take_shape(module, checkpoint.state_dict, set(described.get("folded", ())))
 
 
 def _take_shape(
     module: nn.Module, state_dict: Mapping[str, torch.Tensor], gone: Collection[str]
 ) -> None:
-    for name, child in list(module.named_modules()):
+    for name, child in list(parts(module)):
         if name in gone:
-            if type(child) not in _NORMS:
+            left = behind(child)
+            if left is None:
                 raise InputError(
                     f"'{name}' was folded as a plain batch norm; in this module it is a"
                     f" {type(child).__name__}."
                 )
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, nn.Identity().train(child.training))
+            setattr(module.get_submodule(parent), leaf, left)
         elif type(child) in _LAYERS and child.bias is None and f"{name}.bias" in state_dict:
             bias = state_dict[f"{name}.bias"]
             child.register_parameter("bias", nn.Parameter(bias.detach().clone()))
@@ -167,7 +276,8 @@ def load_folded(module: nn.Module, path: Path | str) -> nn.Module:
 
 def plain_modules(scope: Scope) -> dict[str, list[str]]:
     """The part of a scope that a checkpoint keeps for when the module is not at hand."""
-    return {"layers": sorted(scope.layers), "norms": sorted(scope.norms)}
+    norms = () if scope.closed or scope.watched else scope.norms
+    return {"layers": sorted(scope.layers), "norms": sorted(norms)}
 
 
 def scope_of_names(

@@ -35,6 +35,7 @@ class Network:
     repairs: the names of the exact repairs that nodes may take. visited: the values that waves have
     reached, changed: those around which something was agreed, since they were last emptied.
     merges: the sums that become one convolution each; what lies inside them has no gauge any more.
+    restricted: a scope stood in the way of something.
     """
 
     model: ir.Model
@@ -46,6 +47,7 @@ class Network:
     visited: set[ir.Value] = field(default_factory=set)
     changed: set[ir.Value] = field(default_factory=set)
     merges: list[Merge] = field(default_factory=list)
+    restricted: bool = False
 
     def __post_init__(self) -> None:
         self.nodes = [node for graph in self.model.graphs() for node in graph]

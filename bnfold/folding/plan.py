@@ -19,7 +19,7 @@ A plan never changes the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -70,7 +70,7 @@ class FoldPlan:
 
     absorbed: the constant multiplications and additions that disappear besides. repairs: the exact
     repairs that the plan may use. merges: the sums of parallel branches that become one convolution
-    each.
+    each. restricted: the scope stood in the way of something.
     """
 
     model: ir.Model
@@ -80,6 +80,7 @@ class FoldPlan:
     absorbed: tuple[Removed, ...] = ()
     repairs: frozenset[str] = frozenset()
     merges: tuple[Merge, ...] = ()
+    restricted: bool = False
 
     @property
     def merged(self) -> tuple[MergedSum, ...]:
@@ -87,8 +88,8 @@ class FoldPlan:
         return tuple(
             MergedSum(
                 merge.result.name or "",
-                _layer_name(merge.host, 1),
-                tuple(_layer_name(conv, 1) for conv in merge.convs if conv is not merge.host),
+                layer_name(merge.host, 1),
+                tuple(layer_name(conv, 1) for conv in merge.convs if conv is not merge.host),
             )
             for merge in self.merges
         )
@@ -101,15 +102,21 @@ class FoldPlan:
 
 @dataclass(frozen=True)
 class Scope:
-    """What may change where the result goes back into a torch module: all by name.
+    """What may change where the result goes back into torch: all by name.
 
-    parameters: the names of its state_dict. layers: the modules that can be given a bias.
-    norms: the modules that can become an Identity, each called once.
+    parameters: the tensors that can be given a new value. layers: those that can be given a bias.
+    norms: the batch norms that can be taken out. one_value: a tensor has one value wherever it is
+    read, as a module's parameters do; a graph can hold a copy for each reader. watched: the values
+    that must stay as they are, each with the hooked module that looks at it. closed: why nothing
+    may change at all, if so.
     """
 
     parameters: frozenset[str]
     layers: frozenset[str]
     norms: frozenset[str]
+    one_value: bool = True
+    watched: Mapping[str, str] = field(default_factory=dict)
+    closed: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,13 @@ class MergedSum:
     name: str
     into: str
     layers: tuple[str, ...]
+
+
+_NO_MODULE = "it is not a batch norm module of its own, called once, that could be taken out"
+
+
+class OutOfScope(Conflict):
+    """A way that works, and that the scope does not allow."""
 
 
 Outcomes = dict[ir.Node, tuple[str, ...] | str]
@@ -169,7 +183,16 @@ def plan(
     gauges = {value: g for value, g in network.gauges.items() if not g.is_identity}
     removed, absorbed = _removed(network, norms), _removed(network, others)
     merges = tuple(network.merges)
-    return FoldPlan(model, gauges, removed, tuple(kept), absorbed, network.repairs, merges)
+    return FoldPlan(
+        model,
+        gauges,
+        removed,
+        tuple(kept),
+        absorbed,
+        network.repairs,
+        merges,
+        network.restricted,
+    )
 
 
 def _merge(network: Network, guard: Guard, *outcomes: Outcomes) -> bool:
@@ -187,14 +210,14 @@ def _merge(network: Network, guard: Guard, *outcomes: Outcomes) -> bool:
             continue
         network.merge(merge)
         for known in outcomes:
-            known.update(dict.fromkeys(merge.inner & known.keys(), (_layer_name(merge.host, 1),)))
+            known.update(dict.fromkeys(merge.inner & known.keys(), (layer_name(merge.host, 1),)))
     return len(network.merges) > before
 
 
 def _as_merged(network: Network, layers: tuple[str, ...]) -> tuple[str, ...]:
     """Names of layers; one that is merged into another goes by the name of that one."""
     now = {
-        _layer_name(conv, 1): _layer_name(merge.host, 1)
+        layer_name(conv, 1): layer_name(merge.host, 1)
         for merge in network.merges
         for conv in merge.convs
     }
@@ -298,8 +321,9 @@ def _remove(
     network: Network, node: ir.Node, guard: Guard, scope: Scope | None
 ) -> tuple[str, ...] | str:
     """Make one node disappear: the layers that take it up, or the reason why it stays."""
-    if scope is not None and name_of(node) not in scope.norms:
-        return "it is not a batch norm module of its own, called once, that could be taken out"
+    if scope is not None and (scope.closed or name_of(node) not in scope.norms):
+        network.restricted = True
+        return scope.closed or _NO_MODULE
     network.try_without(node)
     best: _Trial | None = None
     failures: dict[str, str] = {}
@@ -326,6 +350,7 @@ def _remove(
                 failures.setdefault(origin_side, str(fault))
             except Conflict as conflict:
                 failures.setdefault(origin_side, str(conflict))
+                network.restricted |= isinstance(conflict, OutOfScope)
     for trial, beyond in out_of_range if best is None else ():
         best = best or _rescaled(network, trial, beyond, guard, scope)
     if best is None:
@@ -521,7 +546,11 @@ def _needs_bias(network: Network, node: ir.Node, gauge: Gauges) -> bool:
 
 
 def _check_scope(network: Network, trial: _Trial, scope: Scope) -> None:
-    """Every constant that changes must be a parameter of the module. Raises Conflict."""
+    """Every constant that changes must be a parameter of the module. Raises OutOfScope."""
+    for value in trial.touched:
+        watcher = scope.watched.get(str(value.name))
+        if watcher is not None and not trial.gauge(value).is_identity:
+            raise OutOfScope(f"a hook on '{watcher}' looks at '{value.name}', which would change")
     for node in {node for value in trial.touched for node in network.around(value)}:
         slots = _constant_slots(network, node)
         rewrite = RULES[node.op_type].rewrite if slots else None
@@ -529,31 +558,34 @@ def _check_scope(network: Network, trial: _Trial, scope: Scope) -> None:
             held = constant(optional_input(node, slot))
             if held is None:
                 layer, weight = (
-                    _layer_name(node, slots[0]),
+                    layer_name(node, slots[0]),
                     constant(optional_input(node, slots[0])),
                 )
                 if not np.any(array):
                     continue
                 if layer not in scope.layers or array.ndim != 1:
-                    raise Conflict(f"'{layer}' is no module that could be given a bias")
-                if weight is None or len(readers(weight.root)) > 1:
-                    raise Conflict(f"'{layer}' is used in several places, which would share a bias")
+                    raise OutOfScope(f"'{layer}' is no module that could be given a bias")
+                if scope.one_value and (weight is None or len(readers(weight.root)) > 1):
+                    raise OutOfScope(
+                        f"'{layer}' is used in several places, which would share a bias"
+                    )
             elif not np.array_equal(array, held.array):
                 fits = held.in_place and array.shape == held.array.shape
                 if held.root.name not in scope.parameters or not fits:
-                    raise Conflict(f"'{held.root.name}' cannot take its new value in the module")
-                _check_shared(network, trial, held, array)
+                    raise OutOfScope(f"'{held.root.name}' cannot take its new value in the module")
+                if scope.one_value:
+                    _check_shared(network, trial, held, array)
 
 
 def _check_shared(network: Network, trial: _Trial, held: Constant, array: Array) -> None:
-    """All who read a parameter must ask for one new value. Raises Conflict."""
+    """All who read a parameter must ask for one new value. Raises OutOfScope."""
     users = readers(held.root)
     for user, at in users:
         rewritable = at in _constant_slots(network, user)
         rewrite = RULES[user.op_type].rewrite if rewritable else None
         asked = rewrite(user, trial.gauge)[at] if rewrite else held.array
         if asked.shape != array.shape or np.any(asked != array):
-            raise Conflict(
+            raise OutOfScope(
                 f"the parameter '{held.root.name}' is used in {len(users)} places, which would need"
                 " different values of it"
             )
@@ -573,11 +605,11 @@ def _takers(network: Network, touched: Iterable[ir.Value]) -> tuple[str, ...]:
             node = merge.host if merge is not None else near
             slots = _constant_slots(network, node)
             if slots:
-                names[_layer_name(node, slots[0])] = None
+                names[layer_name(node, slots[0])] = None
     return tuple(names)
 
 
-def _layer_name(node: ir.Node, slot: int) -> str:
+def layer_name(node: ir.Node, slot: int) -> str:
     """The name of the layer that holds a node's weight, or the node's own."""
     if node.op_type == "BatchNormalization":
         return name_of(node)

@@ -82,12 +82,17 @@ def _put_norm(
     module: nn.Module, name: str, how: Mapping[str, Any], state: Mapping[str, AnyArray]
 ) -> None:
     """A batch norm in the place of the Identity that its fold left."""
+    if how.get("class") not in _NORMS:
+        raise InputError(
+            f"'{name}' was a {how.get('class')}, which cannot be built anew; unfold the checkpoint"
+            " with the factory of its network."
+        )
     parent, _, leaf = name.rpartition(".")
     try:
         there = module.get_submodule(name)
     except AttributeError:
         there = None
-    if type(there) is not nn.Identity or how.get("class") not in _NORMS:
+    if type(there) is not nn.Identity:
         found = "nothing" if there is None else f"a {type(there).__name__}"
         raise InputError(f"Where '{name}' was folded the module has {found}, no Identity.")
     norm = _NORMS[how["class"]](

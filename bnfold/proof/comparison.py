@@ -97,6 +97,20 @@ class Backends:
                 compared.append(Backend(name, "C", run))
         return Backends(_of_session("original", "B", first), tuple(compared))
 
+    @staticmethod
+    def in_torch(original: onnx.ModelProto, modules: tuple[torch.nn.Module, torch.nn.Module]
+                 ) -> Backends:  # fmt: skip
+        """The two modules alone, for types that onnxruntime has no operators for."""
+        held = {tensor.name for tensor in original.graph.initializer}
+        names = [value.name for value in original.graph.input if value.name not in held]
+        outputs = [value.name for value in original.graph.output]
+        first, second = (
+            Backend(f"torch, {role} module", "B",
+                    _torch_runner(module, names, outputs, f"torch, {role} module"))
+            for role, module in zip(("original", "folded"), modules, strict=True)
+        )  # fmt: skip
+        return Backends(first, (second,))
+
     @property
     def placement(self) -> dict[str, Mapping[str, Mapping[str, int]]]:
         """Where onnxruntime says that the nodes ran."""
@@ -459,10 +473,18 @@ def _few(sets: Sequence[InputSet], original: Backend) -> bool:
     return smallest * rows < FEW
 
 
-def _unit(model: onnx.ModelProto) -> float:
-    """Rounding of the dtype that the model computes in: the coarsest of its float tensors."""
+def computes_in(model: onnx.ModelProto, *types: int) -> bool:
+    """Whether the model's tensors, inputs or outputs have one of these types."""
+    return bool(_types(model) & set(types))
+
+
+def _types(model: onnx.ModelProto) -> set[int]:
     types = {tensor.data_type for tensor in model.graph.initializer}
     types |= {value.type.tensor_type.elem_type for value in model.graph.input}
-    types |= {value.type.tensor_type.elem_type for value in model.graph.output}
-    units = [ROUNDINGS[kind].unit for kind in types if kind in ROUNDINGS]
+    return types | {value.type.tensor_type.elem_type for value in model.graph.output}
+
+
+def _unit(model: onnx.ModelProto) -> float:
+    """Rounding of the dtype that the model computes in: the coarsest of its float tensors."""
+    units = [ROUNDINGS[kind].unit for kind in _types(model) if kind in ROUNDINGS]
     return max(units, default=ROUNDINGS[onnx.TensorProto.FLOAT].unit)

@@ -412,13 +412,28 @@ def run_torch(module: torch.nn.Module, inputs: Sequence[Array]) -> list[Array]:
     try:
         torch.backends.cuda.matmul.allow_tf32 = False
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-            given = [torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in inputs]
+            given = [_as_tensor(x).to(device) for x in inputs]
             result = module(*given)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
         for part, training in modes:
             part.training = training
-    return [tensor.detach().cpu().numpy() for tensor in _flat(result)]
+    return [_as_array(tensor.detach().cpu()) for tensor in _flat(result)]
+
+
+def _as_tensor(array: Array) -> torch.Tensor:
+    import torch
+
+    if array.dtype.name == "bfloat16":  # torch has it, numpy only through another package
+        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _as_array(tensor: torch.Tensor) -> Array:
+    import torch
+
+    array: Array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array
 
 
 def _flat(result: Any) -> Iterator[torch.Tensor]:

@@ -34,7 +34,7 @@ from bnfold.errors import (
     VerificationError,
 )
 from bnfold.proof.certificate import Certificate, Gauge, certify
-from bnfold.proof.comparison import Backends, Comparison, GateResult, Progress
+from bnfold.proof.comparison import Backends, Comparison, GateResult, Progress, computes_in
 from bnfold.proof.divergence import Divergence, explain, first_divergence
 
 if TYPE_CHECKING:
@@ -163,10 +163,17 @@ def verify(
     before, after = _load(original, "original"), _load(folded, "folded")
     if not before.graph.output:
         raise NothingComparedError("the original model has no outputs, so nothing can be compared.")
-    backends = Backends.open(original, folded, providers, torch_modules, threads)
     gates: list[GateResult] = []
     certificate = None
     notes = []
+    try:
+        backends = Backends.open(original, folded, providers, torch_modules, threads)
+    except InputError as refused:
+        elsewhere = computes_in(before, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
+        if torch_modules is None or not elsewhere or tuple(providers) != ("cpu",):
+            raise
+        backends = Backends.in_torch(before, torch_modules)
+        notes.append(f"The networks were compared in torch; the ONNX file was not run: {refused}")
     if gauges is None:
         notes.append("Gate A was not run: the plan of this fold is not known.")
     else:

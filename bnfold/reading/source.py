@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from bnfold import graph
 from bnfold.errors import UsageError
+from bnfold.graph import Exported
 from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
 from bnfold.reading.factory import build_module
 from bnfold.reading.sniff import Kind, sniff
@@ -19,6 +20,7 @@ from bnfold.reading.weights import check_batchnorm_statistics, load_into
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.export import ExportedProgram
 
 Shapes = Sequence[tuple[str, Sequence[int]]]  # (name, or "" where it is not known; shape)
 
@@ -28,16 +30,20 @@ class Source:
     """A model that was read.
 
     graph: its inference graph, batch norms in place. module: the torch module, in the mode in which
-    it came, if there is one. state_dict: the tensors by name, for every torch source.
-    notes: what was done on the way, a sentence each.
+    it came, if there is one; `plain`: the module that was exported, which is the same or a copy
+    whose computed weights are held (`reading.plain`). state_dict: the tensors by name, for every
+    torch source. exported: the program behind the graph. notes: what was done on the way, a
+    sentence each.
     """
 
     path: Path
     kind: Kind
     graph: ir.Model
     module: nn.Module | None = None
+    plain: nn.Module | None = None
     state_dict: Mapping[str, torch.Tensor] | None = None
-    example: tuple[torch.Tensor, ...] = ()
+    exported: Exported | None = None
+    example: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
     description: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,9 +75,7 @@ def open_source(
     if kind is Kind.EXPORTED_PROGRAM:
         from bnfold.reading.exported import load_exported_program
 
-        program = load_exported_program(path)
-        exported = graph.export_program(program, opset=opset or graph.DEFAULT_OPSET)
-        return Source(path, kind, exported, state_dict=program.state_dict)
+        return source_of_program(load_exported_program(path), path, opset)
     return _open_checkpoint(path, kind, model, input_shapes or (), opset, trust_pickle)
 
 
@@ -106,12 +110,46 @@ def _open_checkpoint(
     example = example_inputs(path, shapes)
     if checkpoint.module is not None and any(child.training for child in module.modules()):
         notes = (*notes, "the model was in training mode; it is folded as it runs in eval mode")
-    exported = graph.export_module(
-        module, example, opset=opset or graph.DEFAULT_OPSET, input_names=_names(shapes)
+    source = source_of_module(module, example, path, opset, names=_names(shapes))
+    return replace(source, kind=kind, notes=(*notes, *source.notes), description=described)
+
+
+def source_of_module(
+    module: nn.Module,
+    example: Sequence[Any],
+    path: Path,
+    opset: int | None = None,
+    *,
+    names: Sequence[str] | None = None,
+) -> Source:
+    """A torch module as a source: exported, after it was made plain where it was not.
+
+    Raises InputError where its statistics are impossible, or torch cannot export it.
+    """
+    from bnfold.reading.plain import plain
+
+    check_batchnorm_statistics(module)
+    exported_from, notes = plain(module)
+    exported = graph.trace_module(
+        exported_from, example, opset=opset or graph.DEFAULT_OPSET, input_names=names
     )
     return Source(
-        path, kind, exported, module, module.state_dict(), example, notes, description=described
+        path,
+        Kind.CHECKPOINT,
+        exported.model,
+        module,
+        exported_from,
+        exported_from.state_dict(),
+        exported,
+        tuple(example),
+        notes,
     )
+
+
+def source_of_program(program: ExportedProgram, path: Path, opset: int | None = None) -> Source:
+    """An exported program as a source. Raises InputError where torch cannot convert it."""
+    exported = graph.trace_program(program, opset=opset or graph.DEFAULT_OPSET)
+    return Source(path, Kind.EXPORTED_PROGRAM, exported.model, exported=exported)
 
 
 def network_of(

@@ -11,6 +11,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from bnfold.errors import InputError
+from bnfold.parts import parts
 from bnfold.reading.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def check_batchnorm_statistics(module: nn.Module) -> None:
     """
     import torch
 
-    for name, layer in module.named_modules():
+    for name, layer in parts(module):
         mean, variance = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
         if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
             continue

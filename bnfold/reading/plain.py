@@ -1,0 +1,222 @@
+"""A module made plain before it is exported: computed weights become weights that are held.
+
+A weight norm, a spectral norm or a pruning mask computes the weight anew in every forward, from
+tensors that no fold may touch; what it computes in eval mode is a constant, so that constant takes
+its place. A frozen batch norm spells its arithmetic out; it becomes the batch norm that it is.
+The module that the user gave stays as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+
+from bnfold.errors import InputError
+from bnfold.parts import parts
+
+# The hooks with which torch computes a weight before each forward, and how each is taken off.
+_COMPUTED = {
+    "torch.nn.utils.weight_norm.WeightNorm": lambda part, hook: remove_weight_norm(part, hook.name),
+    "torch.nn.utils.spectral_norm.SpectralNorm": lambda part, hook: remove_spectral_norm(
+        part, hook.name
+    ),
+}
+_FROZEN = {"weight", "bias", "running_mean", "running_var"}
+_NORM_ACTS = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm, and what its author put behind it: `drop`, then `act`."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise, drop, activate."""
+        result: torch.Tensor = self.act(self.drop(super().forward(input)))
+        return result
+
+
+def plain(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The module if it is plain already, else a plain copy in eval mode; and what was changed.
+
+    Raises InputError if a module that is not plain cannot be copied.
+    """
+    if not any(_computed(part) or _frozen(part) for _, part in parts(module)):
+        return module, ()
+    copied = copy_of(module)
+    return copied, make_plain(copied)
+
+
+def make_plain(module: nn.Module) -> tuple[str, ...]:
+    """Make a module plain in place, in eval mode; a sentence for each kind of change."""
+    module.eval()
+    computed = [name for name, part in parts(module) if _computed(part)]
+    for name, part in list(parts(module)):
+        try:
+            with torch.no_grad():
+                _hold_weights(part)
+        except Exception as error:
+            raise InputError(
+                f"The weight of '{name}' is computed by a hook or a parametrization that cannot be"
+                f" taken off ({' '.join(str(error).split())[:200]}); take it off before folding."
+            ) from error
+    frozen = _thaw(module)
+    notes = []
+    if computed:
+        notes.append(
+            f"the computed weights of {_listed(computed)} (weight norm, spectral norm, pruning or"
+            " another parametrization) were replaced by their values"
+        )
+    if frozen:
+        notes.append(f"the frozen batch norms {_listed(frozen)} were read as batch norms")
+    return tuple(notes)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A deep copy in eval mode; tensors that an earlier forward left behind are cut off.
+
+    Raises InputError for a module that cannot be copied.
+    """
+    left_behind: dict[int, Any] = {}
+    for _, part in parts(module):
+        for value in torch.utils._pytree.tree_leaves(list(vars(part).values())):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                left_behind[id(value)] = value.detach().clone()
+    try:
+        copied = copy.deepcopy(module, left_behind)
+    except Exception as error:
+        raise InputError(
+            f"{type(module).__name__} cannot be copied ({' '.join(str(error).split())[:200]});"
+            " fold it to ONNX instead."
+        ) from error
+    copied.eval()
+    return copied
+
+
+# --- computed weights ----------------------------------------------------------------------------
+
+
+def _kind(hook: object) -> str:
+    return f"{type(hook).__module__}.{type(hook).__qualname__}"
+
+
+def _computed(part: nn.Module) -> bool:
+    hooks = part._forward_pre_hooks.values()
+    return parametrize.is_parametrized(part) or any(
+        _kind(hook) in _COMPUTED or isinstance(hook, prune.BasePruningMethod) for hook in hooks
+    )
+
+
+def _hold_weights(part: nn.Module) -> None:
+    """Put the value of every computed weight in its place."""
+    if parametrize.is_parametrized(part):
+        assert isinstance(part.parametrizations, nn.ModuleDict)
+        # copies share the class that torch made for the one module, and taking off changes it
+        own = {k: v for k, v in vars(type(part)).items() if k not in ("__dict__", "__weakref__")}
+        part.__class__ = type(type(part).__name__, type(part).__bases__, own)
+        for name in list(part.parametrizations):
+            parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+    for hook in list(part._forward_pre_hooks.values()):
+        if take_off := _COMPUTED.get(_kind(hook)):
+            take_off(part, hook)
+        elif isinstance(hook, prune.BasePruningMethod):
+            prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]
+
+
+# --- frozen batch norms --------------------------------------------------------------------------
+
+
+def _thaw(module: nn.Module) -> list[str]:
+    """Replace frozen batch norms by batch norms with the same numbers; their names."""
+    done: dict[int, nn.Module] = {}
+    names = []
+    for path, part in list(parts(module)):
+        for leaf, child in part._modules.items():
+            if child is None:
+                continue
+            if id(child) not in done and _frozen(child):
+                done[id(child)] = _batch_norm(child)
+            if id(child) in done:
+                part._modules[leaf] = done[id(child)]
+                names.append(f"{path}.{leaf}" if path else leaf)
+    return names
+
+
+def _frozen(part: nn.Module) -> bool:
+    """True for a module that computes a batch norm of four buffers, and knows no other state.
+
+    It is looked at in float64: the same numbers as a batch norm's, on inputs of two sizes.
+    """
+    buffers = {name: tensor for name, tensor in part._buffers.items() if tensor is not None}
+    children = {name for name, child in part._modules.items() if child is not None}
+    if (
+        set(buffers) != _FROZEN
+        or any(parameter is not None for parameter in part._parameters.values())
+        or children not in (set(), {"drop", "act"})
+        or hooked(part)
+        or any(tensor.shape != buffers["weight"].shape for tensor in buffers.values())
+        or buffers["weight"].dim() != 1
+    ):
+        return False
+    return _same_function(part, _batch_norm(part))
+
+
+def _batch_norm(part: nn.Module) -> nn.Module:
+    """A batch norm of torch's with a module's numbers, and its `drop` and `act` behind it."""
+    held: dict[str, torch.Tensor] = {name: getattr(part, name) for name in _FROZEN}
+    size, eps = len(held["weight"]), float(getattr(part, "eps", 1e-5))
+    children = {name: child for name, child in part._modules.items() if child is not None}
+    norm = (NormAct if children else nn.BatchNorm2d)(size, eps=eps)
+    norm.to(device=held["weight"].device, dtype=held["weight"].dtype)
+    norm.num_batches_tracked = None
+    for name, tensor in held.items():
+        getattr(norm, name).data.copy_(tensor.detach())
+    for name, child in children.items():
+        norm.add_module(name, child)
+    return norm.eval().requires_grad_(False)
+
+
+# --- what a module computes ----------------------------------------------------------------------
+
+
+def hooked(part: nn.Module) -> bool:
+    """True where more than the class's own forward runs: hooks, or a forward of its own."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+
+
+def ends_in_act(part: nn.Module) -> bool:
+    """True for a batch norm that is followed by `drop` and `act` of its own, and nothing else.
+
+    That is NormAct, and the classes of timm by name; what they compute is looked at, since another
+    version may compute something else.
+    """
+    if not (isinstance(part, NormAct) or _kind(part) in _NORM_ACTS) or hooked(part):
+        return False
+    children = {name for name, child in part._modules.items() if child is not None}
+    known = all(isinstance(getattr(part, name), torch.Tensor) for name in _FROZEN)
+    return known and children == {"drop", "act"} and _same_function(part, _batch_norm(part))
+
+
+def _same_function(part: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules on images agree in float64, on seeded inputs of two sizes."""
+    generator = torch.Generator().manual_seed(0)
+    channels = len(cast(torch.Tensor, part.weight))
+    try:
+        one, two = (copy.deepcopy(m).double().cpu().eval() for m in (part, other))
+        for shape, size in (((2, channels, 3, 2), 1.0), ((1, channels, 1, 5), 30.0)):
+            x = size * torch.randn(shape, generator=generator, dtype=torch.float64)
+            with torch.no_grad():
+                torch.testing.assert_close(one(x.clone()), two(x), rtol=1e-11, atol=1e-11)
+    except Exception:  # whatever it is, it is not that function
+        return False
+    return True
