@@ -202,7 +202,7 @@ class _Writer:
                 continue
             assert old.dtype is not None
             if old.dtype in FLOATS:
-                tensor = _rounded(array, old.dtype, old.name)
+                tensor = rounded(array, old.dtype, old.name)
             else:
                 tensor = ir.Tensor(np.ascontiguousarray(array), dtype=old.dtype)
             value = self._initializer(node, f"{old.name}_folded", tensor)
