@@ -217,6 +217,10 @@ def _draw(sides: Sides, found: Match, shapes: Mapping[str, tuple[int, ...]],
             originals[name] = carried[there] = discrete
             continue
         free = rng.standard_normal(shapes[name]) * rng.choice([1.0, 8.0], shapes[name])
+        if gauge.is_identity and _rows_sum_to_one(sides.original, name, free.ndim):
+            weights = np.exp(free - free.max(axis=-1, keepdims=True))
+            originals[name] = carried[there] = weights / weights.sum(axis=-1, keepdims=True)
+            continue
         finite = np.isfinite(gauge.scale) & (gauge.scale != 0)
         scale = np.where(finite, gauge.scale, 1.0)
         if there in carried:
@@ -230,6 +234,17 @@ def _draw(sides: Sides, found: Match, shapes: Mapping[str, tuple[int, ...]],
             finite, x, np.where(gauge.scale == 0, rng.standard_normal(x.shape), gauge.origin)
         )
     return originals, carried
+
+
+def _rows_sum_to_one(view: View, name: str, rank: int) -> bool:
+    """True for what a Softmax over the last axis gives, which is no arbitrary number."""
+    node = view.producers.get(name)
+    while node is not None and node.op_type in ("Identity", "Dropout"):
+        node = view.producers.get(node.input[0])
+    if node is None or node.op_type != "Softmax" or node.domain or not rank:
+        return False
+    default = -1 if view.opsets.get("", 1) >= 13 else 1
+    return int(attributes(node).get("axis", default)) % rank == rank - 1
 
 
 def _draw_discrete(sides: Sides, found: Match, name: str, shape: tuple[int, ...],

@@ -3,7 +3,7 @@
 Squeeze-and-excitation and gated linear units multiply element by element, attention multiplies
 matrices. The scales of the two would multiply; one of them, the gate, keeps its own values, so that
 the scales of the other and of the result are tied. No shift passes: what it adds to the result
-depends on the gate.
+depends on the gate. Only attention itself is an average: the rows of a Softmax sum to 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bnfold.folding import layout
 from bnfold.folding.affine import Array
 from bnfold.folding.constants import constant
 from bnfold.folding.rules.moves import operand
-from bnfold.folding.rules.node import Opaque, dims, input_of, label
+from bnfold.folding.rules.node import Opaque, dims, input_of, integer, label, opset_of
 from bnfold.folding.rules.passing import connect
 from bnfold.folding.rules.relations import Moves, Relations, identity_demands, no_shift
 
@@ -36,7 +36,10 @@ def product_relations(node: ir.Node, blocked: Blocked, *, divide: bool) -> Relat
 
 
 def matmul_relations(node: ir.Node, blocked: Blocked) -> Relations:
-    """MatMul of two computed values: scales along the axes that it does not sum over."""
+    """MatMul of two computed values: scales along the axes that it does not sum over.
+
+    Behind a Softmax over the axis that it sums over it averages, and shifts pass too.
+    """
     gate = _gate(node, blocked)
     x, y = input_of(node, 1 - gate), node.outputs[0]
     summed = -1 if gate == 1 else -2
@@ -52,7 +55,23 @@ def matmul_relations(node: ir.Node, blocked: Blocked) -> Relations:
         inner = layout.constant_along(array, [summed])
         return None if inner is None else back(inner)
 
-    return _gated(node, gate, (forward, backward))
+    relations = _gated(node, gate, (forward, backward))
+    if gate == 0 and _rows_sum_to_one(input_of(node, 0)):
+        kept = tuple(d for d in relations.demands if d.value is input_of(node, 0))
+        return Relations(relations.scales, relations.scales, (), kept)
+    return relations
+
+
+def _rows_sum_to_one(value: ir.Value) -> bool:
+    """True for what a Softmax over the last axis gives."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Identity", "Dropout"):
+        value = input_of(node, 0)
+        node = value.producer()
+    if node is None or node.op_type != "Softmax" or node.domain not in ("", "ai.onnx"):
+        return False
+    rank = len(dims(value))
+    return integer(node, "axis", -1 if opset_of(node) >= 13 else 1) % rank == rank - 1
 
 
 def _gate(node: ir.Node, blocked: Blocked) -> int:
