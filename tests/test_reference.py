@@ -455,3 +455,21 @@ def test_layout_1_is_layout_0_with_the_batch_in_front(op: str) -> None:
     first, second = plain.run({"x": x}), other.run({"x": front})
     np.testing.assert_allclose(first["y"].transpose(2, 0, 1, 3), second["y"], **EXACT)
     np.testing.assert_allclose(np.swapaxes(first["yh"], 0, 1), second["yh"], **EXACT)
+
+
+# --------------------------------------------------------------------------------- old upsampling
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("scales", [[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 1.5, 3.0]])
+@pytest.mark.parametrize(("op", "opset"), [("Upsample", 7), ("Upsample", 9), ("Resize", 10)])
+def test_old_upsampling_is_onnxruntimes(
+    op: str, opset: int, scales: list[float], mode: str
+) -> None:
+    x = np.random.default_rng(2).standard_normal((1, 2, 4, 6)).astype(np.float32)
+    held = {} if opset == 7 else {"s": np.array(scales, np.float32)}
+    given = {"scales": scales} if opset == 7 else {}
+    node = helper.make_node(op, ["x", *held], ["y"], mode=mode, **given)
+    proto = model([node], x.shape, held, opset=opset)
+    found = Float64Reference(proto).run({"x": x})["y"]
+    np.testing.assert_allclose(found, on_onnxruntime(proto, x)["y"], rtol=1e-5, atol=1e-6)

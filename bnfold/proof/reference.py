@@ -23,6 +23,7 @@ import onnx
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_resize import Resize as _Resize
 
 from bnfold.errors import BnfoldError, InputError
 from bnfold.proof.recurrent import GRU, LSTM, RNN
@@ -557,6 +558,52 @@ class GlobalMaxPool(OpRun):  # type: ignore[misc]
         return (X.max(axis=tuple(range(2, X.ndim)), keepdims=True),)
 
 
+# ----------------------------------------------------------------------------- older upsampling
+
+
+def _upsampled(x: Array, scales: Sequence[float], mode: str) -> Array:
+    """Upsample, and Resize of opset 10: element i of the result lies at i / scale of x.
+
+    Source: the ONNX operators' text; onnxruntime for the place, which the text leaves open.
+    """
+    for axis, scale in enumerate(scales):
+        size = math.floor(x.shape[axis] * np.float32(scale))
+        at = np.minimum(np.arange(size) / scale, x.shape[axis] - 1)
+        low = np.floor(at).astype(np.int64)
+        lower = np.take(x, low, axis=axis)
+        if mode == "nearest":
+            x = lower
+            continue
+        upper = np.take(x, np.minimum(low + 1, x.shape[axis] - 1), axis=axis)
+        weight = (at - low).reshape(-1, *(1,) * (x.ndim - 1 - axis))
+        x = lower + weight * (upper - lower)
+    return x
+
+
+class Upsample(OpRun):  # type: ignore[misc]
+    """Upsample, its scales an attribute (opset 7) or an input; onnx.reference has whole ones."""
+
+    op_domain = ""
+
+    def _run(self, X: Array, *operands: Array, mode: str | None = None,
+             scales: Sequence[float] | None = None) -> tuple[Array]:  # fmt: skip
+        factors = [float(n) for n in (operands[0] if operands else scales or ())]
+        return (_upsampled(X, factors, mode or "nearest"),)
+
+
+class Resize(_Resize):  # type: ignore[misc]
+    """Resize; of opset 10, whose second operand is the scales, an Upsample."""
+
+    op_domain = ""
+
+    def _run(self, X: Array, *operands: Array | None, mode: str | None = None,
+             **attributes: Any) -> tuple[Array]:  # fmt: skip
+        if self.run_params["opsets"][""] < 11 and operands[0] is not None:
+            return (_upsampled(X, [float(n) for n in operands[0]], mode or "nearest"),)
+        roi, scales, sizes = (*operands, None, None, None)[:3]
+        return tuple(super()._run(X, roi, scales, sizes, mode=mode, **attributes))
+
+
 # --------------------------------------------------------------------- normalization, constants
 
 
@@ -704,5 +751,5 @@ class DequantizeLinear(OpRun):  # type: ignore[misc]
 _OPERATORS: list[type[OpRun]] = [
     Conv, ConvTranspose, AveragePool, MaxPool, GlobalAveragePool, GlobalMaxPool,
     BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear, Mean, Pad, RNN,
-    GRU, LSTM,
+    GRU, LSTM, Resize, Upsample,
 ]  # fmt: skip
