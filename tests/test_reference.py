@@ -311,6 +311,15 @@ def test_a_mean_whose_first_value_broadcasts() -> None:
     np.testing.assert_array_equal(y, [[0.5, 1.5], [3, 4]])
 
 
+def test_places_of_a_grid_are_not_rounded() -> None:
+    x = np.zeros((1, 1, 1, 2), np.float32)
+    x[..., 1] = 1
+    place = np.float32(1 / 3)
+    grid = np.array([place, 0], np.float32).reshape(1, 1, 1, 2)
+    y = run("GridSample", x, {"g": grid}, opset=20, align_corners=1)
+    assert y.item() == (np.float64(place) + 1) / 2
+
+
 def test_pads_of_a_number_by_attribute() -> None:
     x = np.ones((1, 2, 2), np.float32)
     y = run("Pad", x, {}, opset=10, pads=[0, 0, -1, 0, 1, 2], value=1.5)

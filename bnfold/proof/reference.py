@@ -23,6 +23,7 @@ import onnx
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_grid_sample import GridSample as OnnxGridSample
 from onnx.reference.ops.op_resize import Resize as _Resize
 
 from bnfold.errors import BnfoldError, InputError
@@ -717,6 +718,17 @@ class Pad(OpRun):  # type: ignore[misc]
         return (np.pad(x[crop], grown, constant_values=fill or 0),)
 
 
+class GridSample(OnnxGridSample):  # type: ignore[misc]
+    """GridSample whose places are float64: onnx.reference rounds them to float32."""
+
+    op_domain = ""
+
+    def _gs_denormalize_coordinates(self, n: Sequence[float], dims: Sequence[int],
+                                    align_corners: bool) -> Array:  # fmt: skip
+        places = zip(n, dims, strict=True)
+        return np.array([self._gs_denormalize(v, size, align_corners) for v, size in places])
+
+
 class Mean(OpRun):  # type: ignore[misc]
     """Mean of values that broadcast: onnx.reference adds into the first, whatever its shape."""
 
@@ -750,6 +762,6 @@ class DequantizeLinear(OpRun):  # type: ignore[misc]
 
 _OPERATORS: list[type[OpRun]] = [
     Conv, ConvTranspose, AveragePool, MaxPool, GlobalAveragePool, GlobalMaxPool,
-    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear, Mean, Pad, RNN,
-    GRU, LSTM, Resize, Upsample,
+    BatchNormalization, Cast, Constant, ConstantOfShape, DequantizeLinear, GridSample, Mean, Pad,
+    RNN, GRU, LSTM, Resize, Upsample,
 ]  # fmt: skip
