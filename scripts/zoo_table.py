@@ -17,7 +17,18 @@ WRONG = 4.0  # R above which a network is another one; bnfold.proof's own limit
 WRONG_IN_DOUBLE = 1e-6  # the same for networks that were compared in float64
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxruntime-gpu", *OTHERS)
 
-COLUMNS = ("network", "BN", "bnfold", *OTHERS, "torch.fx", "gates", "R", "time", "memory")
+COLUMNS = (
+    "network",
+    "BN",
+    "bnfold",
+    "repaired",
+    *OTHERS,
+    "torch.fx",
+    "gates",
+    "R",
+    "time",
+    "memory",
+)
 
 
 def table(found: Results, facts: Mapping[str, Result], rounds: int) -> str:
@@ -28,7 +39,7 @@ def table(found: Results, facts: Mapping[str, Result], rounds: int) -> str:
         _summary(found, facts),
         [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
         + [_row(name, got, facts[name]) for name, got in found.items()],
-        ["## What stays, and why"],
+        ["## What stays with repairs, and why"],
         _reasons(found),
         ["## Not exported"],
         [f"- {name}: {fact['error']}" for name, fact in facts.items() if "error" in fact],
@@ -45,23 +56,26 @@ def _about(rounds: int) -> list[str]:
             continue
     return [
         f"Printed by `scripts/measure_zoo.py` ({', '.join(versions)}).",
+        "",
         "Random weights; gammas, betas and statistics as `scripts/zoo.py` describes (3 % of the",
-        "gammas negative, 4 % near zero, in every fourth batch norm 2 % zero). BN: batch norms in",
-        "the exported graph; then how many each tool leaves (torch.fx: how many modules its `fuse`",
-        "leaves). Gates and R: `bnfold.verify`; a network that float32 itself cannot evaluate (ill",
-        "conditioned) proves nothing. Time: read, plan, apply and write, file to file, over",
-        f"onnxruntime's offline optimisation of the same file, medians of {rounds} rounds, the",
-        "tools in turn in one process, one thread. Memory: growth of a fresh process's peak, over",
-        "onnxruntime's.",
+        "gammas negative, 4 % near zero, in every fourth batch norm 2 % zero).",
+        "",
+        "- BN: batch norms in the exported graph; then how many each tool leaves. Repaired: bnfold",
+        "  with `--repair all`. torch.fx: how many modules its `fuse` leaves.",
+        "- Gates and R: `bnfold.verify`. A network that float32 itself cannot evaluate (ill",
+        "  conditioned) proves nothing.",
+        "- Time: read, plan, apply and write, file to file, over onnxruntime's offline optimisation",
+        f"  of the same file, medians of {rounds} rounds, the tools in turn in one process, one",
+        "  thread. Memory: growth of a fresh process's peak, over onnxruntime's.",
     ]
 
 
 def _row(name: str, got: Mapping[str, Result], facts: Result) -> str:
     fold, proof = got["fold"], got.get("proof", {})
     if "error" in fold:
-        return f"| {name} | {facts['norms']} | crash: {fold['error'][:80]} |" + " |" * 9
+        return f"| {name} | {facts['norms']} | crash: {fold['error'][:80]} |" + " |" * 10
     tools = _tools(got)
-    cells = [name, str(fold["before"]), str(fold["left"])]
+    cells = [name, *(str(fold[what]) for what in ("before", "left", "left, repairs allowed"))]
     cells += [_left(tools.get(other, {}), fold["before"]) for other in OTHERS]
     cells += [_left(facts["torch.fx"], facts["norms"]), _verdict(proof)]
     cells += [_figure(proof.get("r")), _figure(_time_ratio(got)), _figure(_memory_ratio(got))]
@@ -126,10 +140,12 @@ def _summary(found: Results, facts: Mapping[str, Result]) -> list[str]:
     good = {name: got for name, got in found.items() if "error" not in got["fold"]}
     total = sum(got["fold"]["before"] for got in good.values())
     left = sum(got["fold"]["left"] for got in good.values())
+    repaired = sum(got["fold"]["left, repairs allowed"] for got in good.values())
     positive = sum(got["fold"]["left, all gammas positive"] for got in good.values())
     lines = [
         f"- {len(good)} networks, {total} batch norms; bnfold removes {_share(total - left, total)}"
-        f" ({left} stay; {positive} where all gammas are positive).",
+        f" ({left} stay), with `--repair all` {_share(total - repaired, total)} ({repaired} stay);"
+        f" were all gammas positive, {positive} would stay without repairs.",
         *(_total_of(other, good) for other in OTHERS),
         _total_of_fx(good, facts),
         *_proved(found),
@@ -146,7 +162,7 @@ def _summary(found: Results, facts: Mapping[str, Result]) -> list[str]:
 
 
 def _total_of(other: str, good: Results) -> str:
-    results = {name: _tools(got)[other] for name, got in good.items() if _tools(got)}
+    results = {n: _tools(got)[other] for n, got in good.items() if other in _tools(got)}
     ran = {name: result for name, result in results.items() if "error" not in result}
     before = {name: good[name]["fold"]["before"] for name in ran}
     total = sum(before.values())
@@ -196,7 +212,7 @@ def _reasons(found: Mapping[str, Mapping[str, Result]]) -> list[str]:
     """The reasons without their names, most frequent first, with the commonest surroundings."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for name, got in found.items():
-        for kept in got["fold"].get("kept", []):
+        for kept in got["fold"].get("kept, repairs allowed", []):
             groups.setdefault(_without_names(kept["reason"]), []).append((name, kept["around"]))
     lines = []
     for reason, cases in sorted(groups.items(), key=lambda item: -len(item[1])):
