@@ -64,9 +64,9 @@ def _about(rounds: int) -> list[str]:
         "  with `--repair all`. torch.fx: how many modules its `fuse` leaves.",
         "- Gates and R: `bnfold.verify`. A network that float32 itself cannot evaluate (ill",
         "  conditioned) proves nothing.",
-        "- Time: read, plan, apply and write, file to file, over onnxruntime's offline optimisation",
-        f"  of the same file, medians of {rounds} rounds, the tools in turn in one process, one",
-        "  thread. Memory: growth of a fresh process's peak, over onnxruntime's.",
+        "- Time: read, plan, apply and write, file to file, over onnxruntime's offline",
+        f"  optimisation of the same file, medians of {rounds} rounds, the tools in turn in one",
+        "  process and thread. Memory: growth of a fresh process's peak, over onnxruntime's.",
     ]
 
 
