@@ -25,8 +25,9 @@ from bnfold.folding.module import (
     scope_of_names,
     write_back,
 )
-from bnfold.folding.plan import FoldPlan, Scope, plan
+from bnfold.folding.plan import FoldPlan, plan
 from bnfold.folding.program import FoldedGraph, fold_program, scope_of_program
+from bnfold.folding.scope import Scope
 from bnfold.folding.selection import Selection
 from bnfold.reading.source import Source
 

@@ -41,7 +41,8 @@ class Mutant:
         return text.replace(self.right, self.wrong)
 
 
-LINEAR, NORM, PLAN, WAVE = "rules/linear.py", "rules/normalization.py", "plan.py", "wave.py"
+LINEAR, NORM, WAVE = "rules/linear.py", "rules/normalization.py", "wave.py"
+WAYS, TRIAL = "transaction.py", "trial.py"
 RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
 QUANTIZED, EINSUM = "quantized.py", "rules/einsum.py"
 GATING, RECURRENT, EMBEDDING = "rules/gating.py", "rules/recurrent.py", "rules/embedding.py"
@@ -121,7 +122,7 @@ MUTANTS: list[Mutant] = [
     Mutant(QUANTIZED, "if np.all(np.abs(wanted - found * rows) <= _EQUAL * np.abs(wanted)):", "if True:", "grouped transposed"),
     Mutant(QUANTIZED, "sizes = np.where(factor == 0, 1, np.abs(factor))", "sizes = np.where(factor == 0, 1, factor)", "integers, conv"),
     Mutant(QUANTIZED, "np.broadcast_to(zero.reshape(-1), factor.shape)", "0 * np.broadcast_to(zero.reshape(-1), factor.shape)", "unsigned"),
-    Mutant(PLAN, "    _check_quantized(network, trial)\n", "", "integers"),
+    Mutant(WAYS, "    check_quantized(trial)\n", "", "integers"),
     Mutant(APPLY, "new.axis is not None", "False", "integers, conv"),
     # constants computed from constants
     Mutant(CONSTANTS, "return self.tensor is not None and all(", "return all(", "read straight and as a product"),
@@ -173,10 +174,10 @@ MUTANTS: list[Mutant] = [
     Mutant(LAYOUT, "if not np.array_equal(moved[chosen], rows, equal_nan=True):", "if False:", "gather"),
     Mutant(LAYOUT, "return array if all(array.shape[axis] == 1 for axis in axes) else None", "return array", "over channels"),
     # planning
-    Mutant(PLAN, 'yield "x", {x: all_x}', 'yield "x", {x: np.abs(all_x)}', "conv"),
-    Mutant(PLAN, "told = np.where(zero, np.inf, np.nan)", "told = np.where(zero, np.nan, np.nan)", "gamma 0"),
-    Mutant(PLAN, "np.where(zero, np.inf, scale_x / s)", "np.where(zero, np.inf, s * scale_x)", "bn, conv"),
-    Mutant(PLAN, "if added > (1 if", "if added > (9 if", "attention"),
+    Mutant(WAYS, 'yield "x", {x: all_x}', 'yield "x", {x: np.abs(all_x)}', "conv"),
+    Mutant(WAYS, "told = np.where(zero, np.inf, np.nan)", "told = np.where(zero, np.nan, np.nan)", "gamma 0"),
+    Mutant(WAYS, "np.where(zero, np.inf, scale_x / s)", "np.where(zero, np.inf, s * scale_x)", "bn, conv"),
+    Mutant(TRIAL, "if added > (1 if", "if added > (9 if", "attention"),
     Mutant(WAVE, "for node in self.network.around(value))", "for node in self.network.around(value) if node is not by)", "second"),
     Mutant(WAVE, "trial._hold(total, position, where, node)", "pass", "stream"),
     Mutant(WAVE, "self._balance(total, node)  # it may", "pass  # it may", "sums of sums"),

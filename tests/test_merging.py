@@ -14,8 +14,9 @@ import pytest
 from handmade import BN, EPS, Array, Fold, affine, along, draw, f32, gauge, node, normalization
 
 from bnfold import graph
-from bnfold.folding.plan import Scope, plan
+from bnfold.folding.plan import plan
 from bnfold.folding.rules.node import weights
+from bnfold.folding.scope import Scope
 from bnfold.proof.certificate import Certificate, certify
 from tests import folding
 from tests.law_models import Law, build

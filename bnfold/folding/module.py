@@ -17,9 +17,10 @@ from torch import nn
 
 from bnfold.errors import InputError
 from bnfold.folding.apply import Folded
-from bnfold.folding.plan import FoldPlan, Scope
+from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules import is_batch_norm
 from bnfold.folding.rules.node import name_of
+from bnfold.folding.scope import Scope
 from bnfold.graph import MODULE
 from bnfold.parts import parts
 from bnfold.reading.checkpoint import Checkpoint, load_checkpoint

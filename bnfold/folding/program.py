@@ -28,9 +28,10 @@ from bnfold.folding.affine import Array
 from bnfold.folding.apply import New, changes, rounded
 from bnfold.folding.constants import constant, readers
 from bnfold.folding.module import tensor_of
-from bnfold.folding.plan import FoldPlan, Scope, layer_name
+from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules import constant_slots, is_batch_norm
-from bnfold.folding.rules.node import name_of
+from bnfold.folding.rules.node import layer_name, name_of
+from bnfold.folding.scope import Scope
 from bnfold.graph import OPERATOR, Exported
 
 _aten: Any = torch.ops.aten

@@ -12,7 +12,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 
 from bnfold.errors import InputError
-from bnfold.folding.plan import Scope
+from bnfold.folding.scope import Scope
 from bnfold.folding.told import AnyArray
 from bnfold.folding.undo import TorchSide, Undo, original_state
 

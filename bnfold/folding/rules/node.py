@@ -28,6 +28,17 @@ def name_of(node: ir.Node) -> str:
     return node.name or node.outputs[0].name or "BatchNormalization"
 
 
+def layer_name(node: ir.Node, slot: int) -> str:
+    """The name of the layer that holds a node's weight, or the node's own."""
+    if node.op_type == "BatchNormalization":
+        return name_of(node)
+    held = constant(optional_input(node, slot))
+    root = held.root.name if held is not None else None
+    if root and root.endswith(".weight"):
+        return root.removesuffix(".weight")
+    return node.name or node.outputs[0].name or node.op_type
+
+
 def dims(value: ir.Value) -> list[Dim]:
     """The extents of a value. Raises Opaque where not even the rank is known."""
     if value.shape is None:
