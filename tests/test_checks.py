@@ -104,9 +104,9 @@ def test_something_left_to_fold_is_caught(made: folding.Fold) -> None:
 def test_a_plan_that_touches_the_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = folding.plan
 
-    def meddling(model: object) -> object:
+    def meddling(model: object, **options: object) -> object:
         model.graph.name = "meddled"  # type: ignore[attr-defined]
-        return plan(model)
+        return plan(model, **options)
 
     monkeypatch.setattr(folding, "plan", meddling)
     with pytest.raises(AssertionError, match="changed the model"):
