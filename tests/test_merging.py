@@ -27,7 +27,8 @@ CERTIFIED = [law for law in MERGED if not law.listed]  # gate A reads no operato
 
 
 def fold(law: Law, model: onnx.ModelProto | None = None) -> folding.Fold:
-    return folding.fold(model or build(law), absorb=law.absorbed is not None)
+    repairs, absorb = frozenset(law.repairs), law.absorbed is not None
+    return folding.fold(model or build(law), absorb=absorb, repairs=repairs)
 
 
 def certified(original: onnx.ModelProto, made: folding.Fold) -> Certificate:

@@ -59,11 +59,11 @@ def apply(plan: FoldPlan) -> Folded:
     writer = _Writer(model)
     gone = {removed.node: removed.slot for removed in (*plan.removed, *plan.absorbed)}
     inner = {node for merge in plan.merges for node in merge.inner}
-    hosts = {merge.host: merge for merge in plan.merges}
+    forms = {merge.host: merge.form(plan.gauge) for merge in plan.merges}
     touched = {node for value in plan.gauges for node in _around(value)} - set(gone) - inner
     for node in nodes:
-        if node in hosts:
-            writer.rewrite(nodes[node], _news(node, hosts[node].constants(plan.gauge)))
+        if node in forms:
+            writer.rewrite(nodes[node], _news(node, forms[node].constants or {}))
         if node in touched:
             repair = repair_of(node, plan.repairs)
             form = repair.form(plan.gauge) if repair is not None else None
@@ -78,6 +78,7 @@ def apply(plan: FoldPlan) -> Folded:
     aliases = _bypass_all(bypassed, writer)
     for merge in plan.merges:
         _merge(merge, nodes, writer)
+        writer.add_steps(nodes[merge.host], forms[merge.host].steps, in_place=False)
     writer.forget_unread()
     return Folded(model, aliases, writer.biases, writer.written)
 

@@ -10,9 +10,8 @@ groups must hold theirs, so the result never costs more than the host did alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -30,12 +29,15 @@ from bnfold.folding.rules.node import (
 )
 from bnfold.folding.rules.relations import (
     Demand,
+    Form,
     Gauges,
     Relations,
+    Step,
     only_along,
     readable,
     writable,
 )
+from bnfold.folding.rules.repairs import repair_of
 
 _CONV = conv_rule(transposed=False)
 
@@ -77,55 +79,88 @@ class Merge:
         """The convolutions that become one."""
         return tuple(branch.conv for branch in self.branches if branch.conv is not None)
 
-    @cached_property
-    def asks(self) -> Relations:
-        """What the one convolution asks of the gauges around it: it absorbs them."""
+    def asks(self, repairs: frozenset[str] = frozenset()) -> Relations:
+        """What the one convolution asks of the gauges around it: it absorbs them.
+
+        repairs: the exact repairs that its branches may take.
+        """
         demands = [*only_along(self.result, 1, self.root), writable(self.result, self.root)]
         for branch in self.branches:
-            demands += _demands_of(branch, self.root)
+            demands += _demands_of(branch, self.root, repairs)
         return Relations(demands=tuple(demands))
 
-    def constants(self, gauges: Gauges) -> dict[int, Array]:
-        """The host's new weight (slot 1) and bias (slot 2), given the gauges around the sum."""
+    def form(self, gauges: Gauges) -> Form:
+        """The one convolution, given the gauges around the sum.
+
+        Its constants are the host's weight (slot 1) and bias (slot 2). The map of a border stands
+        behind it where a branch pads a tensor with zeros that is carried with a shift.
+        """
         kernel = weights(self.host, 1)
         groups, outs = integer(self.host, "group", 1), kernel.shape[0]
         weight = np.zeros((groups, outs // groups, *kernel.shape[1:]))
-        bias = np.zeros(outs)
+        bias, border = np.zeros(outs), np.zeros((1,) * kernel.ndim)
         for branch in self.branches:
-            taps, offset = _in_terms_of_what_is_carried(branch, outs, gauges)
+            taps, offset, step = _in_terms_of_what_is_carried(branch, outs, gauges)
             place = _place(branch.conv, self.host)
             assert place is not None  # the host holds every branch
             _add_taps(weight, taps, place)
-            bias = bias + offset
+            bias, border = bias + offset, border + step
         y = gauges(self.result)
         scale = along(y.scale, outs)
         weight = scale.reshape(groups, -1, *(1,) * (kernel.ndim - 1)) * weight
-        return {
+        border = _per_output(scale, kernel.ndim) * border
+        constants = {
             1: weight.reshape(kernel.shape),
             2: shifted(bias, scale, along(y.origin, outs)),
         }
+        return Form((Step("Add", border),) if np.any(border) else (), constants)
 
 
-def _demands_of(branch: Branch, root: ir.Node) -> list[Demand]:
+def _per_output(numbers: Array, rank: int) -> Array:
+    """Numbers per channel against a value of this rank."""
+    return numbers.reshape(1, -1, *(1,) * (rank - 2))
+
+
+def _demands_of(branch: Branch, root: ir.Node, repairs: frozenset[str]) -> list[Demand]:
     if branch.conv is None:
         return [*only_along(branch.source, 1, root), readable(branch.source, root)]
-    return [d for d in _CONV.relations(branch.conv).demands if d.value is branch.source]
+    repair = repair_of(branch.conv, repairs)
+    asks = repair.relations if repair is not None else _CONV.relations(branch.conv)
+    return [d for d in asks.demands if d.value is branch.source]
 
 
-def _in_terms_of_what_is_carried(branch: Branch, outs: int, gauges: Gauges) -> tuple[Array, Array]:
-    """A branch's kernel (groups, out, in, taps...) and bias, as it reads the folded tensor x~."""
+def _in_terms_of_what_is_carried(
+    branch: Branch, outs: int, gauges: Gauges
+) -> tuple[Array, Array, Array]:
+    """A branch as it reads x~: kernel (groups, out, in, taps...), bias, map of the border."""
     scale, shift = along(branch.scale, outs), along(branch.shift, outs)
     x = gauges(branch.source)
+    rank = x.scale.ndim
+    border = np.zeros((1,) * rank)
     if branch.conv is None:
-        taps = (scale * along(x.read_scale, outs)).reshape(-1, *(1,) * (x.scale.ndim))
-        return taps, scale * along(x.origin, outs) + shift
-    y = branch.conv.outputs[0]
-    plain = Gauge.identity(x.scale.ndim)
-    assert _CONV.rewrite is not None
-    new = _CONV.rewrite(branch.conv, lambda value: plain if value is y else x)
+        taps = (scale * along(x.read_scale, outs)).reshape(-1, *(1,) * rank)
+        return taps, scale * along(x.origin, outs) + shift, border
+    new, steps = _plain_form(branch.conv, x)
+    for step in steps:
+        border = border + _per_output(scale, rank) * step.constant
     groups = integer(branch.conv, "group", 1)
-    taps = scale.reshape(-1, *(1,) * (new[1].ndim - 1)) * new[1]
-    return taps.reshape(groups, -1, *new[1].shape[1:]), scale * new[2] + shift
+    taps = scale.reshape(-1, *(1,) * (rank - 1)) * new[1]
+    return taps.reshape(groups, -1, *new[1].shape[1:]), scale * new[2] + shift, border
+
+
+def _plain_form(conv: ir.Node, x: Gauge) -> tuple[Mapping[int, Array], tuple[Step, ...]]:
+    """A convolution with this gauge on what it reads and none on its result."""
+    result, plain = conv.outputs[0], Gauge.identity(x.scale.ndim)
+
+    def around(value: ir.Value) -> Gauge:
+        return plain if value is result else x
+
+    repair = repair_of(conv, frozenset({"border"})) if np.any(x.origin) else None
+    form = repair.form(around) if repair is not None else None
+    if form is not None and form.constants is not None:
+        return form.constants, form.steps
+    assert _CONV.rewrite is not None
+    return _CONV.rewrite(conv, around), ()
 
 
 def _add_taps(weight: Array, taps: Array, place: Sequence[slice]) -> None:

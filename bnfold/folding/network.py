@@ -59,7 +59,10 @@ class Network:
     def relations(self, node: ir.Node) -> Relations:
         """What a node asks of the gauges around it; one that goes asks as a bypass."""
         if node in self._merged:
-            return self._merged[node].asks
+            root = self.unit(node)
+            if root not in self._relations:
+                self._relations[root] = self._merged[root].asks(self.repairs)
+            return self._relations[root]
         if node not in self._relations:
             self._relations[node] = self._ask(node)
         return self._relations[node]
@@ -77,6 +80,8 @@ class Network:
         """The repair that a node may take, if there is one."""
         if not self.repairs or node in self.gone:
             return None
+        if node in self._merged:
+            return Repair(self.relations(node), self._merged[node].form)
         if node not in self._repairs:
             self._repairs[node] = repair_of(node, self.repairs)
         return self._repairs[node]
@@ -115,6 +120,7 @@ class Network:
         """Treat a sum as one convolution; merges inside it become parts of it."""
         self.merges = [m for m in self.merges if m.root not in merge.inner] + [merge]
         self._merged.update(dict.fromkeys(merge.inner, merge))
+        self._relations.pop(merge.root, None)
         for node in merge.inner - {merge.root}:
             for value in node.outputs:
                 self.gauges.pop(value, None)
@@ -122,6 +128,10 @@ class Network:
     def merged(self, node: ir.Node) -> Merge | None:
         """The merge that a node lies inside of, or whose sum it computes."""
         return self._merged.get(node)
+
+    def unit(self, node: ir.Node) -> ir.Node:
+        """The node itself, or the sum that it is merged into."""
+        return self._merged[node].root if node in self._merged else node
 
     def gauge(self, value: ir.Value) -> Gauge:
         """The gauge agreed for a value so far."""

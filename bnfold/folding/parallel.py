@@ -71,7 +71,7 @@ def _fits(network: Network, merge: Merge) -> bool:
     """The gauges agreed so far suit the one convolution."""
     return all(
         bool(np.all(demand.holds(gauge.scale, gauge.origin)))
-        for demand in merge.asks.demands
+        for demand in merge.asks(network.repairs).demands
         for gauge in [network.gauge(demand.value)]
     )
 

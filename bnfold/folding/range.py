@@ -95,7 +95,8 @@ class Guard:
         held = constant(merge.host.inputs[1])
         limits = Limits.of(held.dtype) if held is not None else None
         around = [merge.result, *(branch.source for branch in merge.branches)]
-        for new in merge.constants(gauge).values():
+        form = merge.form(gauge)
+        for new in (*(form.constants or {}).values(), *(step.constant for step in form.steps)):
             _check_largest(new, limits, f"of {label(merge.host)}", around)
 
     # --- values

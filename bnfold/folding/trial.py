@@ -144,7 +144,7 @@ def check_quantized(trial: Trial) -> None:
 def extra_operators(trial: Trial) -> int:
     """How many operators the repairs bring that these gauges ask for."""
     network, extra = trial.network, 0
-    for node in trial.around:
+    for node in {network.unit(node) for node in trial.around}:
         repair = network.repair(node)
         if repair is not None:
             before, after = repair.form(network.gauge), repair.form(trial.gauge)

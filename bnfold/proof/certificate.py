@@ -425,11 +425,15 @@ class _Proof:
 
     def _check_parallel(self, node: onnx.NodeProto, wanted: list[str]
                         ) -> tuple[NodeRecord, list[str]] | None:  # fmt: skip
-        """A sum in the original for which the folded graph has one convolution; else None."""
-        there = self.folded.producers.get(self.rename(wanted[0]))
-        if there is None or there.op_type != "Conv" or not is_sum(node, self.original):
+        """A sum in the original for which the folded graph has one convolution; else None.
+
+        Where a shift meets a border, only the weights are held against the exact ones here, and the
+        map of the border is left to the probe.
+        """
+        region = self._convolution_behind(self.rename(wanted[0]))
+        if not region or not is_sum(node, self.original):
             return None
-        theirs = read_linear((there,), self.folded)
+        theirs = read_linear(region, self.folded) or read_linear(region[:1], self.folded)
         output = self.gauge(wanted[0])
         if theirs is None or (outputs := channels(output, 1, theirs.shape_out)) is None:
             return None
@@ -438,14 +442,27 @@ class _Proof:
             return self.gauge(name) if self.rename(name) == theirs.source else None
 
         try:
-            mine, sources = read_parallel(node, self.original, theirs, carried)
+            found = read_parallel(node, self.original, theirs, carried)
         except NotParallel as reason:
             sentence = f"not proved: in the folded graph it is one convolution; {reason}"
             return self._record(node, "weights", False, sentence), self.original.sources(node)
         plain = Carried(np.ones(theirs.shape_in), np.zeros(theirs.shape_in))
-        ulps, problem = compare_linear(mine, theirs, plain, outputs)
+        compare = compare_weights if found.shifted_border else compare_linear
+        ulps, problem = compare(found.linear, theirs, plain, outputs)
+        if found.shifted_border and not problem:
+            return None
         sentence = problem or "its branches add up to the weights and bias of one convolution."
-        return self._record(node, "weights", not problem, sentence, ulps), list(sources)
+        return self._record(node, "weights", not problem, sentence, ulps), list(found.sources)
+
+    def _convolution_behind(self, name: str) -> list[onnx.NodeProto]:
+        """The convolution that computes a folded tensor, an added constant behind it; else []."""
+        node, region = self.folded.producers.get(name), []
+        if node is not None and node.op_type == "Add":
+            region = [node]
+            given = [n for n in node.input if not self.folded.is_constant(n)]
+            inside = len(given) == 1 and given[0] not in self._carried
+            node = self.folded.producers.get(given[0]) if inside else None
+        return [node, *region] if node is not None and node.op_type == "Conv" else []
 
     # --------------------------------------------------------------------------- channel maps
 

@@ -331,14 +331,18 @@ def match(
     if len(outputs) == 1 and starts and starts[0] in {rename(name) for name in sources}:
         return Match((node,), (), tuple(sources), tuple(outputs))
     region, reached = _walk(starts, folded, carried)
-    while not reached <= {rename(name) for name in sources}:
+    while True:
+        strangers = reached - {rename(name) for name in sources}
         lost = [
             name
             for name in sources
-            if rename(name) not in reached and name in original.producers
-        ]  # fmt: skip
+            if name in original.producers
+            and (rename(name) not in reached if strangers else _is_gone(name, folded, rename, idle))
+        ]
+        if not strangers and not lost:
+            break
         if not lost or len(pieces) >= REGION_LIMIT:
-            strange = sorted(reached - {rename(name) for name in sources})[0]
+            strange = sorted(strangers or {rename(name) for name in lost})[0]
             raise Unmatched(
                 f"in the folded graph it is computed from '{strange}', which the original does "
                 f"not read there"
@@ -350,6 +354,13 @@ def match(
         sources = list(dict.fromkeys([*kept, *original.sources(producer)]))
     pieces.sort(key=lambda piece: original.order[id(piece)])
     return Match(tuple(pieces), tuple(region), tuple(sources), tuple(outputs))
+
+
+def _is_gone(
+    name: str, folded: View, rename: Callable[[str], str], idle: Callable[[str], bool]
+) -> bool:
+    """True for a value that the folded graph would need and no longer has."""
+    return not idle(name) and not folded.knows(rename(name))
 
 
 def _walk(starts: Sequence[str], folded: View, carried: frozenset[str]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,17 +35,29 @@ class NotParallel(Exception):  # noqa: N818  an outcome of the reading, not a fa
     """The sum is no convolution of the tensor; the message is the sentence."""
 
 
+@dataclass(frozen=True)
+class Parallel:
+    """A sum as a convolution of the folded tensor.
+
+    sources: the values of the original from which it was read. shifted_border: the tensor is
+    carried with a shift, and padded: the bias is that of places far from the border.
+    """
+
+    linear: Linear
+    sources: tuple[str, ...]
+    shifted_border: bool
+
+
 def read_parallel(
     node: onnx.NodeProto,
     view: View,
     like: Linear,
     carried: Callable[[str], Carried | None],
-) -> tuple[Linear, tuple[str, ...]]:
-    """The sum that `node` computes, as a convolution of the folded tensor, in the form of `like`.
+) -> Parallel:
+    """The sum that `node` computes, in the form of the folded convolution `like`.
 
     carried: how the folded tensor that `like` reads carries a value of the original, None for
-    values that it does not carry. The second result is those values of the original from which the
-    sum was read. Raises NotParallel.
+    values that it does not carry. Raises NotParallel.
     """
     reading = _Reading(view, like, carried)
     reading.add_sum(node, np.ones(reading.outs), np.zeros(reading.outs))
@@ -57,7 +70,7 @@ def read_parallel(
         biases=((reading.bias, EXACT),),
         bias_size=reading.bias_size.reshape(like.shape_out),
     )
-    return total, tuple(reading.sources)
+    return Parallel(total, tuple(reading.sources), reading.shifted_border)
 
 
 class _Reading:
@@ -70,6 +83,7 @@ class _Reading:
         self.bias, self.bias_size = np.zeros(self.outs), np.zeros(self.outs)
         self.rounding: Rounding = like.rounding
         self.sources: dict[str, None] = {}
+        self.shifted_border = False
         window = _taps(like)
         if window is None:
             raise NotParallel("the padding of the folded convolution depends on the size.")
@@ -181,8 +195,7 @@ class _Reading:
         read = (weight != 0).any(axis=2)
         if (read & (scale == 0)).any():
             raise NotParallel(f"it reads channels of '{name}' that are kept as constants only.")
-        if blind and (read & (origin != 0)).any():
-            raise NotParallel(f"'{name}' is carried with a shift, which zero padding does not.")
+        self.shifted_border |= blind and bool((read & (origin != 0)).any())
         moved = np.where(read, origin, 0.0) * weight.sum(axis=2)
         size = np.where(read, np.abs(origin), 0.0) * np.abs(weight).sum(axis=2)
         self.bias = self.bias + moved.sum(axis=1)
