@@ -68,6 +68,7 @@ PARALLEL = [
     _parallel("only a part of a sum", f"{X} u[4,4,4,4] > y; a = Conv<{PAD}>(x, W[4,4,3,3]); i = BN4(x); s = Add(a, i); t = Add(u, s); y = Relu(t)", 1),
     _parallel("bn, sum, padding, repaired", f"{X} > y; b = BN4(x); a = Conv<{PAD}>(b, W[4,4,3,3], A[4]); s = Add(b, a); y = Relu(s)", 1, repairs=("border",)),
     _parallel("bn, repvgg, repaired", f"{X} > y; b = BN4(x); a = Conv<{PAD}>(b, W[4,4,3,3], A[4]); m = BN4(a); i = BN4(b); c = Conv(b, V[4,4,1,1]); s = Add(i, m); t = Sub(c, s); y = BN4:alt0(t)", 4, repairs=("border",)),
+    _parallel("bn, two padded branches, repaired", f"{X} > y; b = BN4(x); a = Conv<{PAD}>(b, W[4,4,3,3]); c = Conv<{PAD}>(b, V[4,4,3,3]); s = Sub(c, a); y = Relu(s)", 1, repairs=("border",)),
     # what is no convolution, or would cost more than its branches
     _parallel("a branch is read elsewhere", f"{X} > y a; a = Conv<{PAD}>(x, W[4,4,3,3]); i = BN4(x); s = Add(a, i); y = Relu(s)", 0, 0, ("input",)),
     _parallel("the map is read elsewhere", f"{X} > y z; a = Conv<{PAD}>(x, W[4,4,3,3]); i = BN4(x); s = Add(a, i); y = Relu(s); z = Relu(i)", 0, 0, ("Relu",)),
