@@ -8,7 +8,7 @@ deploy(result.model)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ import onnx_ir as ir
 from bnfold import graph
 from bnfold.errors import UsageError
 from bnfold.folding.apply import Folded, apply
+from bnfold.folding.chains import CHAINS
+from bnfold.folding.dead import without_dead_channels
 from bnfold.folding.plan import FoldPlan, MergedSum, plan
 from bnfold.folding.record import FoldedNorm, FoldRecord, gauges_of, norms_of, record_of
 from bnfold.folding.rules.repairs import REPAIRS
@@ -43,6 +45,10 @@ if TYPE_CHECKING:
 
 # One tensor per argument of forward, or a dict or list of tensors for one.
 Examples = Any
+
+
+DEAD_CHANNELS = "dead-channels"
+CLEAN_UPS = (*CHAINS, DEAD_CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,7 @@ def fold(
     keep: Sequence[str] = (),
     only: Sequence[str] = (),
     writeback: Literal["auto", "class", "graph"] = "auto",
+    clean_up: Sequence[str] = (),
 ) -> FoldResult:
     """Fold every batch norm that folds exactly into the neighbouring weights.
 
@@ -147,7 +154,9 @@ def fold(
     not changed. factory: the network of a checkpoint path ("path.py:name").
     freeze_inputs: treat initializers that a caller could override as constants. repair: exact
     repairs ("clamp", "border") that may put other operators in the place of a batch norm; they are
-    of the graph, so the result of a module is its folded ONNX graph then.
+    of the graph, so the result of a module is its folded ONNX graph then. clean_up: what may be
+    simplified besides, in the graph too: "pad" (a Pad with zeros becomes the convolution's own),
+    "conv-chain" (a 1x1 convolution of a convolution, where one costs no more), "dead-channels".
     keep, only: shell-style patterns of batch norms' names (`layer1.*`). One that matches keep, or
     that does not match only, stays with its parameters unchanged, to be tuned or re-estimated.
     writeback: what a module comes back as. "class": a copy of its own class in eval mode, with what
@@ -159,9 +168,10 @@ def fold(
     return fold_source(
         _source(model, example_inputs, opset, freeze_inputs, factory),
         model,
-        writeback=None if repair else writeback,
+        writeback=None if repair or clean_up else writeback,
         repair=repair,
         selection=_selection(keep, only),
+        clean_up=clean_up,
     )
 
 
@@ -233,20 +243,23 @@ def fold_source(
     writeback: Literal["auto", "class", "graph"] | None = "auto",
     repair: Sequence[str] = (),
     selection: Selection | None = None,
+    clean_up: Sequence[str] = (),
 ) -> FoldResult:
     """Fold a source that was read; `given` is what the caller passed, whose type comes back.
 
     writeback: what a torch network comes back as, see `fold`; None: the ONNX graph alone, which can
-    hold more than torch can. repair: as for `fold`, of the ONNX graph alone. selection: the batch
-    norms that the user wants to keep.
+    hold more than torch can. repair, clean_up: as for `fold`, of the ONNX graph alone. selection:
+    the batch norms that the user wants to keep.
     """
-    unknown = sorted(set(repair) - set(REPAIRS))
-    if unknown:
-        raise UsageError(f"There is no repair '{unknown[0]}'; there are {', '.join(REPAIRS)}.")
+    _check_names("repair", repair, REPAIRS)
+    _check_names("clean-up", clean_up, CLEAN_UPS)
     is_torch = source.state_dict is not None or source.exported is not None
     if writeback is None or not is_torch:
-        chosen = plan(source.graph, repairs=frozenset(repair), selection=selection)
+        repairs, chains = frozenset(repair), frozenset(clean_up) & CHAINS.keys()
+        chosen = plan(source.graph, repairs=repairs, selection=selection, clean_up=chains)
         folded = apply(chosen)
+        if DEAD_CHANNELS in clean_up:
+            folded = without_dead_channels(folded)
         as_proto = isinstance(given, onnx.ModelProto)
         model: object = graph.to_proto(folded.model) if as_proto else folded.model
         return _result(source, chosen, folded, model)
@@ -282,6 +295,12 @@ def _result(source: Source, chosen: FoldPlan, folded: Folded, model: object) -> 
         notes=source.notes,
         merged=chosen.merged,
     )
+
+
+def _check_names(what: str, given: Sequence[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise UsageError(f"There is no {what} '{unknown[0]}'; there are {', '.join(known)}.")
 
 
 def _selection(keep: Sequence[str], only: Sequence[str]) -> Selection:

@@ -121,6 +121,16 @@ def _add_folding(parser: argparse.ArgumentParser) -> None:
         " (docs/results/repairs.md)",
     )
     group.add_argument(
+        "--clean-up",
+        dest="clean_up",
+        choices=("pad", "conv-chain", "dead-channels", "all"),
+        action="append",
+        default=[],
+        help="simplify besides: a Pad with zeros becomes the convolution's own (pad), a 1x1"
+        " convolution of a convolution one of both where that costs no more (conv-chain), channels"
+        " that are constant or unread go (dead-channels); ONNX only, repeat for several",
+    )
+    group.add_argument(
         "--input-mean",
         type=_numbers,
         metavar="M,M,M",

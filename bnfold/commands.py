@@ -49,7 +49,13 @@ def fold(args: argparse.Namespace) -> Report:
         check_outputs([*outputs, record], args.model, args.overwrite, _FORMATS)
     started = time.perf_counter()
     source, repair = _open_scaled(args), _repairs(args)
-    result = fold_source(source, writeback=writeback, repair=repair, selection=_selection(args))
+    result = fold_source(
+        source,
+        writeback=writeback,
+        repair=repair,
+        selection=_selection(args),
+        clean_up=_clean_up(args),
+    )
     if not args.outputs:
         outputs = as_it_came(outputs, result)
         if not args.dry_run:
@@ -137,7 +143,13 @@ def inspect(args: argparse.Namespace) -> Report:
 
     source, in_graph = _open_scaled(args), _changes_operators(args)
     way: Writeback = "auto" if in_graph is None else None
-    result = fold_source(source, writeback=way, repair=_repairs(args), selection=_selection(args))
+    result = fold_source(
+        source,
+        writeback=way,
+        repair=_repairs(args),
+        selection=_selection(args),
+        clean_up=_clean_up(args),
+    )
     done = _new("inspect", args, result.notes)
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
@@ -516,10 +528,16 @@ def _repairs(args: argparse.Namespace) -> tuple[str, ...]:
     return ("clamp", "border") if "all" in args.repairs else tuple(dict.fromkeys(args.repairs))
 
 
+def _clean_up(args: argparse.Namespace) -> tuple[str, ...]:
+    """What else is to be simplified."""
+    everything = ("pad", "conv-chain", "dead-channels")
+    return everything if "all" in args.clean_up else tuple(dict.fromkeys(args.clean_up))
+
+
 def _changes_operators(args: argparse.Namespace) -> str | None:
     """The option that asks for more than new weights, if one does."""
-    if args.repairs:
-        return "--repair"
+    if args.repairs or args.clean_up:
+        return "--repair" if args.repairs else "--clean-up"
     return "--input-mean" if args.input_mean is not None or args.input_std is not None else None
 
 
@@ -599,8 +617,8 @@ def _fold_summary(found: int, result: Any) -> str:
     others = len(result.absorbed)
     more = f" {others} Mul, Add, Sub or Div by constants went too." if others else ""
     if result.merged:
-        sums = "1 sum" if len(result.merged) == 1 else f"{len(result.merged)} sums"
-        more += f" {sums} of parallel branches became one convolution each."
+        count = len(result.merged)
+        more += f" {count} convolution{'s' * (count > 1)} took in what stood around."
     if found == 0:
         hint = " (torch's exporter folds by itself unless optimize=False)"
         return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"

@@ -88,7 +88,7 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[l
     merged = report.get("merged")
     if merged:
         rows = [[m["into"], ", ".join(m["layers"]) or "-", m["sum"]] for m in merged]
-        found.append(("Merged branches", ("convolution", "took in", "and is now the sum"), rows))
+        found.append(("Merged", ("convolution", "took in", "and writes"), rows))
     operators = report.get("operators")
     if operators:
         before, after = operators["before"], operators["after"]
@@ -117,7 +117,7 @@ def to_text(report: Mapping[str, Any], *, verbose: bool = False) -> str:
     """The report for a terminal: the summary last, the long tables only if asked for."""
     lines: list[str] = []
     for title, head, rows in sections(report):
-        if title in ("Operators", "Merged branches") and not verbose:
+        if title in ("Operators", "Merged") and not verbose:
             continue
         shown = rows
         if title == "Batch norms" and not verbose:

@@ -38,6 +38,7 @@ def fold(
     absorb: bool = True,
     repairs: frozenset[str] = frozenset(),
     merge: bool = True,
+    clean_up: frozenset[str] = frozenset(),
     watched: bool = True,
 ) -> Fold:
     """Fold; the model that went in must come out of planning and applying byte by byte unchanged.
@@ -46,7 +47,7 @@ def fold(
     """
     model = graph.prepare(ir.from_proto(original))
     before = graph.to_bytes(model) if watched else b""
-    made = plan(model, absorb=absorb, repairs=repairs, merge=merge)
+    made = plan(model, absorb=absorb, repairs=repairs, merge=merge, clean_up=clean_up)
     folded = apply(made)
     if watched:
         assert graph.to_bytes(model) == before, "plan or apply changed the model they were given"
@@ -136,11 +137,17 @@ def check_algebra(made: Fold) -> None:
     assert certificate.passed, [record.sentence for record in certificate.failures]
 
 
-def check_folding_again(made: Fold, *, absorb: bool = True, merge: bool = True) -> None:
+def check_folding_again(
+    made: Fold,
+    *,
+    absorb: bool = True,
+    merge: bool = True,
+    clean_up: frozenset[str] = frozenset(),
+) -> None:
     """A folded model has nothing left to fold, and folding it changes no byte."""
-    check_nothing_left(
-        made, fold(made.model, absorb=absorb, repairs=made.plan.repairs, merge=merge)
-    )
+    repairs = made.plan.repairs
+    again = fold(made.model, absorb=absorb, repairs=repairs, merge=merge, clean_up=clean_up)
+    check_nothing_left(made, again)
 
 
 def check_nothing_left(made: Fold, again: Fold) -> None:

@@ -45,10 +45,10 @@ class Law:
 
     removed: how many batch norms go. kept: for each that stays, a word of the reason. absorbed: how
     many constant multiplications and additions go (None: they are left alone). merges: how many
-    sums of parallel branches become one convolution (None: they are left alone). repairs: the exact
-    repairs allowed. listed: initializers also listed as inputs. nodes: constants as Constant nodes.
-    reference: the float64 reference can run it. runs: onnxruntime can (its CPU provider has no
-    batch-first layout).
+    sums of parallel branches become one convolution (None: they are left alone). clean_up: what
+    else may become one convolution. repairs: the exact repairs allowed. listed: initializers also
+    listed as inputs. nodes: constants as Constant nodes. reference: the float64 reference can run
+    it. runs: onnxruntime can (its CPU provider has no batch-first layout).
     """
 
     name: str
@@ -66,6 +66,7 @@ class Law:
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     absorbed: int | None = None
     merges: int | None = None
+    clean_up: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
 
 

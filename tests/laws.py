@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.chain_laws import CHAIN_LAWS
 from tests.constant_laws import CONSTANT_LAWS
 from tests.law_models import Law, equal_parts, equal_shift
 from tests.parallel_laws import PARALLEL
@@ -590,5 +591,5 @@ REPAIRED = [
 ]
 
 LAWS: list[Law] = [
-    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *PARALLEL, *GATES, *EINSUMS, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
+    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *PARALLEL, *CHAIN_LAWS, *GATES, *EINSUMS, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
 ]

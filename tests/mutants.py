@@ -46,7 +46,7 @@ WAYS, TRIAL = "transaction.py", "trial.py"
 RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/passing.py"
 QUANTIZED, EINSUM = "quantized.py", "rules/einsum.py"
 GATING, RECURRENT, EMBEDDING = "rules/gating.py", "rules/recurrent.py", "rules/embedding.py"
-MERGING, PARALLEL = "merging.py", "parallel.py"
+MERGING, PARALLEL, CHAINS = "merging.py", "parallel.py", "chains.py"
 MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
 
 # a table is read by its columns
@@ -201,6 +201,22 @@ MUTANTS: list[Mutant] = [
     Mutant(CONSTANTS, "        if value.is_graph_output():\n            return None\n", "", "view"),
     Mutant(CONSTANTS, "all(view.op_type != \"Cast\" for view in self.views)", "True", "cast"),
     Mutant(CONSTANTS, "array = np.transpose(array, inverse(_perm(view, array.ndim)))", "array = array.reshape(shape)", "transpose"),
+    # chains
+    Mutant(CHAINS, "pad_value(pad) != 0", "pad_value(pad) != pad_value(pad)", "number"),
+    Mutant(CHAINS, 'string(pad, "mode", "constant") != "constant" or', "", "reflected"),
+    Mutant(CHAINS, "(*extents[2:rank], *extents[rank + 2 :])", "(*extents[rank + 2 :], *extents[2:rank])", "uneven"),
+    Mutant(CHAINS, "tuple(a + b for a, b in zip(own, spatial, strict=True))", "tuple(spatial)", "padded conv"),
+    Mutant(CHAINS, "min(extents) < 0", "False", "cut"),
+    Mutant(CHAINS, "if any(extents[axis] for axis in (0, 1, rank, rank + 1)):", "if False:", "channels"),
+    Mutant(CHAINS, "if not is_private(value) or auto_padded(conv)", "if auto_padded(conv)", "read twice"),
+    Mutant(CHAINS, "if not is_private(value) or auto_padded(conv)", "if not is_private(value)", "SAME conv"),
+    Mutant(CHAINS, "[*only_along(x, 1, self.host), readable(x, self.host), no_shift(x, sentence)]", "[*only_along(x, 1, self.host)]", "bn in front"),
+    Mutant(CHAINS, "chain.shape.cost <= chain.front.shape.cost", "1 <= chain.front.shape.cost", "depthwise and dense"),
+    Mutant(CHAINS, "return one and not any(integers(conv, \"pads\") or ())", "return one", "padded 1x1"),
+    Mutant(CHAINS, "(*weights(conv, 1).shape[2:], *(integers(conv, \"strides\") or ()))", "weights(conv, 1).shape[2:]", "strides"),
+    Mutant(CHAINS, "(scale * form.constants[2] + shift)", "(scale * form.constants[2])", "bn, 1x1"),
+    Mutant(CHAINS, "bias = bias + weights(self.root, 2)", "pass", "1x1, 1x1"),
+    Mutant(CHAINS, "math.gcd(self.front.shape.groups, point.groups)", "point.groups", "groups"),
     # parallel branches
     Mutant(MERGING, "first, rest = divmod(outer.before - inner.before, unit)", "first, rest = divmod(outer.before - inner.before + 1, unit)", "parallel"),
     Mutant(MERGING, "step, uneven = divmod(inner.dilation, unit)", "step, uneven = divmod(unit, unit)", "dilated"),
@@ -213,20 +229,20 @@ MUTANTS: list[Mutant] = [
     Mutant(MERGING, "blocks[:, part, :, part]", "blocks[:, part, :, -1 - part]", "groups"),
     Mutant(MERGING, "bias, border = bias + offset, border + step", "bias, border = offset, border + step", "biases"),
     Mutant(MERGING, "bias, border = bias + offset, border + step", "bias, border = bias + offset, step", "repaired"),
-    Mutant(MERGING, "border = _per_output(scale, kernel.ndim) * border", "pass", "repaired"),
-    Mutant(MERGING, "border = border + _per_output(scale, rank) * step.constant", "border = border + step.constant", "repaired"),
-    Mutant(MERGING, "scale * new[2] + shift", "scale * new[2]", "parallel"),
-    Mutant(MERGING, "scale * new[2] + shift", "new[2] + shift", "x - conv"),
+    Mutant(MERGING, "per_channel(scale, border.ndim) * border", "border", "repaired"),
+    Mutant(MERGING, "border = border + per_channel(scale, rank) * step.constant", "border = border + step.constant", "repaired"),
+    Mutant(MERGING, "scale * form.constants[2] + shift", "scale * form.constants[2]", "parallel"),
+    Mutant(MERGING, "scale * form.constants[2] + shift", "form.constants[2] + shift", "x - conv"),
     Mutant(MERGING, "scale * along(x.origin, outs) + shift", "shift", "both sides"),
     Mutant(MERGING, "(scale * along(x.read_scale, outs))", "(scale + 0 * along(x.read_scale, outs))", "both sides"),
-    Mutant(MERGING, "if shape[0] != shape[1] * groups:", "if False:", "channels"),
-    Mutant(MERGING, "if parts % groups or (other[0]", "if (other[0]", "depthwise and dense"),
-    Mutant(MERGING, "(other[0], other[1] * parts) != (shape[0], shape[1] * groups)", "False", "spreads over one"),
+    Mutant(MERGING, "if shape.outs != shape.ins:", "if False:", "channels"),
+    Mutant(MERGING, "if other.groups % shape.groups or (other", "if (other", "depthwise and dense"),
+    Mutant(MERGING, "(other.outs, other.ins) != (shape.outs, shape.ins)", "False", "spreads over one"),
     Mutant(PARALLEL, '"Sub": (1, -1)', '"Sub": (1, 1)', "x - conv"),
     Mutant(PARALLEL, "shift if slot == 0 else np.zeros_like(shift)", "shift", "parallel"),
-    Mutant(PARALLEL, "if value.is_graph_output() or len(value.uses()) != 1:", "if len(value.uses()) > 99:", "read elsewhere"),
+    Mutant(PARALLEL, "if not is_private(value):", "if False:", "read elsewhere"),
     Mutant(PARALLEL, "if any(n > 1 for a in (scale, shift) for axis, n in enumerate(a.shape) if axis != 1):", "if False:", "columns"),
-    Mutant(PARALLEL, "if given and constant_at(node, slot).dequantizer is not None:", "if False:", "computed bias"),
+    Mutant(MERGING, "if conv.inputs[slot] is not None and constant_at(conv, slot).dequantizer is not None:", "if False:", "computed bias"),
     Mutant(PARALLEL, "scale * m.affine.shift + shift", "m.affine.shift + shift", "parallel"),
 ]
 # fmt: on

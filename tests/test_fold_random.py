@@ -79,14 +79,12 @@ def check_again(made: folding.Fold) -> None:
     """Nothing is left to fold.
 
     Left out: the plan's constants are ordinary zero weights in the new file, an Add that took a
-    MatMul's shift can take another one, extents may be known that were not, what was kept for its
-    precision may have a neighbour now whose statistics no longer tell, and a merged convolution can
-    be repaired once it is one.
+    MatMul's shift can take another one, extents may be known that were not, and what was kept for
+    its precision may have a neighbour now whose statistics no longer tell.
     """
     again = folding.fold(made.model, repairs=made.plan.repairs, watched=False)
     precise = any("spreads away" in kept.reason for kept in made.plan.kept)
     more_known = has_constants(made) or made.folded.biases or free_extents(made.original) or precise
-    more_known = more_known or bool(made.plan.merges and made.plan.repairs)
     more = again.plan.removed or again.plan.absorbed or again.plan.merges
     if more and more_known:
         return

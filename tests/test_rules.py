@@ -25,7 +25,8 @@ def check_law(law: Law) -> None:
     """Fold the case, count, compare bit by bit, fold again. Raises AssertionError."""
     original = build(law)
     absorb, merge = law.absorbed is not None, law.merges is not None
-    made = folding.fold(original, absorb=absorb, repairs=frozenset(law.repairs), merge=merge)
+    repairs, clean_up = frozenset(law.repairs), frozenset(law.clean_up)
+    made = folding.fold(original, absorb=absorb, repairs=repairs, merge=merge, clean_up=clean_up)
     reasons = [kept.reason for kept in made.plan.kept]
     assert len(made.plan.removed) == law.removed, reasons
     assert len(made.plan.absorbed) == (law.absorbed or 0), [r.name for r in made.plan.absorbed]
@@ -48,7 +49,7 @@ def check_law(law: Law) -> None:
     if law.reference:
         folding.check_values(made, feeds)
         folding.check_algebra(made)
-    folding.check_folding_again(made, absorb=absorb, merge=merge)
+    folding.check_folding_again(made, absorb=absorb, merge=merge, clean_up=clean_up)
     folding.check_undo(made)
 
 

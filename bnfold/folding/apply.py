@@ -408,20 +408,28 @@ def _hand_over_output(graph: ir.Graph, node: ir.Node, x: ir.Value, y: ir.Value) 
 
 
 def _merge(merge: Merge, nodes: Mapping[ir.Node, ir.Node], writer: _Writer) -> None:
-    """Let the host write the sum, under the sum's name, and take out what lies in between."""
-    host, root = nodes[merge.host], nodes[merge.root]
-    result, total = host.outputs[0], root.outputs[0]
-    name = total.name
-    result.shape, result.type = total.shape, total.type
-    result.meta.update(total.meta)
-    ir.convenience.replace_all_uses_with(total, result, replace_graph_outputs=True)
+    """Let the host write the result, under its own name, and take out what lies in between."""
+    host, result = nodes[merge.host], nodes[merge.root].outputs[0]
+    host.replace_input_with(0, nodes[merge.entry].inputs[0])
+    for name, numbers in merge.attributes.items():
+        host.attributes[name] = ir.convenience.convert_attribute(name, numbers)
+    if merge.root is not merge.host:
+        _take_over(host.outputs[0], result)
     going = [new for old, new in nodes.items() if old in merge.inner and new is not host]
     given = (value for node in going for value in node.inputs if value is not None)
     writer.suspects.update({value: None for value in given if value.producer() not in going})
     graph = host.graph
     assert isinstance(graph, ir.Graph)
     graph.remove(going, safe=True)
-    total.name, result.name = None, name
+
+
+def _take_over(value: ir.Value, other: ir.Value) -> None:
+    """Give a value the readers, the place among the outputs and the name of another one."""
+    name, other.name = other.name, None
+    value.shape, value.type = other.shape, other.type
+    value.meta.update(other.meta)
+    ir.convenience.replace_all_uses_with(other, value, replace_graph_outputs=True)
+    value.name = name
 
 
 def _end_of(merged: Mapping[str, str], name: str) -> str:

@@ -118,8 +118,8 @@ class Network:
 
     def merge(self, merge: Merge) -> None:
         """Treat a sum as one convolution; merges inside it become parts of it."""
-        self.merges = [m for m in self.merges if m.root not in merge.inner] + [merge]
-        self._merged.update(dict.fromkeys(merge.inner, merge))
+        self.merges = [m for m in self.merges if not m.inner & merge.inner] + [merge]
+        self._merged = {node: m for m in self.merges for node in m.inner}
         self._relations.pop(merge.root, None)
         for node in merge.inner - {merge.root}:
             for value in node.outputs:

@@ -14,10 +14,10 @@ import onnx_ir as ir
 
 from bnfold.folding.affine import Array
 from bnfold.folding.constants import constant
-from bnfold.folding.merging import Branch, Merge, holds
+from bnfold.folding.merging import Branch, Merge, OneConv, ParallelSum, holds, is_private
 from bnfold.folding.network import Network
 from bnfold.folding.rules import relations_of
-from bnfold.folding.rules.node import Opaque, constant_at, dims, input_of, weights
+from bnfold.folding.rules.node import Opaque, dims, input_of
 
 _SUMS = {"Add": (1, 1), "Sub": (1, -1)}
 _VIEWS = frozenset({"Identity", "Dropout"})
@@ -57,17 +57,18 @@ def _merge_at(network: Network, root: ir.Node, may_go: MayGo) -> Merge | None:
         try:
             branches, inner = _Search(network, root, tensor, may_go).run()
             convs = [branch.conv for branch in branches if branch.conv is not None]
-            hosts = [conv for conv in _largest_first(convs) if holds(conv, branches)]
+            convs.sort(key=lambda conv: -conv.shape.cost)
+            hosts = [conv for conv in convs if holds(conv, branches)]
         except (_NotParallel, Opaque):
             continue
         for host in hosts[:1]:
-            merge = Merge(root, host, tuple(branches), frozenset(inner))
-            if _fits(network, merge):
+            merge = ParallelSum(root, host.host, frozenset(inner), tuple(branches), host)
+            if fits(network, merge):
                 return merge
     return None
 
 
-def _fits(network: Network, merge: Merge) -> bool:
+def fits(network: Network, merge: Merge) -> bool:
     """The gauges agreed so far suit the one convolution."""
     return all(
         bool(np.all(demand.holds(gauge.scale, gauge.origin)))
@@ -76,20 +77,29 @@ def _fits(network: Network, merge: Merge) -> bool:
     )
 
 
-def _largest_first(convs: list[ir.Node]) -> list[ir.Node]:
-    return sorted(convs, key=lambda conv: -weights(conv, 1).size)
+def conv_at(network: Network, node: ir.Node) -> Merge | None:
+    """The convolution that a node is, or that is merged up to it; None for anything else."""
+    merge = network.merged(node)
+    if merge is not None:
+        return merge if merge.root is node else None
+    if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
+        return None
+    try:
+        return OneConv.of(node)
+    except Opaque:
+        return None
 
 
-def _tensor(network: Network, value: ir.Value) -> ir.Value:
+def tensor_of(network: Network, value: ir.Value) -> ir.Value:
     """The first value that is the same tensor in the folded graph."""
     while (node := value.producer()) is not None and value is node.outputs[0]:
-        if node not in network.gone and not _is_view(node):
+        if node not in network.gone and not is_view(node):
             break
         value = network.map_of(node).x if node in network.gone else input_of(node, 0)
     return value
 
 
-def _is_view(node: ir.Node) -> bool:
+def is_view(node: ir.Node) -> bool:
     """Identity, and Dropout at inference."""
     if node.op_type not in _VIEWS or node.domain not in ("", "ai.onnx"):
         return False
@@ -108,9 +118,10 @@ def _read_by_convolutions(network: Network, root: ir.Node, may_go: MayGo) -> lis
             if producer is None or producer in seen:
                 continue
             seen.add(producer)
-            if producer.op_type == "Conv":
-                found[_tensor(network, input_of(producer, 0))] = None
-            elif may_go(producer) or _is_view(producer) or _is_sum(producer):
+            conv = conv_at(network, producer)
+            if conv is not None and not _is_sum(producer):
+                found[tensor_of(network, conv.sources[0])] = None
+            elif may_go(producer) or is_view(producer) or _is_sum(producer):
                 queue.append(producer)
     return list(found)
 
@@ -139,38 +150,33 @@ class _Search:
     def _take(self, value: ir.Value, scale: Array, shift: Array) -> None:
         """Add scale * value + shift to the branches."""
         node = value.producer()
-        if _tensor(self.network, value) is self.tensor:
+        if tensor_of(self.network, value) is self.tensor:
             self._add(value, None, scale, shift)
             return
         if node is None or node.graph is not self.root.graph or value is not node.outputs[0]:
             raise _NotParallel
-        if value.is_graph_output() or len(value.uses()) != 1:
+        if not is_private(value):
             raise _NotParallel
         if _is_sum(node):
             self._take_sum(node, scale, shift)
             return
+        conv = conv_at(self.network, node)
+        if conv is not None:
+            if any(tensor_of(self.network, source) is not self.tensor for source in conv.sources):
+                raise _NotParallel
+            self.inner.update(dict.fromkeys(conv.inner))
+            self._add(conv.sources[0], conv, scale, shift)
+            return
         self.inner[node] = None
-        if node.op_type == "Conv" and node.domain in ("", "ai.onnx"):
-            self._take_conv(node, scale, shift)
-        elif self.may_go(node):
+        if self.may_go(node):
             m = self.network.map_of(node)
             self._take(m.x, scale * m.affine.scale, scale * m.affine.shift + shift)
-        elif _is_view(node):
+        elif is_view(node):
             self._take(input_of(node, 0), scale, shift)
         else:
             raise _NotParallel
 
-    def _take_conv(self, node: ir.Node, scale: Array, shift: Array) -> None:
-        source = input_of(node, 0)
-        if _tensor(self.network, source) is not self.tensor:
-            raise _NotParallel
-        for slot in range(1, len(node.inputs)):
-            given = node.inputs[slot] is not None
-            if given and constant_at(node, slot).dequantizer is not None:
-                raise _NotParallel  # integers have no sum
-        self._add(source, node, scale, shift)
-
-    def _add(self, source: ir.Value, conv: ir.Node | None, scale: Array, shift: Array) -> None:
+    def _add(self, source: ir.Value, conv: Merge | None, scale: Array, shift: Array) -> None:
         if any(n > 1 for a in (scale, shift) for axis, n in enumerate(a.shape) if axis != 1):
             raise _NotParallel  # numbers that vary along other axes than the channels'
         self.branches.append(Branch(source, conv, scale, shift))

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from bnfold.folding.affine import Gauge
+from bnfold.folding.chains import CHAINS, Finder
 from bnfold.folding.merging import Merge
 from bnfold.folding.network import Network
 from bnfold.folding.parallel import parallel_sums
 from bnfold.folding.range import Guard, OutOfRange
 from bnfold.folding.rules import affine_of, is_batch_norm
-from bnfold.folding.rules.node import Opaque, layer_name, name_of
+from bnfold.folding.rules.node import Opaque, label, layer_name, name_of
 from bnfold.folding.scope import Scope
 from bnfold.folding.selection import Selection
 from bnfold.folding.transaction import remove
@@ -75,7 +76,7 @@ class FoldPlan:
             MergedSum(
                 merge.result.name or "",
                 layer_name(merge.host, 1),
-                tuple(layer_name(conv, 1) for conv in merge.convs if conv is not merge.host),
+                tuple(_name_of(node) for node in merge.taken),
             )
             for merge in self.merges
         )
@@ -109,6 +110,7 @@ def plan(
     repairs: frozenset[str] = frozenset(),
     merge: bool = True,
     selection: Selection | None = None,
+    clean_up: frozenset[str] = frozenset(),
 ) -> FoldPlan:
     """Which batch norms of the model disappear, into what, and why the others stay.
 
@@ -118,7 +120,7 @@ def plan(
     operators in the place of a batch norm (`rules.repairs`). merge: let sums of parallel branches
     become one convolution each, which a torch module cannot take back. selection: the batch norms
     that the user wants to keep as they are; their statistics and affine parameters do not change
-    either.
+    either. clean_up: names of other nodes in line that may become one convolution (`chains`).
     Raises InputError for statistics that no network can run with, UsageError for a selection that
     names no batch norm.
     """
@@ -133,7 +135,9 @@ def plan(
     while progress:
         _take_out(network, norms, guard, scope)
         progress = _take_out(network, others, guard, scope)
-        progress |= merge and scope is None and _merge(network, guard, norms, others)
+        if scope is None:
+            wanted = [parallel_sums] * merge + [CHAINS[name] for name in CHAINS if name in clean_up]
+            progress |= any(_merge(network, guard, find, norms, others) for find in wanted)
     if repairs and any(isinstance(outcome, str) for outcome in norms.values()):
         network.allow(repairs)
         _take_out(network, norms, guard, scope)
@@ -155,15 +159,15 @@ def plan(
     )
 
 
-def _merge(network: Network, guard: Guard, *outcomes: Outcomes) -> bool:
-    """Let sums of parallel branches be one convolution each, which absorbs what no sum does."""
+def _merge(network: Network, guard: Guard, find: Finder, *outcomes: Outcomes) -> bool:
+    """Let what is found be one convolution each, which absorbs what a sum or a Pad does not."""
 
     def may_go(node: ir.Node) -> bool:
         listed = any(node in known for known in outcomes)
         return listed and _why_no_map(network, node) is None
 
     before = len(network.merges)
-    for merge in list(parallel_sums(network, may_go)):
+    for merge in list(find(network, may_go)):
         try:
             guard.check_merge(merge, network.gauge)
         except OutOfRange:
@@ -177,9 +181,9 @@ def _merge(network: Network, guard: Guard, *outcomes: Outcomes) -> bool:
 def _as_merged(network: Network, layers: tuple[str, ...]) -> tuple[str, ...]:
     """Names of layers; one that is merged into another goes by the name of that one."""
     now = {
-        layer_name(conv, 1): layer_name(merge.host, 1)
+        _name_of(node): layer_name(merge.host, 1)
         for merge in network.merges
-        for conv in merge.convs
+        for node in merge.taken
     }
     return tuple(dict.fromkeys(now.get(layer, layer) for layer in layers))
 
@@ -249,3 +253,7 @@ def _why_no_map(network: Network, node: ir.Node) -> str | None:
     except Opaque as why:
         return str(why)
     return None
+
+
+def _name_of(node: ir.Node) -> str:
+    return layer_name(node, 1) if node.op_type == "Conv" else label(node)

@@ -94,7 +94,7 @@ class Guard:
         """Raises OutOfRange where the one convolution of parallel branches leaves its type."""
         held = constant(merge.host.inputs[1])
         limits = Limits.of(held.dtype) if held is not None else None
-        around = [merge.result, *(branch.source for branch in merge.branches)]
+        around = [merge.result, *merge.sources]
         form = merge.form(gauge)
         for new in (*(form.constants or {}).values(), *(step.constant for step in form.steps)):
             _check_largest(new, limits, f"of {label(merge.host)}", around)

@@ -261,15 +261,20 @@ class _Proof:
     def _check(self, node: onnx.NodeProto, wanted: list[str]) -> tuple[NodeRecord, list[str]]:
         if any(attribute.HasField("g") for attribute in node.attribute):
             return self._check_control(node, wanted)
-        if (parallel := self._check_parallel(node, wanted)) is not None:
-            return parallel
-        found = None
+        found, why_not = None, ""
+        try:
+            if (parallel := self._check_parallel(node, wanted)) is not None:
+                return parallel
+        except NotParallel as reason:
+            why_not = f"not proved: in the folded graph it is one convolution; {reason}"
         try:
             found = match(node, wanted, self.original, self.folded, self.rename, self._carried,
                           lambda name: self.gauge(name).is_known)  # fmt: skip
             record = self._judge(node, found)
         except (Unmatched, NoReferenceError) as reason:
             record = self._record(node, "probe", False, f"not proved: {reason}")
+        if why_not and not record.passed:
+            record = self._record(node, "weights", False, why_not)
         sources = found.sources if found else self.original.sources(node)
         return record, list(sources)
 
@@ -427,8 +432,9 @@ class _Proof:
                         ) -> tuple[NodeRecord, list[str]] | None:  # fmt: skip
         """A sum in the original for which the folded graph has one convolution; else None.
 
-        Where a shift meets a border, only the weights are held against the exact ones here, and the
-        map of the border is left to the probe.
+        Raises NotParallel where it is no sum of branches of what that one reads. Where a shift
+        meets a border, only the weights are held against the exact ones here, and the map of the
+        border is left to the probe.
         """
         region = self._convolution_behind(self.rename(wanted[0]))
         if not region or not is_sum(node, self.original):
@@ -441,11 +447,7 @@ class _Proof:
         def carried(name: str) -> Carried | None:
             return self.gauge(name) if self.rename(name) == theirs.source else None
 
-        try:
-            found = read_parallel(node, self.original, theirs, carried)
-        except NotParallel as reason:
-            sentence = f"not proved: in the folded graph it is one convolution; {reason}"
-            return self._record(node, "weights", False, sentence), self.original.sources(node)
+        found = read_parallel(node, self.original, theirs, carried)
         plain = Carried(np.ones(theirs.shape_in), np.zeros(theirs.shape_in))
         compare = compare_weights if found.shifted_border else compare_linear
         ulps, problem = compare(found.linear, theirs, plain, outputs)

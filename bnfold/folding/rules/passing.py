@@ -157,7 +157,7 @@ def pad_rule() -> Rule:
         asks = copies.relations(node)
         if string(node, "mode", "constant") != "constant" or not any(pads_of(node)):
             return asks
-        value, y, as_input = _pad_value(node), node.outputs[0], _pads_with_input(node)
+        value, y, as_input = pad_value(node), node.outputs[0], _pads_with_input(node)
 
         def one_number(scale: Array, origin: Array) -> Mask:
             number = _carried_pad(value, Gauge(scale, origin)) if as_input else value
@@ -169,7 +169,7 @@ def pad_rule() -> Rule:
         return Relations(asks.scales, asks.origins, (), (demand,))
 
     def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
-        number = _carried_pad(_pad_value(node), gauges(node.outputs[0]))
+        number = _carried_pad(pad_value(node), gauges(node.outputs[0]))
         return {_PAD_VALUE: np.asarray(number)}
 
     return Rule(relations, rewrite, lambda n: (_PAD_VALUE,) if _pads_with_input(n) else ())
@@ -183,7 +183,8 @@ def _pads_with_input(node: ir.Node) -> bool:
     return string(node, "mode", "constant") == "constant" and opset_of(node) >= 11
 
 
-def _pad_value(node: ir.Node) -> float:
+def pad_value(node: ir.Node) -> float:
+    """The number that a Pad puts around its input."""
     if optional_input(node, _PAD_VALUE) is None:
         return real(node, "value", 0.0)
     return float(weights(node, _PAD_VALUE).reshape(-1)[0])
