@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from nets import CalledTwice, with_statistics
@@ -20,6 +22,7 @@ from bnfold.errors import InputError
 from bnfold.folding.program import fold_program
 from models.digits import digits_cnn
 
+ROOT = Path(__file__).resolve().parent.parent
 SPEC = "models/digits.py:digits_cnn"
 SHAPE = ["--input-shape", "1,1,8,8"]
 
@@ -416,3 +419,42 @@ def test_a_fault_in_a_graph_is_caught_before_a_file_appears(twice, capsys, monke
     assert code == 1
     assert "No file was written." in out
     assert files(twice) == before
+
+
+# --- what changes operators ----------------------------------------------------------------------
+
+
+def test_repairs_and_a_scaled_input_write_onnx_alone(net):
+    checkpoint = ["fold", str(net / "net.pt"), "--model", SPEC, *SHAPE]
+    assert main([*checkpoint, "--repair", "all", "--input-mean", "0.5", "--input-std", "2"]) == 0
+    assert (net / "net.folded.onnx").is_file()
+    assert not (net / "net.folded.pt").exists()
+
+
+def test_a_scaled_input_is_normalised_by_the_network_itself(net):
+    folded = str(net / "s.onnx")
+    options = ["--input-mean", "0.5", "--input-std", "2"]
+    assert main(["fold", str(net / "net.onnx"), "-o", folded, *options]) == 0
+    x = np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype(np.float32)
+    sessions = [onnxruntime.InferenceSession(p) for p in (str(net / "net.onnx"), folded)]
+    (plain,) = sessions[0].run(None, {sessions[0].get_inputs()[0].name: (x - 0.5) / 2})
+    (scaled,) = sessions[1].run(None, {sessions[1].get_inputs()[0].name: x})
+    np.testing.assert_allclose(scaled, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["-o", "x.pt", "--repair", "clamp"], "--repair changes operators"),
+        (["-o", "x.pt", "--input-mean", "0.5"], "--input-mean changes operators"),
+        (["--input-mean", "0.5,0.5"], "1 channels"),
+        (["--input-std", "0"], "above 0"),
+        (["--input-name", "x"], "--input-name"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_a_sentence(net, capsys, monkeypatch, options, word):
+    monkeypatch.chdir(net)
+    spec = str(ROOT / SPEC)
+    assert main(["fold", "net.pt", "--model", spec, *SHAPE, *options]) == 2
+    assert word in capsys.readouterr().err
+    assert sorted(p.name for p in net.iterdir()) == ["net.onnx", "net.pt"]
