@@ -100,7 +100,9 @@ class FoldResult:
         if any(f"{name}.running_mean" not in before for name in gone):
             return record_of(self.plan, self.applied)  # the module's state_dict() is its own affair
         scope = class_scope(self.source)
-        side = torch_side_of(before, self.state_dict, scope, self.source.plain, gone)
+        own, plain = self.source.module, self.source.plain
+        pair = (own, plain) if own is not None and plain is not None else None
+        side = torch_side_of(before, self.state_dict, scope, pair, gone)
         return record_of(self.plan, self.applied, side)
 
     def verify(

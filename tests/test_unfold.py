@@ -12,6 +12,7 @@ import pytest
 import realdata
 import torch
 from nets import with_statistics
+from odd_nets import Frozen, Pair
 from onnx import numpy_helper
 from safetensors.numpy import load, save
 from torch import nn
@@ -21,6 +22,8 @@ from bnfold import bare, graph
 from bnfold.cli import main
 from bnfold.errors import BnfoldError, InputError, UsageError
 from bnfold.folding.record import SCHEMA, load_record
+from bnfold.folding.torch_undo import arrays_of, tensors_of
+from bnfold.folding.undo import original_state
 from models.digits import digits_cnn
 from models.mobilenet_v2 import mobilenet_v2
 from models.preact_resnet import PreActResNet
@@ -195,6 +198,17 @@ def test_a_module_that_was_changed_is_refused():
     other = bnfold.fold(with_statistics(ResNetCifar(1)), torch.zeros(1, 3, 8, 8))
     with pytest.raises(InputError):
         bnfold.unfold(other.model, result.record)
+
+
+def test_a_norm_of_the_users_own_class_is_not_built_as_another():
+    """Its state_dict comes back as it was; the module only from its own factory."""
+    module = with_statistics(Pair(Frozen(4)))
+    result = bnfold.fold(module, torch.randn(2, 3, 6, 6))
+    assert result.folded
+    with pytest.raises(InputError, match="'bn' was a Frozen, which cannot be built anew"):
+        bnfold.unfold(result.model, result.record)
+    arrays, _ = original_state(result.record.undo, arrays_of(result.state_dict))
+    assert same_state(tensors_of(arrays), module.state_dict())
 
 
 def _first_identity(module):

@@ -21,18 +21,32 @@ _NORMS = {
     for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 }
 
+_COUNTER = ".num_batches_tracked"
+
 
 def torch_side_of(
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
     scope: Scope,
-    module: nn.Module | None,
+    modules: tuple[nn.Module, nn.Module] | None,
     gone: Collection[str],
 ) -> TorchSide:
-    """What the record notes of a torch network. `gone`: the batch norms that were folded."""
-    built = {name: _how(module.get_submodule(name)) for name in gone} if module is not None else {}
+    """What the record notes of a torch network. `gone`: the batch norms that were folded.
+
+    modules: the user's and the one that was exported, in which a norm of the user's own class may
+    be torch's, with a counter that the user's has not.
+    """
+    built, counters = {}, set()
+    if modules is not None:
+        own, exported = modules
+        built = {
+            name: _how(exported.get_submodule(name), type(own.get_submodule(name)).__name__)
+            for name in gone
+        }
+        ours = nn.Module.state_dict(own)
+        counters = {name for name in before if name.endswith(_COUNTER) and name not in ours}
     return TorchSide(
-        arrays_of(before),
+        arrays_of({name: tensor for name, tensor in before.items() if name not in counters}),
         arrays_of(after),
         tuple(sorted(scope.layers)),
         tuple(sorted(scope.norms)),
@@ -40,11 +54,11 @@ def torch_side_of(
     )
 
 
-def _how(norm: nn.Module) -> dict[str, Any]:
-    """How to build a batch norm like this one."""
+def _how(norm: nn.Module, own: str) -> dict[str, Any]:
+    """How to build a batch norm like this one, `own` the name of the user's class."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)  # a scope has no others
     return {
-        "class": type(norm).__name__,
+        "class": own,
         "num_features": norm.num_features,
         "eps": norm.eps,
         "momentum": norm.momentum,
@@ -60,8 +74,6 @@ def unfold_module(module: nn.Module, undo: Undo) -> nn.Module:
     """
     folded = module.state_dict()
     state, _ = original_state(undo, arrays_of(folded))
-    if not undo.built:
-        raise InputError("The record does not say how to build the batch norms that are gone.")
     result = copy.deepcopy(module)
     for name, how in undo.built.items():
         _put_norm(result, name, how, state)

@@ -118,7 +118,7 @@ def original_state(
     """
     if not undo.names:
         raise InputError(
-            "The record is of a fold from ONNX to ONNX: it holds no state_dict. Unfold the .onnx."
+            "The record is of a folded graph and holds no state_dict: unfold the .onnx beside it."
         )
     state = _originals(undo, undo.names, folded)
     _check(undo, "state", state)
