@@ -264,7 +264,7 @@ def fold_source(
             folded = without_dead_channels(folded)
         as_proto = isinstance(given, onnx.ModelProto)
         model: object = graph.to_proto(folded.model) if as_proto else folded.model
-        return _result(source, chosen, folded, model)
+        return _with_record(_result(source, chosen, folded, model))
     from bnfold.writeback import fold_torch
 
     found = fold_torch(source, writeback, selection)
@@ -278,8 +278,13 @@ def fold_source(
         program=found.program,
         notes=(*source.notes, *found.notes),
     )
-    if source.exported is not None:
-        _ = made.record  # now: the caller's module may have other weights later
+    return _with_record(made)
+
+
+def _with_record(made: FoldResult) -> FoldResult:
+    """A module's record is made at once: the caller's may have other weights later."""
+    if made.source.exported is not None:
+        _ = made.record
     return made
 
 

@@ -177,10 +177,15 @@ def test_the_record_is_of_the_weights_that_were_folded():
     module = with_statistics(digits_cnn())
     state = copy.deepcopy(module.state_dict())
     result = bnfold.fold(module, DIGIT)
+    in_graph = bnfold.fold(module, DIGIT, repair=["border"])
+    folded = graph.parse_onnx(graph.to_bytes(in_graph.graph))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1)
     assert same_state(bnfold.unfold(result.model, result.record).model.state_dict(), state)
+    held = bnfold.unfold(folded, in_graph.record).graph.graph.initializers
+    for name in ("fc1.weight", "fc2.bias", "bn1.weight", "bn1.running_var"):
+        assert np.array_equal(held[name].const_value.numpy(), state[name].numpy())
 
 
 def test_a_module_that_was_changed_is_refused():
