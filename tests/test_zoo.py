@@ -61,12 +61,21 @@ def test_a_wrong_network_is_found_and_told(network: Path, tmp_path: Path) -> Non
     measured = {
         "fold": measure_fold(network),
         "proof": measure_proof(network),
-        "tools": {"tools": {"bnfold": {}, "onnxsim": result}},
+        "tools": {"tools": {"bnfold": {}, "onnxsim": result}, "original error": own},
     }
     text = table({"a": measured}, {"a": FACTS}, 1)
     assert "| a | 1 | 0 | 0 |  | 0 (wrong) |" in text
     assert "1 wrong: a" in text
     assert "bnfold: 0 wrong, 0 crashes" in text
+
+
+@pytest.mark.parametrize(("r", "own", "told"), [(6, 1e-3, 0), (6, 1e-6, 1), (300, 1e-3, 1)])
+def test_what_is_wrong_depends_on_the_original(r: float, own: float, told: int) -> None:
+    fold = {"before": 1, "left": 0, "left, repairs allowed": 0, "left, all gammas positive": 0}
+    tools = {"tools": {"onnxsim": {"left": 0, "r": r}}, "original error": own}
+    assert f"0 failures, {told} wrong" in table(
+        {"a": {"fold": fold, "tools": tools}}, {"a": FACTS}, 1
+    )
 
 
 def test_a_crash_of_bnfold_is_counted() -> None:
