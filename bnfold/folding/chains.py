@@ -15,33 +15,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.folding.affine import Array
-from bnfold.folding.merging import (
-    Attributes,
-    Merge,
-    OneConv,
-    Shape,
-    add_blocks,
-    carried_result,
-    is_private,
-)
+from bnfold.folding.affine import Array, Gauge
+from bnfold.folding.merging import POINT, Attributes, Merge, Shape, add_blocks
 from bnfold.folding.network import Network
 from bnfold.folding.parallel import MayGo, conv_at, fits, is_view
 from bnfold.folding.rules.moves import pads_of
 from bnfold.folding.rules.node import (
     Opaque,
-    along,
     auto_padded,
     dims,
     input_of,
     integer,
-    integers,
     label,
     string,
-    weights,
 )
 from bnfold.folding.rules.passing import pad_value
 from bnfold.folding.rules.relations import Demand, Form, Gauges, no_shift, only_along, readable
+
+Between = Mapping[ir.Value, Gauge]  # how a value in front carries what is read behind it
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +40,8 @@ class PaddedConv(Merge):
     """A Pad with zeros and the convolution behind it; pads: of the two together."""
 
     pad: ir.Node
+    conv: Merge
+    between: Between
     pads: tuple[int, ...]
 
     @property
@@ -60,17 +53,17 @@ class PaddedConv(Merge):
     def attributes(self) -> Attributes:
         """The pads, spelled out."""
         spelled = {"auto_pad": "NOTSET"} if "auto_pad" in self.host.attributes else {}
-        return {**spelled, "pads": self.pads}
+        return {**self.conv.attributes, **spelled, "pads": self.pads}
 
     @property
     def taken(self) -> tuple[ir.Node, ...]:
         """The Pad."""
-        return (self.pad,)
+        return (self.pad, *self.conv.taken)
 
     @property
     def shape(self) -> Shape:
         """The convolution's, with these pads."""
-        shape = OneConv.of(self.host).shape
+        shape = self.conv.shape
         rank = len(shape.kernel)
         pairs = zip(shape.axes or (), self.pads[:rank], self.pads[rank:], strict=True)
         return replace(shape, axes=tuple(replace(a, before=b, after=c) for a, b, c in pairs))
@@ -88,18 +81,22 @@ class PaddedConv(Merge):
 
     def form(self, gauges: Gauges) -> Form:
         """The convolution's constants, as it reads what the Pad has read."""
-        padded = self.pad.outputs[0]
-        conv = OneConv.of(self.host)
-        return conv.form(lambda value: gauges(self.sources[0] if value is padded else value))
+        x = gauges(self.sources[0])
+
+        def around(value: ir.Value) -> Gauge:
+            own = self.between.get(value)
+            return gauges(value) if own is None else Gauge(x.scale * own.scale, own.origin)
+
+        return self.conv.form(around)
 
 
 @dataclass(frozen=True, eq=False)
 class ConvChain(Merge):
-    """A 1x1 convolution, the root, of scale * (another one, in front) + shift."""
+    """A 1x1 convolution of what another one, in front, makes."""
 
     front: Merge
-    scale: Array
-    shift: Array
+    point: Merge
+    between: Between
 
     @property
     def entry(self) -> ir.Node:
@@ -109,22 +106,20 @@ class ConvChain(Merge):
     @property
     def attributes(self) -> Attributes:
         """Those that change in front, and the groups."""
-        same = self.shape.groups == integer(self.host, "group", 1)
-        return (
-            self.front.attributes if same else {**self.front.attributes, "group": self.shape.groups}
-        )
+        groups = self.shape.groups
+        same = groups == integer(self.host, "group", 1)
+        return self.front.attributes if same else {**self.front.attributes, "group": groups}
 
     @property
     def taken(self) -> tuple[ir.Node, ...]:
-        """The 1x1 convolution."""
-        return (*self.front.taken, self.root)
+        """The 1x1 convolution, and what both have taken in."""
+        return (*self.front.taken, self.point.host, *self.point.taken)
 
     @property
     def shape(self) -> Shape:
         """The window in front; as many groups as both have blocks of channels in common."""
-        point = OneConv.of(self.root).shape
-        groups = math.gcd(self.front.shape.groups, point.groups)
-        return replace(self.front.shape, outs=point.outs, groups=groups)
+        front, point = self.front.shape, self.point.shape
+        return replace(front, outs=point.outs, groups=math.gcd(front.groups, point.groups))
 
     @property
     def sources(self) -> tuple[ir.Value, ...]:
@@ -137,47 +132,59 @@ class ConvChain(Merge):
 
     def form(self, gauges: Gauges) -> Form:
         """The product of the two kernels, group by group."""
-        shape, front, point = self.shape, self.front.shape, OneConv.of(self.root).shape
-        middle, window = front.outs, front.kernel
-        form = self.front.plain_form(gauges)
-        assert form.constants is not None
-        scale, shift = along(self.scale, middle), along(self.shift, middle)
-        taps = scale.reshape(-1, *(1,) * (len(window) + 1)) * form.constants[1]
-        first = np.zeros(replace(front, groups=shape.groups).weight)
-        add_blocks(first, taps.reshape(front.weight), (slice(None),) * len(window))
-        second = np.zeros(replace(point, groups=shape.groups).weight)
-        add_blocks(
-            second, weights(self.root, 1).reshape(point.weight), (slice(None),) * len(window)
-        )
+        front = self.front.plain_form(gauges).constants
+        point = self.point.form(lambda value: self.between.get(value) or gauges(value)).constants
+        assert front is not None
+        assert point is not None
+        first = _by_groups(front[1], self.front.shape, self.shape.groups)
+        second = _by_groups(point[1], self.point.shape, self.shape.groups)
         second = second.reshape(second.shape[:3])
-        offset = (scale * form.constants[2] + shift).reshape(shape.groups, -1)
-        bias = np.einsum("gom,gm->go", second, offset).reshape(shape.outs)
-        if len(self.root.inputs) > 2 and self.root.inputs[2] is not None:
-            bias = bias + weights(self.root, 2)
         weight = np.einsum("gom,gm...->go...", second, first)
-        return carried_result(weight, bias, gauges(self.result))
+        bias = np.einsum("gom,gm->go", second, front[2].reshape(self.shape.groups, -1))
+        weight = weight.reshape(self.shape.outs, -1, *self.shape.kernel)
+        return Form((), {1: weight, 2: bias.reshape(-1) + point[2]})
+
+
+def _by_groups(weight: Array, shape: Shape, groups: int) -> Array:
+    """A weight of this shape with fewer groups, each of several blocks: (group, out, in, ...)."""
+    whole = np.zeros(replace(shape, groups=groups).weight)
+    add_blocks(whole, weight.reshape(shape.weight), (slice(None),) * len(shape.kernel))
+    return whole
 
 
 # --- finding them --------------------------------------------------------------------------------
 
 
-def padded_convs(network: Network, may_go: MayGo) -> Iterator[Merge]:  # noqa: ARG001
+def padded_convs(network: Network, may_go: MayGo) -> Iterator[Merge]:
     """The convolutions that can pad for themselves."""
-    for conv in _free_convs(network):
+    yield from _found(network, lambda conv: _padded(network, conv, may_go))
+
+
+def conv_chains(network: Network, may_go: MayGo) -> Iterator[Merge]:
+    """The 1x1 convolutions of convolutions that cost no more as one."""
+    yield from _found(network, lambda conv: _chained(network, conv, may_go))
+
+
+def _found(network: Network, make: Callable[[Merge], Merge | None]) -> Iterator[Merge]:
+    """What can be made of the convolutions, in order, each in one at most."""
+    taken: set[ir.Node] = set()
+    for node in network.nodes:
+        conv = conv_at(network, node)
         try:
-            merge = _padded(conv)
+            merge = make(conv) if conv is not None else None
         except Opaque:
             continue
-        if merge is not None and fits(network, merge):
+        if merge is not None and not taken & merge.inner and fits(network, merge):
+            taken |= merge.inner
             yield merge
 
 
-def _padded(conv: ir.Node) -> PaddedConv | None:
-    value = input_of(conv, 0)
-    pad = value.producer()
-    if pad is None or pad.op_type != "Pad" or pad.graph is not conv.graph:
+def _padded(network: Network, conv: Merge, may_go: MayGo) -> PaddedConv | None:
+    line = _in_front(network, conv, may_go)
+    pad, axes = line.node if line is not None else None, conv.shape.axes
+    if line is None or pad is None or pad.op_type != "Pad" or axes is None:
         return None
-    if not is_private(value) or auto_padded(conv) or pad.domain not in ("", "ai.onnx"):
+    if pad.domain not in ("", "ai.onnx") or auto_padded(conv.host):
         return None
     if string(pad, "mode", "constant") != "constant" or pad_value(pad) != 0:
         return None
@@ -186,72 +193,68 @@ def _padded(conv: ir.Node) -> PaddedConv | None:
         return None
     if any(extents[axis] for axis in (0, 1, rank, rank + 1)):
         return None
-    own = [0] * 2 * (rank - 2)
-    if string(conv, "auto_pad", "NOTSET") == "NOTSET":
-        own = integers(conv, "pads") or own
+    own = (*(axis.before for axis in axes), *(axis.after for axis in axes))
     spatial = (*extents[2:rank], *extents[rank + 2 :])
     pads = tuple(a + b for a, b in zip(own, spatial, strict=True))
-    return PaddedConv(conv, conv, frozenset((pad, conv)), pad, pads)
+    inner = conv.inner | line.path | {pad}
+    return PaddedConv(conv.root, conv.host, inner, pad, conv, line.between, pads)
 
 
-def conv_chains(network: Network, may_go: MayGo) -> Iterator[Merge]:
-    """The 1x1 convolutions of convolutions that cost no more as one."""
-    taken: set[ir.Node] = set()
-    for point in _free_convs(network):
-        try:
-            merge = _chain(network, point, may_go) if _is_point(point) else None
-            if merge is None or taken & merge.inner or not _pays(merge):
-                continue
-        except Opaque:
-            continue
-        if fits(network, merge):
-            taken |= merge.inner
-            yield merge
+def _chained(network: Network, point: Merge, may_go: MayGo) -> ConvChain | None:
+    axes = point.shape.axes
+    if axes is None or any(replace(axis, dilation=1) != POINT for axis in axes):
+        return None
+    line = _in_front(network, point, may_go)
+    front = conv_at(network, line.node) if line is not None else None
+    if line is None or front is None:
+        return None
+    inner = front.inner | line.path | point.inner
+    chain = ConvChain(point.root, front.host, inner, front, point, line.between)
+    return chain if chain.shape.cost <= front.shape.cost + point.shape.cost else None
 
 
-def _is_point(conv: ir.Node) -> bool:
-    """A convolution of single elements: 1x1, stride 1, no padding."""
-    one = all(n == 1 for n in (*weights(conv, 1).shape[2:], *(integers(conv, "strides") or ())))
-    return one and not any(integers(conv, "pads") or ())
+@dataclass(frozen=True)
+class _Line:
+    """The node in front of a convolution, the per-channel maps on the way, and how it is read."""
+
+    node: ir.Node
+    path: frozenset[ir.Node]
+    between: Between
 
 
-def _pays(chain: ConvChain) -> bool:
-    """The one convolution multiplies no more than the two."""
-    return chain.shape.cost <= chain.front.shape.cost + OneConv.of(chain.root).shape.cost
-
-
-def _chain(network: Network, point: ir.Node, may_go: MayGo) -> ConvChain | None:
-    value = input_of(point, 0)
-    rank = len(dims(value))
-    scale, shift = np.ones((1,) * rank), np.zeros((1,) * rank)
-    between = {point}
-    while (node := value.producer()) is not None and is_private(value):
-        if node.graph is not point.graph:
+def _in_front(network: Network, conv: Merge, may_go: MayGo) -> _Line | None:
+    """The one node that makes all that a convolution reads, and nothing that others read."""
+    between: dict[ir.Value, Gauge] = {}
+    path: dict[ir.Node, None] = {}
+    values: set[ir.Value] = set()
+    for source in conv.sources:
+        value, scale, shift = source, np.ones(()), np.zeros(())
+        while (node := value.producer()) is not None:
+            values.add(value)
+            if may_go(node):
+                m = network.map_of(node)
+                scale, shift = scale * m.affine.scale, scale * m.affine.shift + shift
+                value = m.x
+            elif is_view(node):
+                value = input_of(node, 0)
+            else:
+                break
+            path[node] = None
+        if node is None or node.graph is not conv.root.graph or len(values) - len(path) != 1:
             return None
-        front = conv_at(network, node)
-        if front is not None:
-            inner = front.inner | between
-            return ConvChain(point, front.host, inner, front, scale, shift)
-        between.add(node)
-        if may_go(node):
-            m = network.map_of(node)
-            arrays = (m.affine.scale, m.affine.shift)
-            if any(n > 1 for a in arrays for axis, n in enumerate(a.shape) if axis != 1):
-                return None
-            scale, shift = scale * m.affine.scale, scale * m.affine.shift + shift
-            value = m.x
-        elif is_view(node):
-            value = input_of(node, 0)
-        else:
-            return None
-    return None
+        rank = len(dims(source))
+        with np.errstate(divide="ignore"):
+            between[source] = Gauge(_against(1 / scale, rank), _against(shift, rank))
+    inside = {*conv.inner, *path}
+    shared = any(v.is_graph_output() or {u for u, _ in v.uses()} - inside for v in values)
+    asked = conv.asks_of_sources(frozenset())
+    held = all(np.all(d.holds(between[d.value].scale, between[d.value].origin)) for d in asked)
+    assert node is not None  # a convolution has a source
+    return None if shared or not held else _Line(node, frozenset(path), between)
 
 
-def _free_convs(network: Network) -> Iterator[ir.Node]:
-    """The convolutions with constant weights that are part of no merge, in order."""
-    for node in network.nodes:
-        if network.merged(node) is None and conv_at(network, node) is not None:
-            yield node
+def _against(array: Array, rank: int) -> Array:
+    return array.reshape((1,) * (rank - array.ndim) + array.shape)
 
 
 Finder = Callable[[Network, MayGo], Iterator[Merge]]

@@ -320,7 +320,7 @@ def is_private(value: ir.Value) -> bool:
 
 # --- does the host hold a branch? ----------------------------------------------------------------
 
-_POINT = Axis(0, 0, 1, 1, 1)
+POINT = Axis(0, 0, 1, 1, 1)
 
 
 def holds(host: Merge, branches: Sequence[Branch]) -> bool:
@@ -363,7 +363,7 @@ def _axes(conv: ir.Node, kernel: Sequence[int]) -> tuple[Axis, ...] | None:
 def _place(conv: Merge | None, host: Merge) -> tuple[slice, ...] | None:
     """Where a branch's taps lie in the host's window; None where they do not all lie in it."""
     outer = host.shape.axes
-    inner = (_POINT,) * len(outer or ()) if conv is None else conv.shape.axes
+    inner = (POINT,) * len(outer or ()) if conv is None else conv.shape.axes
     if outer is None or inner is None or len(inner) != len(outer):
         return None
     places = [_place_along(a, b) for a, b in zip(inner, outer, strict=True)]
