@@ -46,7 +46,8 @@ def fold(args: argparse.Namespace) -> Report:
     outputs, writeback = _outputs_of_fold(args)
     record = args.record or record_path(outputs[0])
     if not args.dry_run:
-        check_outputs([*outputs, record], args.model, args.overwrite, _FORMATS)
+        check_outputs(outputs, args.model, args.overwrite, _FORMATS)
+        check_outputs([record], args.model, args.overwrite, (".safetensors",))
     started = time.perf_counter()
     source, repair = _open_scaled(args), _repairs(args)
     result = fold_source(

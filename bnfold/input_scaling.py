@@ -37,6 +37,13 @@ def scale_input(
             )
     if np.any(np.asarray(std) <= 0):
         raise UsageError("--input-std needs numbers above 0: the input is divided by them.")
+    opset = model.opset_imports.get("", 0)
+    if opset < 7:
+        raise UsageError(f"The model uses opset {opset}; convert it to opset 7 or newer first.")
+    if value.is_graph_output() or not value.uses():
+        raise UsageError(
+            f"'{value.name}' is given out as it is, or read by nothing: it cannot be normalised."
+        )
     _put_behind(model, value, [("Sub", mean), ("Div", std)])
     return graph.prepare(model)
 
@@ -80,6 +87,8 @@ def _put_behind(
             const_value=tensor,
         )
         model.graph.register_initializer(held)
+        if (model.ir_version or 0) < 4:
+            model.graph.inputs.append(held)  # IR 3 lists every initializer among the inputs
         out = ir.Value(
             name=_fresh(f"{stem}_out", names), shape=value.shape, type=ir.TensorType(value.dtype)
         )

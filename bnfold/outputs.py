@@ -75,7 +75,8 @@ def check_outputs(
             raise UsageError(f"{path}: the suffix must be one of {', '.join(formats)}.")
         if not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}.")
-        if source is not None and path.exists() and path.samefile(source):
+        both = source is not None and source.exists() and path.exists()
+        if both and source is not None and path.samefile(source):
             raise UsageError(f"{path} is the input itself, which is never overwritten.")
         if path.is_dir():
             raise UsageError(f"{path} is a folder; name a file.")

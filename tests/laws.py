@@ -82,6 +82,8 @@ LINEAR = [
     Law("attention averages, bn", "MatMul", "x[4,4,4] u[4,4,4] > y; c = MatMul(x, W[4,4]); d = Sub(u, u); s = Softmax(d); o = MatMul(s, c); t = Transpose<perm=[0,2,1]>(o); y = BN4:alt(t)", 1),
     Law("attention averages, opset 11, bn", "MatMul", "x[4,4,4] u[4,4,4] > y; c = MatMul(x, W[4,4]); d = Sub(u, u); s = Softmax<axis=2>(d); i = Identity(s); o = MatMul(i, c); t = Transpose<perm=[0,2,1]>(o); y = BN4:alt(t)", 1, opset=11, ir_version=6),
     Law("softmax over the rows is no average", "", "x[4,4,4] u[4,4,4] > y; c = MatMul(x, W[4,4]); d = Sub(u, u); s = Softmax<axis=1>(d); o = MatMul(s, c); t = Transpose<perm=[0,2,1]>(o); y = BN4:alt(t)", 0, ("passes no shift",)),
+    Law("softmax, dropout in training mode, no average", "", "x[4,4,4] u[4,4,4] > y; c = MatMul(x, W[4,4]); d = Sub(u, u); s = Softmax(d); p = Dropout<seed=3>(s, R, T); o = MatMul(p, c); t = Transpose<perm=[0,2,1]>(o); y = BN4:alt(t)", 0, ("passes no shift",), reference=False, constants={"R": np.float32(0.5), "T": np.array(True)}),
+    Law("attention averages, dropout at rest, bn", "MatMul", "x[4,4,4] u[4,4,4] > y; c = MatMul(x, W[4,4]); d = Sub(u, u); s = Softmax(d); p = Dropout(s, R, T); o = MatMul(p, c); t = Transpose<perm=[0,2,1]>(o); y = BN4:alt(t)", 1, constants={"R": np.float32(0.5), "T": np.array(False)}),
     Law("bn, attention projections with biases", "MatMul", "x[4,4,4] > q k; b = BN4(x); t = Transpose<perm=[0,2,1]>(b); m = MatMul(t, Q[4,4]); q = Add(m, A[4]); n = MatMul(t, K[4,4]); k = Add(D[4], n)", 1),
     Law("bn, one matmul without bias and one with", "MatMul", "x[4,4,4] > q k; b = BN4(x); t = Transpose<perm=[0,2,1]>(b); m = MatMul(t, Q[4,4]); q = Add(m, A[4]); k = MatMul(t, K[4,4])", 1),
     Law("bn of scale, three matmuls", "MatMul", "x[4,4,4] > q k v; b = BN4:altscale(x); t = Transpose<perm=[0,2,1]>(b); q = MatMul(t, Q[4,4]); k = MatMul(t, K[4,4]); v = MatMul(t, V[4,4])", 1),
@@ -116,6 +118,9 @@ GEMM = [
 ]
 
 DIAGONAL = [
+    Law("conv, max without a bound, bn", "", f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); m = Max(c, L); y = BN4(m)", 0, ("not finite",), constants={"L": np.array([-np.inf, 0, 1, -1], np.float32).reshape(4, 1, 1)}),
+    Law("conv, add of infinity, bn", "", f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); a = Add(c, L); y = BN4:pos(a); z = Relu(y)", 0, ("not finite",), reference=False, constants={"L": np.array([-np.inf, 0, 1, -1], np.float32).reshape(4, 1, 1)}),
+    Law("a vector, resized", "", "x[4,4] > y; b = BN4(x); v = ReduceMean<keepdims=0>(b, A{0}); y = Resize(v, , S)", 0, ("Resize",), constants={"S": np.array([2.0], np.float32)}),
     Law("conv, mul, bn", "Mul", f"{X} > y; c = Conv(x, W[4,4,1,1]); m = Mul(c, M:pow[4,1,1]); y = BN4(m)", 1),
     Law("relu, mul, add, bn", "Mul", f"{X} > y; r = Relu(x); m = Mul(r, M:pow[4,1,1]); a = Add(m, A[4,1,1]); y = BN4(a)", 1),
     Law("relu, scalar mul, add, bn", "Mul", f"{X} > y; r = Relu(x); m = Mul(M:pow[], r); a = Add(A[], m); y = BN4(a)", 1),
@@ -539,6 +544,7 @@ GRAPHS = [
 ]
 
 MAPS = [  # constant multiplications and additions that go
+    Law("mask of infinities", "", "x[4,4,4] k[4,4,4] > z; q = MatMul(x, W[4,4]); s = MatMul(q, k); a = Add(s, M); d = Div(a, D:pos[]); z = Softmax(d)", 0, absorbed=0, reference=False, constants={"M": np.triu(np.full((4, 4), -np.inf, np.float32), 1)}),
     Law("taken-apart bn behind a conv", "Conv", f"{X} > y; c = Conv(x, W[4,4,3,3], B[4]); s = Sub(c, M[4,1,1]); d = Mul(G:pow[4,1,1], s); y = Add(d, A[4,1,1])", 0, absorbed=3),
     Law("taken-apart bn before a conv", "Conv", f"{X} > y; s = Sub(x, M[1,4,1,1]); d = Div(s, D:pow[4,1,1]); m = Mul(d, G:pow[4,1,1]); a = Add(A[4,1,1], m); y = Conv(a, W[4,4,3,3])", 0, absorbed=4),
     Law("constant - value, conv", "Conv", f"{X} > y; s = Sub(A[4,1,1], x); y = Conv(s, W[4,4,3,3])", 0, absorbed=1),

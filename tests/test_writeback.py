@@ -91,7 +91,8 @@ def test_a_fault_in_a_graph_module_is_caught():
     module, x = with_statistics(CalledTwice()), image()
     result = bnfold.fold(module, x)
     with torch.no_grad():
-        result.model.get_parameter("a.weight")[0] *= 1.01
+        for parameter in result.model.parameters():  # one channel alone may be dead
+            parameter *= 1.01
     assert not agree(module, result.model, x)
     assert [failure.gate for failure in result.verify().failures] == ["C"]
 

@@ -167,7 +167,7 @@ class Guard:
             before = held.get(slot)
             limits = Limits.of(before.dtype) if before is not None else known[0]
             if before is not None and not np.all(np.isfinite(before.array)):
-                continue  # the network's own fault, told when it is written
+                raise Conflict(f"the constant '{before.root.name}' holds NaN or infinity")
             where = f"of {label(node)}" if before is None else f"'{before.root.name}'"
             _check_largest(new, limits, where, _data(node))
             if absorbs and slot == slots[0] and before is not None and limits is not None:

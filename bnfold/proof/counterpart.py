@@ -215,6 +215,14 @@ def _from_tensor(tensor: TensorProto) -> Constant:
     return Constant(widen(onnx.numpy_helper.to_array(tensor)), rounding, stored=True)
 
 
+def rests(node: onnx.NodeProto, view: View) -> bool:
+    """Dropout that drops nothing: no training mode, which is input 2 from opset 12 on."""
+    mode = node.input[2] if len(node.input) > 2 else ""
+    if not mode:
+        return True
+    return view.is_constant(mode) and not np.any(view.constant(mode).value)
+
+
 def same_constant(name: str, view: View, other_name: str, other: View) -> bool:
     """Equal bit for bit as stored; a computed one may differ by the rounding of its dtype."""
     first, second = view.initializers.get(name), other.initializers.get(other_name)

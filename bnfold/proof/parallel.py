@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import EXACT, Carried, Rounding, View
+from bnfold.proof.counterpart import EXACT, Carried, Rounding, View, rests
 from bnfold.proof.equations import Linear, channels, per_channel, read_linear, read_map
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -115,7 +115,7 @@ class _Reading:
         """A normalization, arithmetic with a constant, or an operator that changes nothing."""
         sources = self.view.sources(node)
         rank = self.like.rank
-        if len(sources) == 1 and node.op_type == "Dropout" and _rests(node, self.view):
+        if len(sources) == 1 and node.op_type == "Dropout" and rests(node, self.view):
             self.add(sources[0], slope, shift)
             return
         step = read_map([node], self.view, sources[0], rank) if len(sources) == 1 else None
@@ -220,14 +220,6 @@ class _Reading:
                 at = (group[held], row[held], column[held], place)
                 self.weight[at] += values[held]
                 self.weight_size[at] += np.abs(values[held])
-
-
-def _rests(node: onnx.NodeProto, view: View) -> bool:
-    """Dropout that drops nothing: no training mode, which is input 2 from opset 12 on."""
-    mode = node.input[2] if len(node.input) > 2 else ""
-    if not mode:
-        return True
-    return view.is_constant(mode) and not np.any(view.constant(mode).value)
 
 
 _Window = tuple[tuple[int, ...], tuple[int, ...], dict[tuple[int, ...], int]]

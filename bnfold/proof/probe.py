@@ -21,6 +21,7 @@ from bnfold.proof.counterpart import (
     Rounding,
     View,
     attributes,
+    rests,
 )
 from bnfold.proof.reference import NoReferenceError
 from bnfold.proof.shapes import Shapes
@@ -239,12 +240,16 @@ def _draw(sides: Sides, found: Match, shapes: Mapping[str, tuple[int, ...]],
 def _rows_sum_to_one(view: View, name: str, rank: int) -> bool:
     """True for what a Softmax over the last axis gives, which is no arbitrary number."""
     node = view.producers.get(name)
-    while node is not None and node.op_type in ("Identity", "Dropout"):
+    while node is not None and not node.domain and _hands_on(node, view):
         node = view.producers.get(node.input[0])
     if node is None or node.op_type != "Softmax" or node.domain or not rank:
         return False
     default = -1 if view.opsets.get("", 1) >= 13 else 1
     return int(attributes(node).get("axis", default)) % rank == rank - 1
+
+
+def _hands_on(node: onnx.NodeProto, view: View) -> bool:
+    return node.op_type == "Identity" or (node.op_type == "Dropout" and rests(node, view))
 
 
 def _draw_discrete(sides: Sides, found: Match, name: str, shape: tuple[int, ...],

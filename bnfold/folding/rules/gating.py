@@ -16,8 +16,16 @@ from bnfold.folding import layout
 from bnfold.folding.affine import Array
 from bnfold.folding.constants import constant
 from bnfold.folding.rules.moves import operand
-from bnfold.folding.rules.node import Opaque, dims, input_of, integer, label, opset_of
-from bnfold.folding.rules.passing import connect
+from bnfold.folding.rules.node import (
+    Opaque,
+    dims,
+    input_of,
+    integer,
+    is_standard,
+    label,
+    opset_of,
+)
+from bnfold.folding.rules.passing import connect, drops_nothing
 from bnfold.folding.rules.relations import Moves, Relations, identity_demands, no_shift
 
 # operators that only hand on what their input is
@@ -65,10 +73,10 @@ def matmul_relations(node: ir.Node, blocked: Blocked) -> Relations:
 def _rows_sum_to_one(value: ir.Value) -> bool:
     """True for what a Softmax over the last axis gives."""
     node = value.producer()
-    while node is not None and node.op_type in ("Identity", "Dropout"):
+    while node is not None and is_standard(node, "Identity", "Dropout") and drops_nothing(node):
         value = input_of(node, 0)
         node = value.producer()
-    if node is None or node.op_type != "Softmax" or node.domain not in ("", "ai.onnx"):
+    if node is None or not is_standard(node, "Softmax"):
         return False
     rank = len(dims(value))
     return integer(node, "axis", -1 if opset_of(node) >= 13 else 1) % rank == rank - 1

@@ -52,7 +52,9 @@ def add_rule(sign: int) -> Rule:
         a, b = input_of(node, 0), input_of(node, 1)
         held = one_constant(node)
         if held is not None:
-            slot, _ = held
+            slot, c = held
+            if not np.all(np.isfinite(c.array)):
+                raise Opaque("its constant is not finite")
             x, y = input_of(node, 1 - slot), node.outputs[0]
             tie = connect(x, y, operand(x, y))
             return Relations((tie,), (), (), (writable(x, node), writable(y, node)))
@@ -200,6 +202,8 @@ def extremum_rule(choose: Callable[[Array, Array], Array]) -> Rule:
             raise Opaque("it reads constants alone")
         if any(array.ndim > len(dims(y)) for array in bounds.values()):
             raise Opaque("its constant has a higher rank than the data")
+        if not all(np.all(np.isfinite(array)) for array in bounds.values()):
+            raise Opaque("its constant is not finite")
         scales = tuple(connect(value, y, operand(value, y)) for value in values)
         demands = [not_negative(value, node) for value in (*values, y)]
         if len(values) == 1:

@@ -73,7 +73,9 @@ def resized(x: ir.Value, y: ir.Value, node: ir.Node) -> Moves:
     if string(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
         raise Opaque("it fills with a constant outside the image")
     before, after = dims(x), dims(y)
-    if len(before) != len(after) or not isinstance(before[1], int) or before[1] != after[1]:
+    if len(before) < 2 or len(before) != len(after):
+        raise Opaque("its input has no channel axis")
+    if not isinstance(before[1], int) or before[1] != after[1]:
         raise Opaque("its channels may be resized")
     return pooled(x, y, node)
 

@@ -59,6 +59,11 @@ def input_of(node: ir.Node, slot: int) -> ir.Value:
     return value
 
 
+def is_standard(node: ir.Node, *op_types: str) -> bool:
+    """True for one of these operators as ONNX itself defines it."""
+    return node.op_type in op_types and node.domain in ("", "ai.onnx")
+
+
 def opset_of(node: ir.Node) -> int:
     """The opset that a node is written in (`graph.prepare` notes it on every graph)."""
     graph = node.graph

@@ -223,7 +223,13 @@ def average_pool_rule() -> Rule:
     return Rule(relations)
 
 
-_SHORT = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+# binary digits of the floating types
+_DIGITS = {
+    ir.DataType.BFLOAT16: 8,
+    ir.DataType.FLOAT16: 11,
+    ir.DataType.FLOAT: 24,
+    ir.DataType.DOUBLE: 53,
+}
 
 
 def cast_rule() -> Rule:
@@ -238,7 +244,7 @@ def cast_rule() -> Rule:
         if x.dtype not in FLOATS or y.dtype not in FLOATS:
             raise Opaque("it is not a cast between floating types")
         asks = rule.relations(node)
-        if y.dtype not in _SHORT or x.dtype in _SHORT:
+        if _DIGITS[y.dtype] >= min(_DIGITS[x.dtype], _DIGITS[ir.DataType.FLOAT]):
             return asks
         sentence = f"{label(node)} drops digits, of which a shift would change what is left"
         return Relations(asks.scales, asks.origins, (), (no_shift(y, sentence),))
@@ -251,11 +257,15 @@ def dropout_rule() -> Rule:
     rule = structural()
 
     def relations(node: ir.Node) -> Relations:
-        mode = optional_input(node, 2)
-        if mode is not None:
-            held = constant(mode)
-            if held is None or bool(np.any(held.array)):
-                raise Opaque("it runs in training mode")
+        if not drops_nothing(node):
+            raise Opaque("it runs in training mode")
         return rule.relations(node)
 
     return Rule(relations)
+
+
+def drops_nothing(node: ir.Node) -> bool:
+    """True for a Dropout at inference."""
+    mode = optional_input(node, 2)
+    held = constant(mode)
+    return mode is None or (held is not None and not np.any(held.array))
