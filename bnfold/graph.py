@@ -196,7 +196,9 @@ def prepare(model: ir.Model) -> ir.Model:
             known = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
             value.shape = ir.Shape(known)
     told = [_tell_channels(node) for graph in model.graphs() for node in graph]
-    if any(told) or any(value.shape is None for value in _values(model)):
+    # integers without a shape are sizes that an exporter computes: no gauge enters them
+    unknown = [v for v in _values(model) if v.shape is None and v.dtype not in _INTEGERS]
+    if any(told) or unknown:
         orders = [(graph, list(graph.initializers)) for graph in model.graphs()]
         # a shape that cannot be inferred is only a value that no gauge may enter
         with contextlib.suppress(Exception):
@@ -280,6 +282,7 @@ def _tell_channels(node: ir.Node) -> bool:
 
 
 _DECLARED = "bnfold.declared_shape"
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
 def _values(model: ir.Model) -> list[ir.Value]:

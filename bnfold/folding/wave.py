@@ -8,7 +8,7 @@ partial: NaN means "as before", channel by channel. A wave never changes the net
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from typing import Literal
 
 import numpy as np
@@ -39,8 +39,8 @@ class Wave:
         self.layer: Layer = "scale" if scales is None else "origin"
         self.new: dict[ir.Value, Array] = {}
         self._now: dict[ir.Value, Array] = {}
-        # what is left to do: a node, and the value beside it whose numbers have changed
-        self._queue: deque[tuple[ir.Node, ir.Value]] = deque()
+        # what is left to do, in turn: a node, and the value beside it whose numbers have changed
+        self._queue: OrderedDict[tuple[ir.Node, ir.Value], None] = OrderedDict()
         self._undecided: dict[tuple[ir.Node, Sum], None] = {}
         # where an elementwise tie or a sum has itself derived one side from the others
         self._settled: dict[Tie | Sum, Mask] = {}
@@ -50,7 +50,7 @@ class Wave:
 
     def _fork(self) -> Wave:
         other = Wave(self.network, self.scales)
-        other.new, other._queue = dict(self.new), deque(self._queue)
+        other.new, other._queue = dict(self.new), self._queue.copy()
         other._undecided, other._settled = dict(self._undecided), dict(self._settled)
         other._came_by, other._budget = dict(self._came_by), self._budget
         return other
@@ -135,7 +135,7 @@ class Wave:
         if value.producer() is None:
             raise Conflict(f"'{value.name}' is a constant that is used as data and stays as it is")
         self.check_demands(value)
-        self._queue.extend((node, value) for node in self.network.around(value))
+        self._queue.update(((node, value), None) for node in self.network.around(value))
 
     def check_demands(self, value: ir.Value) -> None:
         """Hold the numbers at a value against what its nodes demand. Raises Conflict."""
@@ -202,7 +202,7 @@ class Wave:
 
     def _run(self) -> None:
         while self._queue:
-            node, changed = self._queue.popleft()
+            (node, changed), _ = self._queue.popitem(last=False)
             asks = self.network.relations(node)
             for tie in asks.scales if self.layer == "scale" else asks.origins:
                 if tie.elementwise:
