@@ -359,7 +359,11 @@ def _source(
             "An nn.Module needs example_inputs, such as torch.zeros(1, 3, 224, 224), to be traced."
         )
     name = Path(type(model).__name__)
-    return source_of_module(model, _arguments(example_inputs), name, opset)
+    source = source_of_module(model, _arguments(example_inputs), name, opset)
+    if not any(part.training for part in model.modules()):
+        return source
+    note = "The network came in training mode; what is folded is what it computes in eval mode."
+    return replace(source, notes=(*source.notes, note))
 
 
 def _arguments(example_inputs: Examples) -> tuple[Any, ...]:

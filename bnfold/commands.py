@@ -154,7 +154,7 @@ def inspect(args: argparse.Namespace) -> Report:
     done = _new("inspect", args, result.notes)
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
-    done["summary"] = f"{len(result.folded)} of {found} batch norms fold exactly."
+    done["summary"] = f"{len(result.folded)} of {_norms(found)} fold exactly."
     args.verbose = True
     return done
 
@@ -613,6 +613,10 @@ def _add_fold(done: Report, result: Any) -> None:
     }
 
 
+def _norms(count: int) -> str:
+    return f"{count} batch norm{'s' * (count != 1)}"
+
+
 def _fold_summary(found: int, result: Any) -> str:
     folded, producer = len(result.folded), result.original.producer_name
     others = len(result.absorbed)
@@ -624,11 +628,21 @@ def _fold_summary(found: int, result: Any) -> str:
         hint = " (torch's exporter folds by itself unless optimize=False)"
         return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"
     if folded == found:
-        return f"All {found} batch norms folded.{more}"
-    text = f"{folded} of {found} batch norms folded; the reasons for the others are above.{more}"
+        return (
+            f"All {_norms(found)} folded.{more}" if found > 1 else f"The batch norm folded.{more}"
+        )
+    text = f"{folded} of {_norms(found)} folded; the reasons for the others are above.{more}"
     if any("--freeze-inputs" in kept.reason for kept in result.kept):
         text += " Pass --freeze-inputs if nobody overrides the weights as inputs."
     return text
+
+
+def _undecided(gates: list[Report]) -> bool:
+    """True where the algebra holds and the original is no measure for the numbers."""
+    failed = [gate for gate in gates if not gate["passed"]]
+    return any(gate["name"] == "original" for gate in failed) and not any(
+        gate["gate"] == "A" for gate in failed
+    )
 
 
 def _add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
@@ -643,6 +657,8 @@ def _add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
         )
     if proof.passed:
         done["summary"] += f" Proved by gates {gates}: R = {proof.r:.2f} (limit 4)."
+    elif _undecided(done["gates"]):
+        done["summary"] += " NOT proved: the original's own float32 error leaves no room to judge."
     else:
         where = f" {proof.notes[-1]}" if proof.first_divergence else ""
         done["summary"] += f" NOT the same function.{where}"

@@ -316,7 +316,12 @@ def graph_inputs(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def freeze_inputs(model: ir.Model) -> ir.Model:
-    """The same model with every initializer constant: none can be overridden as an input."""
+    """The same model with every initializer constant: none can be overridden as an input.
+
+    Before IR 4 every initializer must be listed as an input, and none can be overridden.
+    """
+    if (model.ir_version or 0) < 4:
+        return model
     passes.RemoveInitializersFromInputsPass()(model)
     return model
 

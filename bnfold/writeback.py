@@ -29,6 +29,7 @@ from bnfold.folding.plan import FoldPlan, plan
 from bnfold.folding.program import FoldedGraph, fold_program, scope_of_program
 from bnfold.folding.scope import Scope
 from bnfold.folding.selection import Selection
+from bnfold.parts import parts
 from bnfold.reading.source import Source
 
 Way = Literal["auto", "class", "graph"]
@@ -118,6 +119,11 @@ class _Task:
                 raise
             return self.into_graph(self.for_graph(), (str(why),))
         assert source.module is not None
+        fault = _fault_of(module, source)
+        if fault is not None:
+            if self.way == "class" or source.exported is None:
+                raise InputError(f"{fault} Ask for a graph module, or for ONNX alone.")
+            return self.into_graph(self.for_graph(), (fault,))
         compared = (_on_tensors(source.module, source), _on_tensors(module, source))
         return TorchFold(chosen, folded, module, compared, None, module.state_dict(), notes)
 
@@ -136,7 +142,7 @@ class _Task:
         else:  # the proof draws sizes where the ONNX graph leaves them open
             before, after = source.exported.program, program
             compared = (FoldedGraph(before, guarded=False), FoldedGraph(after, guarded=False))
-        notes = (*why, *self.beyond_torch(chosen), *_hooks_left_out(source))
+        notes = (*why, *self.beyond_torch(chosen), *_hooks_left_out(source), *_fixed(source))
         return TorchFold(chosen, folded, module, compared, program, module.state_dict(), notes)
 
     def onnx_alone(self, why: str) -> TorchFold:
@@ -171,6 +177,56 @@ def _beyond_class(source: Source, chosen: FoldPlan, better: FoldPlan) -> tuple[s
     note = f"{more} more batch norms would fold in a graph module (writeback 'graph', -o NAME.pt2)"
     hooks = hooked_parts(source.plain) if source.plain is not None else []
     return (f"{note}, which does not call the hooks of {_listed(hooks)}." if hooks else f"{note}.",)
+
+
+# of the largest output: far above what rounding leaves of a network, far below a wrong constant
+_SAME = 0.01
+
+
+def _fault_of(folded: nn.Module, source: Source) -> str | None:
+    """Why the class does not hold the fold, if it does not: its forward, run on the example.
+
+    A forward can read its modules without calling them: a weight without the bias that came to it,
+    a batch norm's eps, the class that a layer is of. No graph says so.
+    """
+    assert source.module is not None
+    name = type(source.module).__name__
+    read = f"The forward of {name} reads its layers in other ways than by calling them"
+    with torch.no_grad():
+        expected = _outputs(source.module, source)
+        try:
+            found = _outputs(folded, source)
+        except Exception as error:  # whatever the user's own code raises
+            text = " ".join(str(error).split())[:200]
+            return f"{read}: without its batch norms it fails ({type(error).__name__}: {text})."
+    for a, b in zip(expected, found, strict=True):
+        size = float(a.abs().max()) if a.numel() else 0.0
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=_SAME * size):
+            return f"{read}: without its batch norms it computes something else."
+    return None
+
+
+def _outputs(module: nn.Module, source: Source) -> list[torch.Tensor]:
+    """The floating outputs of a network in eval mode on its example."""
+    example = tree.tree_map_only(torch.Tensor, torch.clone, source.example)
+    modes = [(part, part.training) for _, part in parts(module)]
+    try:
+        for part, _ in modes:
+            part.training = False
+        found, _ = tree.tree_flatten(module(*example))
+    finally:
+        for part, training in modes:
+            part.training = training
+    return [x.float() for x in found if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def _fixed(source: Source) -> tuple[str, ...]:
+    """A note on the sizes that a graph module asks for."""
+    tensors = [x for x in tree.tree_flatten(source.example)[0] if isinstance(x, torch.Tensor)]
+    sizes = ", ".join("x".join(str(n) for n in x.shape[1:]) for x in tensors)
+    if not sizes:
+        return ()
+    return (f"The graph module takes inputs of the example's size: {sizes} for each sample.",)
 
 
 def _hooks_left_out(source: Source) -> tuple[str, ...]:

@@ -553,3 +553,11 @@ def test_a_nearly_dead_channel_behind_a_view_costs_the_other_readers_nothing(vie
         own = np.max(np.abs(before[name] - exact[name]))
         error = np.max(np.abs(after[name] - exact[name]))
         assert error <= 4 * max(own, 4 * 2.0**-24 * np.max(np.abs(exact[name])))
+
+
+def test_freezing_the_inputs_of_an_ir_3_model_leaves_it_valid() -> None:
+    law = Law("ir 3", "Conv", "x[4,4,4,4] > y; c = Conv(x, W[4,4,3,3]); y = BN4(c)", 1)
+    law = replace(law, opset=9, ir_version=3, listed=True)
+    frozen = graph.freeze_inputs(graph.prepare(ir.from_proto(build(law))))
+    made = folding.fold(graph.to_proto(frozen))  # which checks the file
+    assert len(made.plan.removed) == 1

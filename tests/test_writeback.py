@@ -27,6 +27,7 @@ from odd_nets import (
     Tied,
 )
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import bnfold
@@ -479,3 +480,71 @@ def test_other_types_fold_in_their_own(dtype, way):
         next(result.model.parameters()).neg_()
     assert not result.verify().passed
     assert not agree(module, result.model, x)
+
+
+# --- a forward that reads its layers in other ways than by calling them ---------------------------
+
+
+class Reads(nn.Module):
+    """A convolution and a batch norm; `forward` of the subclasses looks into them."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.b = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+    def plainly(self, x):
+        return self.b(self.c(x))
+
+
+class ReadsTheWeight(Reads):
+    def forward(self, x):
+        return self.b(functional.conv2d(x, self.c.weight))
+
+
+class HoldsTheStatistics(Reads):
+    def forward(self, x):
+        b = self.b
+        statistics = b.running_mean, b.running_var
+        return functional.batch_norm(self.c(x), *statistics, b.weight, b.bias, eps=b.eps)
+
+
+class ReadsAnAttribute(Reads):
+    def forward(self, x):
+        return self.plainly(x) * self.b.num_features
+
+
+class AsksForTheClass(Reads):
+    def forward(self, x):
+        return self.plainly(x) * (2 if isinstance(self.b, nn.BatchNorm2d) else 1)
+
+
+class AsksForTheBias(Reads):
+    def forward(self, x):
+        return self.plainly(x) + (5 if self.c.bias is None else 0)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [ReadsTheWeight, HoldsTheStatistics, ReadsAnAttribute, AsksForTheClass, AsksForTheBias],
+)
+def test_what_a_forward_reads_in_its_layers_is_never_lost(network):
+    module, x = with_statistics(network()), image()
+    result = bnfold.fold(module, x)
+    assert agree(module, result.model, x)
+    assert not result.kept
+    assert any("other ways than by calling" in note for note in result.notes)
+    with pytest.raises(InputError, match="other ways than by calling"):
+        bnfold.fold(module, x, writeback="class")
+
+
+def test_a_graph_module_says_what_size_it_takes():
+    module, x = with_statistics(CalledTwice()), image()
+    size = "x".join(str(n) for n in x.shape[1:])
+    assert any(size in note for note in bnfold.fold(module, x).notes)
+
+
+def test_training_mode_is_said():
+    x = image()
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert any("training mode" in note for note in bnfold.fold(network.train(), x).notes)
+    assert not any("training mode" in note for note in bnfold.fold(network.eval(), x).notes)

@@ -151,5 +151,8 @@ def explain(divergence: Divergence | None, problem: BnfoldError | None) -> str:
     if problem is not None:
         return f"Where they part could not be found: {problem}"
     if divergence is None:
-        return "In exact arithmetic they agree: the difference is float rounding in the runtime."
+        return (
+            "In exact arithmetic the two graphs agree: what differs is a runtime's rounding, or a"
+            " torch module that is not its graph."
+        )
     return divergence.sentence[0].upper() + divergence.sentence[1:]

@@ -83,10 +83,18 @@ def shifted(bias: Array, scale: Array, origin: Array) -> Array:
     return np.where(scale == 0, origin, scale * (bias - origin))
 
 
+def _is_pointwise(node: ir.Node) -> bool:
+    """True where every output element of a transposed convolution sees exactly one of the input."""
+    ones = (*constant_at(node, 1).shape[2:], *(integers(node, "strides") or ()))
+    zeros = (*(integers(node, "pads") or ()), *(integers(node, "output_padding") or ()))
+    plain = string(node, "auto_pad", "NOTSET") == "NOTSET" and "output_shape" not in node.attributes
+    return plain and all(n == 1 for n in ones) and not any(zeros)
+
+
 def conv_barrier(node: ir.Node, *, transposed: bool) -> str | None:
     """What stands against a shift at the input of a convolution, if something does."""
     if transposed:
-        return "sees fewer elements at the border"
+        return None if _is_pointwise(node) else "sees fewer elements at the border"
     return "pads with zeros" if _pads_with_zeros(node, constant_at(node, 1).shape[2:]) else None
 
 
