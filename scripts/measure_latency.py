@@ -31,7 +31,7 @@ from measure_zoo import tool  # noqa: E402
 FOLDER = ROOT / "build" / "latency"
 TABLE = ROOT / "docs" / "results" / "latency.md"
 ROUNDS = 200
-SECONDS = 60  # enough for a network, whatever the rounds
+SECONDS = 30  # enough for a network, whatever the rounds
 TOOLS = ("bnfold", "onnxsim", "onnxslim")
 # name -> height and width as published
 NETWORKS = {
