@@ -77,6 +77,52 @@ def test_the_page_names_every_file_of_the_house():
             assert named or folder, path
 
 
+def rows_of_the_page():
+    """The files and folders of each row of the table, from above."""
+    page = (ROOT.parent / "ARCHITECTURE.md").read_text()
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("|")]
+    return [re.findall(r"`([a-z_/]+(?:\.py|/))`", cell) for cell in cells]
+
+
+def row_of(module, rows):
+    """The row of a module (bnfold.folding.plan): that of its file, else that of its folder."""
+    path = module.removeprefix("bnfold.").replace(".", "/")
+    found = [
+        (len(name), at)
+        for at, names in enumerate(rows)
+        for name in names
+        if name == f"{path}.py" or (name.endswith("/") and f"{path}/".startswith(name))
+    ]
+    assert found, f"{module} has no row"
+    return max(found)[1]
+
+
+def imports_from_below(path, rows):
+    """The imports at the top of a file that stand in a lower row than the file's own."""
+    name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+    return [
+        module
+        for module in imports(path, at_top=True)
+        if module.startswith("bnfold.")
+        and not (module.startswith("bnfold.proof") and name.startswith("bnfold.proof"))
+        and row_of(module, rows) > row_of(name, rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if p.parent != ROOT or p.name not in ("__init__.py", "__main__.py")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_a_file_imports_only_from_the_rows_above(path):
+    assert not imports_from_below(path, rows_of_the_page())
+
+
+def test_an_import_from_below_would_be_seen():
+    rows = rows_of_the_page()[::-1]
+    assert imports_from_below(ROOT / "folding" / "plan.py", rows)
+
+
 def test_the_public_names_are_what_is_visible():
     assert dir(bnfold) == bnfold.__all__ == sorted(bnfold.__all__)
     for name in bnfold.__all__:
