@@ -20,7 +20,7 @@ from bnfold.folding.constants import FLOATS, Constant, constant, readers
 from bnfold.folding.merging import Merge
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.quantized import requantized
-from bnfold.folding.rules import RULES, constant_slots
+from bnfold.folding.rules import RULES, rewritten
 from bnfold.folding.rules.node import label, optional_input
 from bnfold.folding.rules.relations import Step
 from bnfold.folding.rules.repairs import repair_of
@@ -67,12 +67,11 @@ def apply(plan: FoldPlan) -> Folded:
         if node in touched:
             repair = repair_of(node, plan.repairs)
             form = repair.form(plan.gauge) if repair is not None else None
-            rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
             if form is not None:
                 writer.rewrite(nodes[node], _news(node, form.constants or {}))
                 writer.add_steps(nodes[node], form.steps, in_place=form.constants is None)
-            elif rewrite is not None:
-                writer.rewrite(nodes[node], _news(node, rewrite(node, plan.gauge)))
+            else:
+                writer.rewrite(nodes[node], _news(node, rewritten(node, plan.gauge)))
     writer.flush()
     bypassed = [(nodes[node], slot) for node, slot in gone.items() if node not in inner]
     aliases = _bypass_all(bypassed, writer)
@@ -91,8 +90,7 @@ def changes(plan: FoldPlan) -> Iterator[tuple[ir.Node, list[New]]]:
     gone = {removed.node for removed in (*plan.removed, *plan.absorbed)}
     touched = {node for value in plan.gauges for node in _around(value)} - gone
     for node in (node for graph in plan.model.graphs() for node in graph if node in touched):
-        rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
-        if rewrite is not None and (news := _news(node, rewrite(node, plan.gauge))):
+        if news := _news(node, rewritten(node, plan.gauge)):
             yield node, news
 
 

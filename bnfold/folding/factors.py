@@ -17,7 +17,7 @@ from bnfold.folding.affine import Array, Gauge, canonical
 from bnfold.folding.apply import correspondence, set_root
 from bnfold.folding.constants import Constant, constant
 from bnfold.folding.plan import FoldPlan
-from bnfold.folding.rules import RULES, constant_slots
+from bnfold.folding.rules import rewritable_slots, rewritten
 from bnfold.folding.rules.node import Opaque, integer
 from bnfold.folding.rules.relations import Gauges
 
@@ -40,7 +40,7 @@ def factors_of(plan: FoldPlan, written: Collection[str]) -> dict[str, Factors]:
     gone = {removed.node for removed in (*plan.removed, *plan.absorbed)}
     found: dict[str, Factors] = {}
     for node, probe in correspondence(plan.model, plan.model.clone()).items():
-        slots = () if node in gone else constant_slots(node)
+        slots = () if node in gone else rewritable_slots(node)
         held = {slot: _weight(probe, slot, written) for slot in slots}
         weights = {slot: weight for slot, weight in held.items() if weight is not None}
         for weight in weights.values():
@@ -72,10 +72,9 @@ def _fill_with_ones(weight: Constant) -> None:
 
 def _both_sides(probe: ir.Node, gauges: Mapping[str, Gauge]) -> list[dict[int, Array]]:
     """The rewritten constants where only the outputs are re-expressed, and only the inputs."""
-    rewrite = RULES[probe.op_type].rewrite
-    assert rewrite is not None  # its slots are constants that it rewrites
+    sides = (probe.outputs, probe.inputs)
     try:
-        return [rewrite(probe, _gauges_at(side, gauges)) for side in (probe.outputs, probe.inputs)]
+        return [rewritten(probe, _gauges_at(side, gauges)) for side in sides]
     except (Opaque, InputError):
         return []
 

@@ -29,7 +29,7 @@ from bnfold.folding.apply import New, changes, rounded
 from bnfold.folding.constants import constant, readers
 from bnfold.folding.module import tensor_of
 from bnfold.folding.plan import FoldPlan
-from bnfold.folding.rules import constant_slots, is_batch_norm
+from bnfold.folding.rules import is_batch_norm, rewritable_slots
 from bnfold.folding.rules.node import layer_name, name_of
 from bnfold.folding.scope import Scope
 from bnfold.graph import OPERATOR, Exported
@@ -113,7 +113,7 @@ def scope_of_program(exported: Exported) -> Scope:
     norms: dict[str, bool] = {}
     for node in (node for g in model.graphs() for node in g):
         call = calls.get(node.meta.get(OPERATOR, ""))
-        if slots := constant_slots(node):
+        if slots := rewritable_slots(node):
             layer = layer_name(node, slots[0])
             takes = call is not None and (call.target in _BIAS_AT or call.target in _PRODUCTS)
             layers[layer] = layers.get(layer, True) and takes
@@ -254,7 +254,7 @@ class _Writer:
     def add_bias(self, node: ir.Node, new: New) -> None:
         """A bias for an operator without one."""
         call = self._call(node)
-        weight = constant(node.inputs[constant_slots(node)[0]])
+        weight = constant(node.inputs[rewritable_slots(node)[0]])
         root = str(weight.root.name) if weight else ""
         placeholder = self.calls.get(_held_by(self.program, root))
         if placeholder is None or new.array.ndim != 1:

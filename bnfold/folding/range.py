@@ -20,7 +20,7 @@ from bnfold.folding.affine import Array, Gauge, canonical
 from bnfold.folding.constants import FLOATS, Constant, constant
 from bnfold.folding.merging import Merge
 from bnfold.folding.network import Network
-from bnfold.folding.rules import RULES, constant_slots, is_batch_norm, relations_of
+from bnfold.folding.rules import is_batch_norm, relations_of, rewritable_slots, rewritten
 from bnfold.folding.rules.node import Opaque, dims, label, real, weights
 from bnfold.folding.rules.normalization import constants_of_bypass, normalization_map
 from bnfold.folding.rules.relations import Gauges, Repair
@@ -152,10 +152,9 @@ class Guard:
             _check_largest(
                 finite, Limits.of(node.outputs[0].dtype), f"behind {label(node)}", _data(node)
             )
-        rewrite = RULES[node.op_type].rewrite if constant_slots(node) else None
-        if rewrite is None or (form is not None and form.constants is None):
+        slots = rewritable_slots(node)
+        if not slots or (form is not None and form.constants is None):
             return
-        slots = constant_slots(node)
         held = {slot: constant(node.inputs[slot]) for slot in slots if slot < len(node.inputs)}
         types = [Limits.of(c.dtype) for c in held.values() if c is not None]
         known = [limits for limits in types if limits is not None]
@@ -163,7 +162,7 @@ class Guard:
             return
         absorbs = not relations_of(node).scales  # else the constants are added, not multiplied
         constants = form.constants if form is not None else None
-        for slot, new in (constants or rewrite(node, gauge)).items():
+        for slot, new in (constants or rewritten(node, gauge)).items():
             before = held.get(slot)
             limits = Limits.of(before.dtype) if before is not None else known[0]
             if before is not None and not np.all(np.isfinite(before.array)):
@@ -222,9 +221,7 @@ class Guard:
             carried = _regular(own.scale) * self._sizes[value][1]
             return Gauge(own.scale * np.fmax(1, room.smallest / carried), own.origin)
 
-        rewrite = RULES[node.op_type].rewrite
-        assert rewrite is not None
-        new = rewrite(node, lifted)[slot]
+        new = rewritten(node, lifted)[slot]
         return _faintest(new, before.array, limits.smallest / _SLACK) is not None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from bnfold.folding.affine import Array
 from bnfold.folding.constants import Constant, constant, readers
-from bnfold.folding.rules import RULES, constant_slots
+from bnfold.folding.rules import rewritable_slots, rewritten
 from bnfold.folding.rules.node import layer_name, optional_input
 from bnfold.folding.trial import Trial
 from bnfold.folding.wave import Conflict
@@ -45,8 +45,7 @@ def check_scope(trial: Trial, scope: Scope) -> None:
         if watcher is not None and not trial.gauge(value).is_identity:
             raise OutOfScope(f"a hook on '{watcher}' looks at '{value.name}', which would change")
     for node, slots in trial.around.items():
-        rewrite = RULES[node.op_type].rewrite if slots else None
-        for slot, array in rewrite(node, trial.gauge).items() if rewrite else ():
+        for slot, array in rewritten(node, trial.gauge).items() if slots else ():
             held = constant(optional_input(node, slot))
             if held is None:
                 layer, weight = (
@@ -73,9 +72,8 @@ def _check_shared(trial: Trial, held: Constant, array: Array) -> None:
     """All who read a parameter must ask for one new value. Raises OutOfScope."""
     users = readers(held.root)
     for user, at in users:
-        rewritable = user not in trial.network.gone and at in constant_slots(user)
-        rewrite = RULES[user.op_type].rewrite if rewritable else None
-        asked = rewrite(user, trial.gauge)[at] if rewrite else held.array
+        rewritable = user not in trial.network.gone and at in rewritable_slots(user)
+        asked = rewritten(user, trial.gauge)[at] if rewritable else held.array
         if asked.shape != array.shape or np.any(asked != array):
             raise OutOfScope(
                 f"the parameter '{held.root.name}' is used in {len(users)} places, which would need"

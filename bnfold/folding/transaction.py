@@ -20,7 +20,7 @@ import onnx_ir as ir
 from bnfold.folding.affine import Array
 from bnfold.folding.network import Network
 from bnfold.folding.range import Guard, OutOfRange, remedies, rescaled
-from bnfold.folding.rules import constant_slots
+from bnfold.folding.rules import rewritable_slots
 from bnfold.folding.rules.node import layer_name, name_of
 from bnfold.folding.rules.normalization import constants_of_bypass
 from bnfold.folding.scope import OutOfScope, Scope, check_scope
@@ -180,7 +180,7 @@ def _takers(network: Network, touched: Iterable[ir.Value]) -> tuple[str, ...]:
         for near in network.around(value):
             merge = network.merged(near)
             node = merge.host if merge is not None else near
-            slots = () if node in network.gone else constant_slots(node)
+            slots = () if node in network.gone else rewritable_slots(node)
             if slots:
                 names[layer_name(node, slots[0])] = None
     return tuple(names)

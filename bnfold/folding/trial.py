@@ -17,7 +17,7 @@ from bnfold.folding.constants import constant
 from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
 from bnfold.folding.quantized import Unquantizable, requantized
-from bnfold.folding.rules import RULES, constant_slots, is_batch_norm
+from bnfold.folding.rules import is_batch_norm, rewritable_slots, rewritten
 from bnfold.folding.rules.linear import matmul_bias
 from bnfold.folding.rules.node import Opaque, input_of, name_of, optional_input, real, weights
 from bnfold.folding.rules.relations import Gauges
@@ -47,7 +47,7 @@ class Trial:
         """The nodes that produce or read those values, with the operands that may be rewritten."""
         found = {node: () for value in self.touched for node in self.network.around(value)}
         gone = self.network.gone
-        return {node: () if node in gone else constant_slots(node) for node in found}
+        return {node: () if node in gone else rewritable_slots(node) for node in found}
 
     @property
     def burden(self) -> tuple[int, int]:
@@ -130,8 +130,7 @@ def check_quantized(trial: Trial) -> None:
         held = {slot: constant(optional_input(node, slot)) for slot in slots}
         if not any(c is not None and c.dequantizer is not None for c in held.values()):
             continue
-        rewrite = RULES[node.op_type].rewrite
-        for slot, array in rewrite(node, trial.gauge).items() if rewrite else ():
+        for slot, array in rewritten(node, trial.gauge).items():
             c = held.get(slot)
             if c is not None and c.dequantizer is not None:
                 try:

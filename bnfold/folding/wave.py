@@ -3,7 +3,8 @@
 Scales obey equations of their own, and so do origins once the scales are known; a `Wave` is the
 change of one of the two. It starts from the numbers put at the two sides of a batch norm and
 follows ties and sums until nothing is left to imply, or until a demand is broken. Numbers are
-partial: NaN means "as before", channel by channel. A wave never changes the network.
+partial: NaN means "as before", channel by channel. A wave never changes what the network has
+agreed, and notes which values it reached.
 """
 
 from __future__ import annotations
@@ -144,8 +145,7 @@ class Wave:
                 if demand.value is value and demand.layer == self.layer:
                     held = demand.holds(self.scale_now(value), self.now(value))
                     if not np.all(held):
-                        of_sign = "positive" in demand.sentence or "negative" in demand.sentence
-                        path = self._path(value) if of_sign else ""
+                        path = self._path(value) if demand.of_sign else ""
                         raise Conflict(demand.sentence + _channels(~held) + path)
 
     def _check_facts(self, value: ir.Value) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.folding.affine import ChannelAffine
+from bnfold.folding.affine import Array, ChannelAffine
 from bnfold.folding.rules.einsum import einsum_rule
 from bnfold.folding.rules.embedding import gather_rule
 from bnfold.folding.rules.joining import (
@@ -69,7 +69,7 @@ from bnfold.folding.rules.passing import (
     summing,
 )
 from bnfold.folding.rules.recurrent import recurrent_rule
-from bnfold.folding.rules.relations import Relations, Rule
+from bnfold.folding.rules.relations import Gauges, Relations, Rule
 
 
 def _blocks(node: ir.Node) -> bool:
@@ -154,7 +154,7 @@ def rule_of(node: ir.Node) -> Rule | None:
     return RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
 
 
-def constant_slots(node: ir.Node) -> tuple[int, ...]:
+def rewritable_slots(node: ir.Node) -> tuple[int, ...]:
     """The operands of a node that its row may rewrite."""
     rule = rule_of(node)
     if rule is None or rule.rewrite is None:
@@ -163,6 +163,14 @@ def constant_slots(node: ir.Node) -> tuple[int, ...]:
         return rule.constants(node)
     except Opaque:
         return ()
+
+
+def rewritten(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
+    """The new constants of a node by slot, given the gauges around it; none where it has none."""
+    rule = rule_of(node)
+    if rule is None or rule.rewrite is None or not rewritable_slots(node):
+        return {}
+    return rule.rewrite(node, gauges)
 
 
 def is_batch_norm(node: ir.Node) -> bool:

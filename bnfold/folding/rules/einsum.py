@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.folding.affine import Array, Mask, canonical
-from bnfold.folding.rules.node import Opaque, constant_slots, dims, input_of, one_constant, string
+from bnfold.folding.rules.node import Opaque, dims, input_of, one_constant, operand_slots, string
 from bnfold.folding.rules.node import label as name_of_node
 from bnfold.folding.rules.relations import (
     Demand,
@@ -128,4 +128,4 @@ def einsum_rule() -> Rule:
         read = p.against_constant(gauges(p.x).read_scale, p.of_x)
         return {p.slot: p.constant * read * p.against_constant(gauges(p.y).scale, p.of_y)}
 
-    return Rule(relations, rewrite, lambda node: constant_slots(node))
+    return Rule(relations, rewrite, operand_slots)

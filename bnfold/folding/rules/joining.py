@@ -14,12 +14,12 @@ from bnfold.folding.rules.gating import Blocked, product_relations
 from bnfold.folding.rules.moves import operand, same
 from bnfold.folding.rules.node import (
     Opaque,
-    constant_slots,
     dims,
     input_of,
     integer,
     label,
     one_constant,
+    operand_slots,
 )
 from bnfold.folding.rules.passing import connect
 from bnfold.folding.rules.relations import (
@@ -91,7 +91,7 @@ def add_rule(sign: int) -> Rule:
         value = sign * shift if slot == 1 else shift
         return 1 - slot, ChannelAffine(np.full((1,) * shift.ndim, scale), value)
 
-    return Rule(relations, rewrite, lambda node: constant_slots(node), affine)
+    return Rule(relations, rewrite, operand_slots, affine)
 
 
 def _per_channel(node: ir.Node, slot: int, constant: Array) -> Array:
@@ -174,7 +174,7 @@ def factor_rule(*, divide: bool, blocked: Blocked) -> Rule:
             raise Opaque("it multiplies by 0")
         return 1 - slot, ChannelAffine(scale, np.zeros((1,) * scale.ndim))
 
-    return Rule(relations, rewrite, lambda node: constant_slots(node), affine)
+    return Rule(relations, rewrite, operand_slots, affine)
 
 
 def mean_relations(node: ir.Node) -> Relations:

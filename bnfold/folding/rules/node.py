@@ -143,7 +143,7 @@ def one_constant(node: ir.Node) -> tuple[int, Constant] | None:
     return slot, c
 
 
-def constant_slots(node: ir.Node) -> tuple[int, ...]:
+def operand_slots(node: ir.Node) -> tuple[int, ...]:
     """The slot of the constant operand of a two-operand node, if there is one."""
     held = one_constant(node)
     return () if held is None else (held[0],)

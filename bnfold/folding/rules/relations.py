@@ -65,12 +65,14 @@ class Demand:
     """What a node asks of the scale or the origin at one value.
 
     holds(scale, origin) is an array of bool, False on the channels where the demand is broken.
+    of_sign: it is about the sign of the scale.
     """
 
     value: ir.Value
     layer: Literal["scale", "origin"]
     holds: Callable[[Array, Array], Mask]
     sentence: str
+    of_sign: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +146,13 @@ def identity_demands(value: ir.Value, sentence: str) -> tuple[Demand, Demand]:
 def positive(value: ir.Value, node: ir.Node) -> Demand:
     """A scale above 0 (a known constant counts as such)."""
     sentence = f"{label(node)} takes only positive scales"
-    return Demand(value, "scale", lambda scale, _o: scale > 0, sentence)
+    return Demand(value, "scale", lambda scale, _o: scale > 0, sentence, of_sign=True)
 
 
 def not_negative(value: ir.Value, node: ir.Node) -> Demand:
     """A scale of 0 or above."""
     sentence = f"{label(node)} takes no negative scale"
-    return Demand(value, "scale", lambda scale, _o: scale >= 0, sentence)
+    return Demand(value, "scale", lambda scale, _o: scale >= 0, sentence, of_sign=True)
 
 
 def readable(value: ir.Value, node: ir.Node) -> Demand:
