@@ -505,7 +505,9 @@ def number_of_elements(b: Builder) -> object:
 @operator()
 def branch(b: Builder) -> object:
     """If: a layer and a batch norm in one branch, something simple in the other."""
-    x = b.value(lambda v: v.rank >= 3 and v.shape[1] > 0)
+    # onnxruntime 1.31 loses a Cast that only a branch reads
+    casts = {name for node in b.nodes if node.op_type == "Cast" for name in node.output}
+    x = b.value(lambda v: v.rank >= 3 and v.shape[1] > 0 and v.name not in casts)
     if x is None:
         return None
     channels, at = x.shape[1], len(b.nodes)
@@ -517,7 +519,6 @@ def branch(b: Builder) -> object:
     inner.values.append(Live(f"inner{at}", x.shape))
     batch_norm(inner)
     inner.nodes[-1].output[0] = f"then{at}"
-    # no Identity: onnxruntime 1.31 fails on some that stand alone in a branch
     other = helper.make_node(b.one_of(["Abs", "Relu"]), [x.name], [f"else{at}"])
 
     def graph(name: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
