@@ -108,9 +108,13 @@ def _is_wrong(result: Result) -> bool:
 
 
 def _is_ill(proof: Result) -> bool:
-    return not proof.get("passed", True) and all(
+    return not proof.get("passed", True) and any(
         "the original's own output" in failure for failure in proof["failures"]
     )
+
+
+def _breaks_the_algebra(proof: Result) -> bool:
+    return any(failure.startswith("A:") for failure in proof.get("failures", ()))
 
 
 def _verdict(proof: Result) -> str:
@@ -118,9 +122,11 @@ def _verdict(proof: Result) -> str:
         return ""
     if "error" in proof:
         return "crash"
+    if _breaks_the_algebra(proof):
+        return "WRONG"
     if _is_ill(proof):
         return "ill conditioned"
-    return "pass" if proof["passed"] else "FAIL"
+    return "pass" if proof["passed"] else "rounding"
 
 
 def _time_ratio(got: Mapping[str, Result], which: str = "seconds") -> float | None:
@@ -198,9 +204,13 @@ def _proved(found: Results) -> list[str]:
     ran = [proof for proof in proofs if "error" not in proof]
     ill = sum(map(_is_ill, ran))
     crashes = len(proofs) - len(ran) + sum("error" in got["fold"] for got in found.values())
-    wrong = sum(not proof["passed"] for proof in ran) - ill
+    wrong = sum(map(_breaks_the_algebra, ran))
+    beyond = sum(not proof["passed"] for proof in ran) - ill - wrong
     fair = [proof["r"] for proof in ran if not math.isnan(proof["r"]) and not _is_ill(proof)]
-    text = f"- bnfold: {wrong} wrong, {crashes} crashes, {ill} ill conditioned, of {len(proofs)}."
+    text = (
+        f"- bnfold, {len(proofs)} proved: {wrong} wrong (gate A), {crashes} crashes, {beyond} beyond a"
+        f" limit of rounding (gates B and C), {ill} too ill conditioned in float32 to be judged."
+    )
     return [text, *([f"- R of the others: {_spread(fair)}."] if fair else [])]
 
 
