@@ -208,8 +208,8 @@ def _proved(found: Results) -> list[str]:
     beyond = sum(not proof["passed"] for proof in ran) - ill - wrong
     fair = [proof["r"] for proof in ran if not math.isnan(proof["r"]) and not _is_ill(proof)]
     text = (
-        f"- bnfold, {len(proofs)} proved: {wrong} wrong (gate A), {crashes} crashes, {beyond} beyond a"
-        f" limit of rounding (gates B and C), {ill} too ill conditioned in float32 to be judged."
+        f"- bnfold, {len(proofs)} proved: {wrong} wrong (gate A), {crashes} crashes, {beyond} beyond"
+        f" a limit of rounding (gates B, C), {ill} too ill conditioned in float32 to be judged."
     )
     return [text, *([f"- R of the others: {_spread(fair)}."] if fair else [])]
 
