@@ -208,8 +208,9 @@ def _proved(found: Results) -> list[str]:
     beyond = sum(not proof["passed"] for proof in ran) - ill - wrong
     fair = [proof["r"] for proof in ran if not math.isnan(proof["r"]) and not _is_ill(proof)]
     text = (
-        f"- bnfold, {len(proofs)} proved: {wrong} wrong (gate A), {crashes} crashes, {beyond} beyond"
-        f" a limit of rounding (gates B, C), {ill} too ill conditioned in float32 to be judged."
+        f"- bnfold in {len(proofs)} proofs: {wrong} wrong (gate A), {crashes} crashes,"
+        f" {beyond} beyond a limit of rounding (gates B, C), {ill} too ill conditioned in float32"
+        " to be judged."
     )
     return [text, *([f"- R of the others: {_spread(fair)}."] if fair else [])]
 
