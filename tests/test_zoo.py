@@ -66,7 +66,7 @@ def test_a_wrong_network_is_found_and_told(network: Path, tmp_path: Path) -> Non
     text = table({"a": measured}, {"a": FACTS}, 1)
     assert "| a | 1 | 0 | 0 |  | 0 (wrong) |" in text
     assert "1 wrong: a" in text
-    assert "bnfold: 0 wrong, 0 crashes" in text
+    assert "0 wrong (gate A), 0 crashes" in text
 
 
 @pytest.mark.parametrize(("r", "own", "told"), [(6, 1e-3, 0), (6, 1e-6, 1), (300, 1e-3, 1)])
