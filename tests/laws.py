@@ -591,6 +591,7 @@ REPAIRED = [
     Law("bn, transposed conv, dilated, repaired", "ConvTranspose", f"{X} > y; b = BN4(x); y = ConvTranspose<strides=[3,2], dilations=[2,3]>(b, W[4,4,2,3])", 1, repairs=("border",)),
     Law("bn, transposed conv 1x1", "ConvTranspose", f"{X} > y; b = BN4(x); y = ConvTranspose(b, W[4,4,1,1])", 1),
     Law("bn, transposed conv 1x1, stride", "", f"{X} > y; b = BN4(x); y = ConvTranspose<strides=[2,2]>(b, W[4,4,1,1])", 0, ("border",)),
+    Law("bn, transposed conv 1x1, padded", "", f"{X} > y; b = BN4(x); y = ConvTranspose<pads=[1,0,0,0]>(b, W[4,4,1,1])", 0, ("border",)),
     Law("bn, transposed conv 1x1, cropped", "", f"{X} > y; b = BN4(x); y = ConvTranspose<output_padding=[1,0], strides=[2,1]>(b, W[4,4,1,1])", 0, ("border",)),
     Law("bn, transposed conv with an output shape", "", f"{X} > y; b = BN4(x); y = ConvTranspose<output_shape=[6,6]>(b, W[4,4,3,3])", 0, ("border",), repairs=("border",)),
     Law("bn, relu, padded conv, both repairs", "Relu", f"{X} > y; b = BN4:alt(x); r = Relu(b); y = Conv<{PAD}>(r, W[4,4,3,3])", 1, repairs=("border", "clamp")),
