@@ -243,6 +243,23 @@ def _functions_near_batch_norms(model: ir.Model) -> set[ir.OperatorIdentifier]:
             return near
 
 
+def names_in(model: ir.Model) -> set[str | None]:
+    """The names of all values, in every graph of the model."""
+    values = (v for graph in model.graphs() for v in (*graph.initializers.values(), *graph.inputs))
+    outputs = (v for graph in model.graphs() for node in graph for v in node.outputs)
+    return {value.name for value in (*values, *outputs)}
+
+
+def fresh_name(name: str, taken: set[str | None]) -> str:
+    """The name, or with a number where it is taken; from now on it is."""
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate
+
+
 def is_batch_norm(node: ir.Node) -> bool:
     """True for ONNX's own BatchNormalization."""
     return node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")

@@ -14,8 +14,7 @@ import onnx_ir as ir
 
 from bnfold import graph
 from bnfold.errors import UsageError
-
-FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+from bnfold.folding.constants import FLOATS
 
 
 def scale_input(
@@ -67,8 +66,7 @@ def _put_behind(
     assert value.dtype is not None
     rank = len(value.shape or ())
     readers = list(value.uses())
-    names = {v.name for v in (*model.graph.inputs, *model.graph.initializers.values())}
-    names |= {out.name for node in model.graph for out in node.outputs}
+    names = graph.names_in(model)
     nodes, last = [], value
     for op_type, numbers in steps:
         stem = f"{value.name}_{'mean' if op_type == 'Sub' else 'std'}"
@@ -78,7 +76,7 @@ def _put_behind(
         tensor = ir.Tensor(
             array.reshape(array.shape if array.size > 1 else ()).astype(value.dtype.numpy()),
             dtype=value.dtype,
-            name=_fresh(stem, names),
+            name=graph.fresh_name(stem, names),
         )
         held = ir.Value(
             name=tensor.name,
@@ -90,7 +88,9 @@ def _put_behind(
         if (model.ir_version or 0) < 4:
             model.graph.inputs.append(held)  # IR 3 lists every initializer among the inputs
         out = ir.Value(
-            name=_fresh(f"{stem}_out", names), shape=value.shape, type=ir.TensorType(value.dtype)
+            name=graph.fresh_name(f"{stem}_out", names),
+            shape=value.shape,
+            type=ir.TensorType(value.dtype),
         )
         nodes.append(ir.node(op_type, [last, held], name=f"{stem}_{op_type}", outputs=[out]))
         last = out
@@ -98,12 +98,3 @@ def _put_behind(
     model.graph.insert_before(first, nodes)
     for node, slot in readers:
         node.replace_input_with(slot, last)
-
-
-def _fresh(name: str, taken: set[str | None]) -> str:
-    candidate, count = name, 0
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate

@@ -195,7 +195,7 @@ MUTANTS: list[Mutant] = [
     # writing
     Mutant(APPLY, "and len(writes) == len(readers(root))", "and len(writes) > 0", "shared"),
     Mutant(APPLY, "np.array_equal(w.held.as_root(w.array), first)", "first is not None", "shared"),
-    Mutant(APPLY, "name = self._fresh(name)", "name = str(name)", "straight"),
+    Mutant(APPLY, "name = fresh_name(name, self.names)", "name = str(name)", "straight"),
     Mutant(APPLY, "graph.inputs.append(value)", "pass", "opset 7"),
     Mutant(APPLY, "graph = self.model.graph if listed else node.graph", "graph = node.graph", "branch, IR 3"),
     Mutant(APPLY, "    x.name = name", "    x.name = None", "conv"),

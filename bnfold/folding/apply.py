@@ -7,7 +7,7 @@ what nothing reads any more goes. The model that came in stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from bnfold.folding.rules import RULES, rewritten
 from bnfold.folding.rules.node import label, optional_input
 from bnfold.folding.rules.relations import Step
 from bnfold.folding.rules.repairs import repair_of
+from bnfold.graph import fresh_name, names_in
 
 # the largest number of each type: a bound where there is none
 _LARGEST = {
@@ -60,7 +61,7 @@ def apply(plan: FoldPlan) -> Folded:
     gone = {removed.node: removed.slot for removed in (*plan.removed, *plan.absorbed)}
     inner = {node for merge in plan.merges for node in merge.inner}
     forms = {merge.host: merge.form(plan.gauge) for merge in plan.merges}
-    touched = {node for value in plan.gauges for node in _around(value)} - set(gone) - inner
+    touched = _touched(plan) - inner
     for node in nodes:
         if node in forms:
             writer.rewrite(nodes[node], _news(node, forms[node].constants or {}))
@@ -87,8 +88,7 @@ def changes(plan: FoldPlan) -> Iterator[tuple[ir.Node, list[New]]]:
 
     That is all of a plan without repairs and merges, besides what it takes out.
     """
-    gone = {removed.node for removed in (*plan.removed, *plan.absorbed)}
-    touched = {node for value in plan.gauges for node in _around(value)} - gone
+    touched = _touched(plan)
     for node in (node for graph in plan.model.graphs() for node in graph if node in touched):
         if news := _news(node, rewritten(node, plan.gauge)):
             yield node, news
@@ -103,9 +103,12 @@ def correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]:
     }
 
 
-def _around(value: ir.Value) -> Iterable[ir.Node]:
-    producer = value.producer()
-    return [*([producer] if producer else []), *(user for user, _ in value.uses())]
+def _touched(plan: FoldPlan) -> set[ir.Node]:
+    """The nodes that stay and produce or read a value with a gauge."""
+    producers = {value.producer() for value in plan.gauges} - {None}
+    readers_ = {user for value in plan.gauges for user, _ in value.uses()}
+    gone = {removed.node for removed in (*plan.removed, *plan.absorbed)}
+    return {node for node in (*producers, *readers_) if node is not None} - gone
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,7 @@ class _Writer:
         self.writes: list[_Write] = []
         self.biases: dict[str, tuple[str, ...]] = {}
         self.written: dict[str, tuple[str, ...]] = {}
-        self.names = {
-            value.name
-            for graph in model.graphs()
-            for value in (*graph.initializers.values(), *graph.inputs)
-        } | {out.name for graph in model.graphs() for node in graph for out in node.outputs}
+        self.names = names_in(model)
         self.suspects: dict[ir.Value, None] = {}
 
     def rewrite(self, node: ir.Node, news: list[New]) -> None:
@@ -224,7 +223,7 @@ class _Writer:
         self.written[str(write.root.name)] = (*known, str(value.name))
 
     def _initializer(self, node: ir.Node, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        name = self._fresh(name)
+        name = fresh_name(name, self.names)
         value = ir.Value(
             name=name,
             shape=ir.Shape(tensor.numpy().shape),
@@ -239,14 +238,6 @@ class _Writer:
         if listed:
             graph.inputs.append(value)
         return value
-
-    def _fresh(self, name: str) -> str:
-        candidate, count = name, 0
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.names.add(candidate)
-        return candidate
 
     def _add_bias(self, node: ir.Node, new: New) -> None:
         """A bias where there was none: an input of Conv and Gemm, an Add behind a MatMul."""
@@ -308,7 +299,7 @@ class _Writer:
         result.meta.update(value.meta)
         ir.convenience.replace_all_uses_with(value, result, replace_graph_outputs=True)
         behind.replace_input_with(0, value)
-        value.name = self._fresh(f"{value.name}_before_{op_type.lower()}")
+        value.name = fresh_name(f"{value.name}_before_{op_type.lower()}", self.names)
         return result
 
     def forget_unread(self) -> None:

@@ -85,8 +85,7 @@ def _slice(node: ir.Node, operands: list[Any]) -> Elements:
     axes = _attribute(node, "axes", range(len(starts))) if axes is None else axes.reshape(-1)
     steps = [1] * len(starts) if steps is None else steps.reshape(-1)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        stop = None if step < 0 and end < -x.shape[int(axis)] else int(end)
-        cut = slice(int(start), stop, int(step))
+        cut = slice(int(start), int(end), int(step))
         x = np.moveaxis(np.moveaxis(x, int(axis), 0)[cut], 0, int(axis))
     return np.asarray(x)
 

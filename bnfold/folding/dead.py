@@ -20,7 +20,7 @@ from bnfold.folding.apply import Folded, rounded
 from bnfold.folding.constants import FLOATS
 from bnfold.folding.merging import is_private
 from bnfold.folding.rules.linear import conv_barrier
-from bnfold.folding.rules.node import dims, input_of, integer, integers, weights
+from bnfold.folding.rules.node import dims, input_of, integer, integers, is_standard, weights
 from bnfold.folding.rules.passing import leaky
 
 _DEPTH = 4  # layers in a row that are cut: gate A proves them as one piece
@@ -103,7 +103,7 @@ def _lines(graph: ir.Graph | ir.Function) -> Iterator[_Line]:
 
 def _is_layer(node: ir.Node) -> bool:
     """A convolution of all channels whose constants are tensors of its own."""
-    if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
+    if not is_standard(node, "Conv"):
         return False
     if integer(node, "group", 1) != 1:
         return False

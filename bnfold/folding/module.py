@@ -18,10 +18,9 @@ from torch import nn
 from bnfold.errors import InputError
 from bnfold.folding.apply import Folded
 from bnfold.folding.plan import FoldPlan
-from bnfold.folding.rules import is_batch_norm
 from bnfold.folding.rules.node import name_of
 from bnfold.folding.scope import Scope
-from bnfold.graph import MODULE
+from bnfold.graph import MODULE, is_batch_norm
 from bnfold.parts import parts
 from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
 from bnfold.reading.plain import copy_of, ends_in_act, hooked, make_plain

@@ -17,7 +17,7 @@ from bnfold.folding.constants import constant
 from bnfold.folding.merging import Branch, Merge, OneConv, ParallelSum, holds, is_private
 from bnfold.folding.network import Network
 from bnfold.folding.rules import relations_of
-from bnfold.folding.rules.node import Opaque, dims, input_of
+from bnfold.folding.rules.node import Opaque, dims, input_of, is_standard
 
 _SUMS = {"Add": (1, 1), "Sub": (1, -1)}
 _VIEWS = frozenset({"Identity", "Dropout"})
@@ -82,7 +82,7 @@ def conv_at(network: Network, node: ir.Node) -> Merge | None:
     merge = network.merged(node)
     if merge is not None:
         return merge if merge.root is node else None
-    if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
+    if not is_standard(node, "Conv"):
         return None
     try:
         return OneConv.of(node)
@@ -101,7 +101,7 @@ def tensor_of(network: Network, value: ir.Value) -> ir.Value:
 
 def is_view(node: ir.Node) -> bool:
     """Identity, and Dropout at inference."""
-    if node.op_type not in _VIEWS or node.domain not in ("", "ai.onnx"):
+    if not is_standard(node, *_VIEWS):
         return False
     return bool(relations_of(node).scales)
 

@@ -22,11 +22,12 @@ from bnfold.folding.merging import Merge
 from bnfold.folding.network import Network
 from bnfold.folding.parallel import parallel_sums
 from bnfold.folding.range import Guard, OutOfRange
-from bnfold.folding.rules import affine_of, is_batch_norm
+from bnfold.folding.rules import affine_of
 from bnfold.folding.rules.node import Opaque, label, layer_name, name_of
 from bnfold.folding.scope import Scope
 from bnfold.folding.selection import Selection
 from bnfold.folding.transaction import remove
+from bnfold.graph import is_batch_norm
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from bnfold.folding.apply import New, changes, rounded
 from bnfold.folding.constants import constant, readers
 from bnfold.folding.module import tensor_of
 from bnfold.folding.plan import FoldPlan
-from bnfold.folding.rules import is_batch_norm, rewritable_slots
+from bnfold.folding.rules import rewritable_slots
 from bnfold.folding.rules.node import layer_name, name_of
 from bnfold.folding.scope import Scope
-from bnfold.graph import OPERATOR, Exported
+from bnfold.graph import OPERATOR, Exported, is_batch_norm
 
 _aten: Any = torch.ops.aten
 # Where an operator takes its bias, and those that need an addition behind them instead.

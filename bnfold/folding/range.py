@@ -20,11 +20,12 @@ from bnfold.folding.affine import Array, Gauge, canonical
 from bnfold.folding.constants import FLOATS, Constant, constant
 from bnfold.folding.merging import Merge
 from bnfold.folding.network import Network
-from bnfold.folding.rules import is_batch_norm, relations_of, rewritable_slots, rewritten
+from bnfold.folding.rules import relations_of, rewritable_slots, rewritten
 from bnfold.folding.rules.node import Opaque, dims, label, real, weights
-from bnfold.folding.rules.normalization import constants_of_bypass, normalization_map
+from bnfold.folding.rules.normalization import normalization_map
 from bnfold.folding.rules.relations import Gauges, Repair
 from bnfold.folding.wave import Conflict, Wave
+from bnfold.graph import is_batch_norm
 
 _SPREADS = 32  # the largest number expected of a value, in standard deviations from its mean
 # the sizes expected of a value that no batch norm tells anything about
@@ -366,16 +367,4 @@ def rescaled(network: Network, value: ir.Value, factor: Array) -> tuple[Wave, Wa
     wanted = np.where(factor == 1, np.nan, network.gauge(value).scale * factor)
     scales.put(value, canonical(wanted), by)
     scales = scales.settle()
-    origins = Wave(network, scales)
-    for touched in scales.touched():
-        for node in network.around(touched):
-            if node in network.gone:
-                # gamma = 0: the constant that is written follows the scale
-                m = network.map_of(node)
-                found = constants_of_bypass(m.x, m.y, m.affine, scales.now, origins.now)
-                for place, array in found.items():
-                    origins.put(place, array, node)
-    origins = origins.settle()
-    for touched in scales.touched():
-        origins.check_demands(touched)
-    return scales, origins
+    return scales, Wave(network, scales).follow_scales()

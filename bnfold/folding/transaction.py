@@ -159,18 +159,7 @@ def _move_origin(network: Network, node: ir.Node, scales: Wave, side: str) -> Wa
         before = numbers.get(place, np.nan)
         numbers[place] = np.where(np.isnan(array), before, array)
     wave.start(tie, numbers, node)
-    for touched in scales.touched():
-        for other in network.around(touched):
-            if other in network.gone and other is not node:
-                # gamma = 0 in a batch norm that is gone already: its constant follows the scale
-                o = network.map_of(other)
-                found = constants_of_bypass(o.x, o.y, o.affine, scales.now, wave.now)
-                for place, array in found.items():
-                    wave.put(place, array, other)
-    wave = wave.settle()
-    for touched in scales.touched():
-        wave.check_demands(touched)
-    return wave
+    return wave.follow_scales(besides=node)
 
 
 def _takers(network: Network, touched: Iterable[ir.Value]) -> tuple[str, ...]:

@@ -17,11 +17,12 @@ from bnfold.folding.constants import constant
 from bnfold.folding.holds import broken
 from bnfold.folding.network import Network
 from bnfold.folding.quantized import Unquantizable, requantized
-from bnfold.folding.rules import is_batch_norm, rewritable_slots, rewritten
+from bnfold.folding.rules import rewritable_slots, rewritten
 from bnfold.folding.rules.linear import matmul_bias
 from bnfold.folding.rules.node import Opaque, input_of, name_of, optional_input, real, weights
 from bnfold.folding.rules.relations import Gauges
 from bnfold.folding.wave import Conflict, Wave
+from bnfold.graph import is_batch_norm
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from bnfold.folding.affine import Array, Mask, canonical
 from bnfold.folding.network import Network
 from bnfold.folding.rules import rule_of
 from bnfold.folding.rules.node import label, name_of
+from bnfold.folding.rules.normalization import constants_of_bypass
 from bnfold.folding.rules.relations import Sum, Tie
 
 Layer = Literal["scale", "origin"]
@@ -199,6 +200,25 @@ class Wave:
             if np.any((residue != 0) & (_count_unknown(masks) >= 2)):
                 return self._choose(node, total)
         return self
+
+    def follow_scales(self, besides: ir.Node | None = None) -> Wave:
+        """Origins, spread to the end after the scales have changed. Raises Conflict.
+
+        Where gamma = 0 in a batch norm that is gone, its constant follows the scale; besides: the
+        one whose constants have been put already.
+        """
+        assert self.scales is not None
+        touched = self.scales.touched()
+        for node in (node for value in touched for node in self.network.around(value)):
+            if node in self.network.gone and node is not besides:
+                m = self.network.map_of(node)
+                found = constants_of_bypass(m.x, m.y, m.affine, self.scales.now, self.now)
+                for place, array in found.items():
+                    self.put(place, array, node)
+        wave = self.settle()
+        for value in touched:
+            wave.check_demands(value)
+        return wave
 
     def _run(self) -> None:
         while self._queue:

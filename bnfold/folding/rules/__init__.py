@@ -173,11 +173,6 @@ def rewritten(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
     return rule.rewrite(node, gauges)
 
 
-def is_batch_norm(node: ir.Node) -> bool:
-    """True for ONNX's own BatchNormalization."""
-    return node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
-
-
 def affine_of(node: ir.Node) -> tuple[int, ChannelAffine]:
     """The operand of which a node is a per-channel map, and the map.
 

@@ -128,7 +128,7 @@ def sliced(x: ir.Value, _y: ir.Value, node: ir.Node) -> Moves:
     steps = indices(node, 4, "steps") or [1] * len(starts)
     before = dims(x)
     cuts = [
-        (axis, _clamped(start, stop, step))
+        (axis, slice(start, stop, step))
         for axis, start, stop, step in zip(axes, starts, ends, steps, strict=True)
     ]
 
@@ -145,13 +145,6 @@ def sliced(x: ir.Value, _y: ir.Value, node: ir.Node) -> Moves:
         return result
 
     return ahead, back
-
-
-def _clamped(start: int, stop: int, step: int) -> slice:
-    """ONNX bounds as a Python slice: a stop far below 0 means "past the first element"."""
-    if step < 0 and stop < -(2**30):
-        return slice(start, None, step)
-    return slice(start, stop, step)
 
 
 def _put_along(array: Array, index: slice | Sequence[int], axis: int, size: Dim) -> Array | None:
