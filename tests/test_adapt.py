@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bnfold.adapting import diagnosis, estimate, lockstep, memory
+from bnfold.adapting import diagnosis, lockstep, memory, meter, modules
 from bnfold.adapting.adapt import adapt
 from bnfold.adapting.moments import ImageMoments
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
@@ -63,7 +63,7 @@ def target(count=61, seed=1, shape=(2, 5, 5)):
 def tasks(request, monkeypatch):
     """Both ways to pause a batch; afterwards no thread is left."""
     before = threading.active_count()
-    monkeypatch.setattr(estimate, "task_maker", lambda _: lockstep.task_maker(request.param))
+    monkeypatch.setattr(modules, "task_maker", lambda _: lockstep.task_maker(request.param))
     yield request.param
     assert threading.active_count() == before
     assert torch.is_grad_enabled()
@@ -128,7 +128,7 @@ def test_exact_does_not_depend_on_the_order(net):
 def test_both_kinds_of_tasks_give_the_same_bits(net, monkeypatch):
     states = []
     for kind in ("greenlet", "thread"):
-        monkeypatch.setattr(estimate, "task_maker", lambda _, kind=kind: lockstep.task_maker(kind))
+        monkeypatch.setattr(modules, "task_maker", lambda _, kind=kind: lockstep.task_maker(kind))
         states.append(adapt(net, target().split(7)).module.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -168,8 +168,8 @@ def test_images_of_different_sizes_weigh_by_their_pixels(net):
 
 
 def test_a_dropped_batch_is_caught_by_the_exactness_test(net, monkeypatch):
-    pooled = estimate.pooled
-    monkeypatch.setattr(estimate, "pooled", lambda found, name: pooled(list(found)[:9], name))
+    pooled = modules.pooled
+    monkeypatch.setattr(modules, "pooled", lambda found, name: pooled(list(found)[:9], name))
     wrong = adapt(net, target().split(6), diagnose=False)  # 11 batches
     with pytest.raises(AssertionError):
         assert_exact(wrong.module, layer_by_layer(net, target()))
@@ -183,8 +183,8 @@ def test_averaged_variances_are_caught_by_the_exactness_test(net, monkeypatch):
         whole.pixels.m2[:] = var * whole.pixels.count
         return whole
 
-    pooled = estimate.pooled
-    monkeypatch.setattr(estimate, "pooled", averaged)
+    pooled = modules.pooled
+    monkeypatch.setattr(modules, "pooled", averaged)
     wrong = adapt(net, target().split(10), diagnose=False)
     with pytest.raises(AssertionError):
         assert_exact(wrong.module, layer_by_layer(net, target()))
@@ -231,7 +231,7 @@ def test_a_rectified_input_of_many_pixels_is_measured_to_1e_6(layout):
         x = x.transpose(2, 3).contiguous().transpose(2, 3)
     else:
         x = x.to(memory_format=layout)
-    found = estimate.Meter()("bn", x, 0)
+    found = meter.Meter()("bn", x, 0)
     np.testing.assert_allclose(found.means, exact.mean(2), rtol=1e-6)
     np.testing.assert_allclose(found.variances, exact.var(2, correction=0), rtol=1e-6)
 

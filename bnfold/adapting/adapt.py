@@ -2,7 +2,7 @@
 
 AdaBN (Li et al., "Revisiting batch normalization for practical domain adaptation", 2016; "Adaptive
 batch normalization", Pattern Recognition 2018): the weights stay, each batch norm's mean and
-variance become those of the target. How they are measured: estimate.py. What the result
+variance become those of the target. How they are measured: modules.py. What the result
 says about itself: diagnosis.py.
 """
 
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfold.adapting import diagnosis, estimate
+from bnfold.adapting import diagnosis, modules
 from bnfold.adapting.diagnosis import LayerShift, OutputShift
-from bnfold.adapting.estimate import Estimate, Layers, Progress
+from bnfold.adapting.estimate import Estimate, Progress
 from bnfold.adapting.feed import Feed, Forward
 from bnfold.adapting.memory import available_bytes
+from bnfold.adapting.modules import Layers
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
 
 __all__ = ["AdaptResult", "LayerShift", "OutputShift", "SkippedLayer", "adapt"]
@@ -106,6 +107,7 @@ def adapt(
         work = _working_copy(result, device)
         chosen, skipped = _choose(work, layers)
         source = _sharing_parameters(work)
+        described = {name: modules.layer_of(layer, name) for name, layer in chosen.items()}
         room = available_bytes(_device_of(work)) // 2 if max_bytes is None else max_bytes
         feed = Feed(work, batches, forward=forward, max_bytes=room // 4)
         try:
@@ -114,7 +116,7 @@ def adapt(
             feed.close()
         for name in found.moments:
             _transfer(work.get_submodule(name), result.get_submodule(name))
-        shifts = diagnosis.layer_shifts(source, work, found, seen, precision)
+        shifts = diagnosis.layer_shifts(described, found, seen, precision)
     assert feed.images is not None
     assert feed.batches is not None
     unvisited = [SkippedLayer(n, _UNVISITED) for n in chosen if n not in found.moments]
@@ -128,7 +130,16 @@ def adapt(
         batches=feed.batches,
         outputs=outputs,
         warnings=tuple(
-            diagnosis.warnings(found, shifts, outputs, feed, method, precision, len(unvisited))
+            diagnosis.warnings(
+                found,
+                shifts,
+                outputs,
+                feed.images,
+                feed.batches,
+                method,
+                precision,
+                len(unvisited),
+            )
         ),
         passes=max(found.passes, 1),
     )
@@ -148,9 +159,9 @@ def _run(
     progress = Progress(tell, feed, len(chosen) + 1 if method == "exact" else 1, diagnose)
     try:
         if method == "fast":
-            found = estimate.fast(work, chosen, feed, progress)
+            found = modules.fast(work, chosen, feed, progress)
         else:
-            found = estimate.exact(work, chosen, feed, progress, max_bytes=room)
+            found = modules.exact(work, chosen, feed, progress, max_bytes=room)
         if not found.moments:
             raise InputError(
                 f"The forward passed none of the {len(chosen)} batch norms to adapt; if it uses"
@@ -158,7 +169,7 @@ def _run(
             )
         seen = None
         if diagnose:
-            seen = diagnosis.observe(source, work, list(found.moments), feed, progress)
+            seen = modules.observe(source, work, list(found.moments), feed, progress)
     except torch.OutOfMemoryError as error:
         raise RuntimeUnavailableError(
             f"The memory of {_device_of(work)} gave out; lower max_bytes or the batch size."

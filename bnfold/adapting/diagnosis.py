@@ -6,28 +6,15 @@ source, can lose by adaptation. A small labelled set tells; these figures say wh
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from bnfold.adapting.estimate import (
-    TOLERANCE,
-    Estimate,
-    Layers,
-    Meter,
-    Progress,
-    Tally,
-    layer_eps,
-    watching,
-)
-from bnfold.adapting.feed import Feed
+from bnfold.adapting.estimate import TOLERANCE, Estimate
 from bnfold.adapting.moments import Float64, ImageMoments, chance_limit
+from bnfold.adapting.statistics import Layer, Statistics
 
 FAST_BATCH = 32  # images in a batch, below which `fast` is off by some percent and more
 # Mean W2^2 / sigma^2 over the layers, below which a target is the source, and below which it is so
@@ -103,44 +90,6 @@ class Observed:
     outputs: OutputShift | None
 
 
-def observe(
-    source: nn.Module, adapted: nn.Module, names: list[str], feed: Feed, progress: Progress
-) -> Observed:
-    """Run both networks, in eval mode, over the target and watch the layers `names`."""
-    before, after = _Watch(source, names), _Watch(adapted, names)
-    comparison = _Comparison()
-    with before.open(), after.open():
-        for number, batch in enumerate(feed):
-            outputs = [watch.call(feed, batch, number) for watch in (before, after)]
-            comparison.add(*map(_class_scores, outputs))
-            progress.step()
-    return Observed(before.totals(), after.totals(), comparison.result())
-
-
-class _Watch:
-    """A network and the tallies of its layers."""
-
-    def __init__(self, net: nn.Module, names: list[str]) -> None:
-        self._net = net
-        self._layers: Layers = {name: net.get_submodule(name) for name in names}
-        self._meter, self._tallies, self._number = Meter(), dict[str, Tally](), 0
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        with watching(self._layers, self._visit):
-            yield
-
-    def call(self, feed: Feed, batch: Any, number: int) -> Any:
-        self._number = number
-        return feed.call(self._net, batch, number)
-
-    def totals(self) -> dict[str, ImageMoments]:
-        return {name: tally.total() for name, tally in self._tallies.items()}
-
-    def _visit(self, name: str, x: Tensor) -> None:
-        self._tallies.setdefault(name, Tally(name)).add(self._meter(name, x, self._number))
-
-
 # --- distances ------------------------------------------------------------------------------------
 
 
@@ -155,50 +104,35 @@ def wasserstein(shift: Float64, ratio: Float64) -> Float64:
     return distance
 
 
-def distances(layer: nn.Module, moments: ImageMoments) -> tuple[float, float]:
+def distances(statistics: Statistics, eps: float, moments: ImageMoments) -> tuple[float, float]:
     """Symmetric KL and squared W2, means over channels, of a layer's input on the target.
 
     In units of the layer's own normalisation: eps belongs to both variances, as it does to what the
     layer divides by, so that a channel without variance is no infinite distance.
     """
-    eps = layer_eps(layer)
-    mean, var = statistics(layer)
-    unit = var + eps
-    shift = (moments.pixels.mean - mean) / np.sqrt(unit)
+    unit = statistics.var + eps
+    shift = (moments.pixels.mean - statistics.mean) / np.sqrt(unit)
     ratio = (moments.pixels.var + eps) / unit
     return float(symmetric_kl(shift, ratio).mean()), float(wasserstein(shift, ratio).mean())
 
 
 def _distances(
-    layer: nn.Module, moments: ImageMoments | None
+    statistics: Statistics, eps: float, moments: ImageMoments | None
 ) -> tuple[float, float] | tuple[None, None]:
-    return (None, None) if moments is None else distances(layer, moments)
-
-
-def statistics(layer: nn.Module) -> tuple[Float64, Float64]:
-    """The layer's running mean and variance, float64."""
-    mean, var = layer.running_mean, layer.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(var, Tensor)
-    return mean.detach().cpu().double().numpy(), var.detach().cpu().double().numpy()
+    return (None, None) if moments is None else distances(statistics, eps, moments)
 
 
 def layer_shifts(
-    source: nn.Module,
-    adapted: nn.Module,
-    estimate: Estimate,
-    seen: Observed | None,
-    precision: float,
+    layers: Mapping[str, Layer], estimate: Estimate, seen: Observed | None, precision: float
 ) -> tuple[LayerShift, ...]:
-    """The row of each layer that was measured, in the order of the forward."""
+    """The row of each of the `layers` that was measured, in the order of the forward."""
     rows = []
     for name, moments in estimate.moments.items():
-        old, new = source.get_submodule(name), adapted.get_submodule(name)
-        eps = layer_eps(new)
-        before = _distances(old, seen.before.get(name) if seen else None)
-        after = _distances(new, seen.after.get(name) if seen else None)
+        layer, eps = layers[name], layers[name].eps
+        before = _distances(layer.source, eps, seen.before.get(name) if seen else None)
+        after = _distances(estimate.statistics[name], eps, seen.after.get(name) if seen else None)
         needed = float(np.median(moments.images_needed(precision, eps)))
-        was, now = statistics(old)[1], moments.pixels.var
+        was, now = layer.source.var, moments.pixels.var
         rows.append(
             LayerShift(
                 name=name,
@@ -222,18 +156,7 @@ def layer_shifts(
 # --- outputs --------------------------------------------------------------------------------------
 
 
-def _class_scores(output: Any) -> Tensor | None:
-    """Scores (N, K) in an output, by its shape; None where there are none."""
-    if isinstance(output, Mapping):
-        output = output.get("logits", output.get("out"))
-    elif isinstance(output, tuple | list) and output:
-        output = output[0]
-    if isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2:
-        return output.detach().double().cpu() if output.shape[1] > 1 else None
-    return None
-
-
-class _Comparison:
+class Comparison:
     """Predictions of two networks, batch by batch."""
 
     def __init__(self) -> None:
@@ -241,12 +164,13 @@ class _Comparison:
         self._entropies: list[tuple[Float64, Float64]] = []
         self._classes: set[int] = set()
 
-    def add(self, before: Tensor | None, after: Tensor | None) -> None:
+    def add(self, before: Float64 | None, after: Float64 | None) -> None:
+        """One batch: class scores (N, K) of both; None for outputs that are none."""
         if before is None or after is None or before.shape != after.shape:
             self._classes.add(0)
             return
         self._classes.add(before.shape[1])
-        self._rows.append((before.argmax(1).numpy(), after.argmax(1).numpy()))
+        self._rows.append((before.argmax(1), after.argmax(1)))
         self._entropies.append((_entropy(before), _entropy(after)))
 
     def result(self) -> OutputShift | None:
@@ -269,12 +193,14 @@ class _Comparison:
         )
 
 
-def _entropy(scores: Tensor) -> Float64:
+def _entropy(scores: Float64) -> Float64:
     """Per row, nats; scores are probabilities where they look like it, else logits."""
-    total = scores.sum(1)
-    probabilities = bool((scores >= 0).all()) and bool(((total - 1).abs() < 1e-3).all())
-    logs = scores.clamp_min(1e-300).log() if probabilities else torch.log_softmax(scores, 1)
-    entropy: Float64 = -(logs.exp() * logs).sum(1).numpy()
+    if (scores >= 0).all() and (np.abs(scores.sum(1) - 1) < 1e-3).all():
+        logs = np.log(np.maximum(scores, 1e-300))
+    else:
+        logs = scores - scores.max(1, keepdims=True)
+        logs = logs - np.log(np.exp(logs).sum(1, keepdims=True))
+    entropy: Float64 = -(np.exp(logs) * logs).sum(1)
     return entropy
 
 
@@ -285,13 +211,13 @@ def warnings(
     estimate: Estimate,
     layers: tuple[LayerShift, ...],
     outputs: OutputShift | None,
-    feed: Feed,
+    images: int,
+    batches: int,
     method: str,
     precision: float,
     unvisited: int,
 ) -> Iterator[str]:
     """What may be wrong, a sentence each."""
-    images, batches = feed.images or 0, feed.batches or 1
     yield from _about_size(layers, images, precision)
     if method == "fast" and images < FAST_BATCH * batches:
         yield (
