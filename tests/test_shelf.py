@@ -48,7 +48,7 @@ def test_memory_that_was_given_back_is_used_again(disk):
     assert not list(disk.iterdir())
 
 
-def test_a_disk_without_room_is_told(disk, monkeypatch):
+def test_a_disk_without_room_is_told(monkeypatch):
     monkeypatch.setattr(shelves, "_LEFT_FREE", 1 << 62)
     shelf = Shelf(0)
     with pytest.raises(RuntimeUnavailableError, match="TMPDIR"):
