@@ -119,7 +119,7 @@ class Rule:
         else:
             share = self.weight if self.weight is not None else self.prior / (self.prior + images)
             w = w_var = np.full_like(difference, share)
-        mean = target.mean + w * difference
+        mean = w * source.mean + (1 - w) * target.mean
         var = w_var * source.var + (1 - w_var) * target.var
         if self.mixture:
             var = var + w * (1 - w) * difference**2
