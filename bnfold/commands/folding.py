@@ -1,0 +1,230 @@
+"""`bnfold fold`, `unfold` and `inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bnfold.commands.shared import FORMATS, Report, add_proof, new_report, open_model, timed
+from bnfold.errors import UsageError
+from bnfold.outputs import (
+    Writeback,
+    as_it_came,
+    beside,
+    check_outputs,
+    default_suffixes,
+    record_path,
+    unfolded_beside,
+    write_all,
+    writeback_of,
+    writer_of,
+)
+
+_NOT_RUN = (
+    "The network's torch module was not at hand: the torch file holds the proved graph's weights by"
+    " name and was not run. `bnfold verify` with --model runs it."
+)
+
+
+def fold(args: argparse.Namespace) -> Report:
+    """`bnfold fold MODEL`: plan, apply, prove, write; no file appears when a gate fails."""
+    from bnfold.api import fold_source
+
+    outputs, writeback = _outputs_of_fold(args)
+    record = args.record or record_path(outputs[0])
+    if not args.dry_run:
+        check_outputs(outputs, args.model, args.overwrite, FORMATS)
+        check_outputs([record], args.model, args.overwrite, (".safetensors",))
+    started = time.perf_counter()
+    source, repair = _open_scaled(args), _repairs(args)
+    result = fold_source(
+        source,
+        writeback=writeback,
+        repair=repair,
+        selection=_selection(args),
+        clean_up=_clean_up(args),
+    )
+    if not args.outputs:
+        outputs = as_it_came(outputs, result)
+        if not args.dry_run:
+            check_outputs(outputs, args.model, args.overwrite, FORMATS)
+    done = new_report("fold", args, result.notes)
+    if result.state_dict is not None and result.modules is None:
+        done["warnings"] = [_NOT_RUN]
+    _add_fold(done, result)
+    found = len(result.folded) + len(result.kept)
+    done["summary"] = _fold_summary(found, result)
+    if args.dry_run:
+        done["summary"] += " Nothing was written (--dry-run)."
+        return timed(done, started)
+    if not args.no_verify:
+        proof = result.verify(providers=args.providers or ("cpu",))
+        add_proof(done, proof)
+        if not proof.passed:
+            done["summary"] += " No file was written."
+            return timed(done, started)
+    writers = {path: writer_of(path, args, result, source) for path in outputs}
+    write_all(done, writers, (record, result.record), source=args.model)
+    for path in outputs:
+        if path.suffix.lower() == ".pt2":
+            done["summary"] += f" Load the graph with torch.export.load('{path}').module()."
+    return timed(done, started)
+
+
+def unfold(args: argparse.Namespace) -> Report:
+    """`bnfold unfold FOLDED`: the original, bit for bit; no file appears when a gate fails."""
+    from bnfold.api import count_operators
+    from bnfold.folding.record import load_record
+    from bnfold.unfolding import check_belongs, open_folded, unfold_source
+
+    outputs = args.outputs or [unfolded_beside(args.folded)]
+    check_outputs(outputs, args.folded, args.overwrite, FORMATS)
+    started = time.perf_counter()
+    record = load_record(args.record or record_path(args.folded))
+    check_belongs(args.folded, record)
+    source, own_graph = open_folded(
+        args.folded,
+        factory=args.factory,
+        shapes=args.shapes or (),
+        opset=args.opset,
+        trust_pickle=args.trust_pickle,
+    )
+    result = unfold_source(source, record, own_graph=own_graph, factory=args.factory)
+    done = new_report("unfold", args, result.notes)
+    before, after = count_operators(source.graph), count_operators(result.graph)
+    done["operators"] = {"before": before, "after": after}
+    done["summary"] = (
+        f"{len(result.norms)} batch norms are back, every weight the original's bit for bit."
+    )
+    if not args.no_verify:
+        proof = result.verify(providers=args.providers or ("cpu",))
+        add_proof(done, proof, is_fold=own_graph)
+        if not proof.passed:
+            done["summary"] += " No file was written."
+            return timed(done, started)
+    plain = {"layers": record.undo.layers, "norms": record.undo.norms}
+    writers = {
+        path: writer_of(path, args, result, source, kind="unfold", plain=plain) for path in outputs
+    }
+    hashes = write_all(done, writers, role="unfolded", source=args.folded)
+    if record.files.get("original") in hashes.values():
+        done["summary"] += " The file is the one that was folded, byte for byte."
+    return timed(done, started)
+
+
+def inspect(args: argparse.Namespace) -> Report:
+    """`bnfold inspect MODEL`: where each batch norm would go, or why it would stay."""
+    from bnfold.api import fold_source
+
+    source, in_graph = _open_scaled(args), _changes_operators(args)
+    way: Writeback = "auto" if in_graph is None else None
+    result = fold_source(
+        source,
+        writeback=way,
+        repair=_repairs(args),
+        selection=_selection(args),
+        clean_up=_clean_up(args),
+    )
+    done = new_report("inspect", args, result.notes)
+    _add_fold(done, result)
+    found = len(result.folded) + len(result.kept)
+    done["summary"] = f"{len(result.folded)} of {_norms(found)} fold exactly."
+    args.verbose = True
+    return done
+
+
+def _outputs_of_fold(args: argparse.Namespace) -> tuple[list[Path], Writeback]:
+    """The files that a fold is to write, and what a torch network is to come back as for them."""
+    from bnfold.reading.sniff import sniff
+
+    kind, in_graph = sniff(args.model), _changes_operators(args)
+    suffixes = default_suffixes(kind)[: 1 if in_graph is not None else None]
+    outputs = args.outputs or beside(args.model, "folded", suffixes)
+    writeback = writeback_of(outputs, named=bool(args.outputs))
+    if writeback is not None and in_graph is not None:
+        raise UsageError(f"{in_graph} changes operators, not only weights: write .onnx only.")
+    return outputs, writeback
+
+
+def _repairs(args: argparse.Namespace) -> tuple[str, ...]:
+    """The exact repairs that were asked for."""
+    return ("clamp", "border") if "all" in args.repairs else tuple(dict.fromkeys(args.repairs))
+
+
+def _clean_up(args: argparse.Namespace) -> tuple[str, ...]:
+    """What else is to be simplified."""
+    everything = ("pad", "conv-chain", "dead-channels")
+    return everything if "all" in args.clean_up else tuple(dict.fromkeys(args.clean_up))
+
+
+def _changes_operators(args: argparse.Namespace) -> str | None:
+    """The option that asks for more than new weights, if one does."""
+    if args.repairs or args.clean_up:
+        return "--repair" if args.repairs else "--clean-up"
+    return "--input-mean" if args.input_mean is not None or args.input_std is not None else None
+
+
+def _open_scaled(args: argparse.Namespace) -> Any:
+    """The model of a verb that folds, its input's mean and std in front where they are given."""
+    source = open_model(args, args.model)
+    if args.input_mean is None and args.input_std is None:
+        if args.input_name is not None:
+            raise UsageError("--input-name says which input --input-mean is about; give that too.")
+        return source
+    from bnfold.input_scaling import scale_input
+
+    mean, std = args.input_mean or (0.0,), args.input_std or (1.0,)
+    scaled = scale_input(source.graph, mean, std, args.input_name)
+    note = "the network takes its input as it is; (x - mean) / std is part of it now"
+    return replace(source, graph=scaled, notes=(*source.notes, note))
+
+
+def _selection(args: argparse.Namespace) -> Any:
+    from bnfold.folding.selection import Selection
+
+    return Selection(tuple(args.keep), tuple(args.only))
+
+
+def _add_fold(done: Report, result: Any) -> None:
+    from bnfold.api import count_operators
+
+    done["batch_norms"] = {
+        "folded": [{"name": norm.name, "into": list(norm.into)} for norm in result.folded],
+        "kept": [{"name": norm.name, "reason": norm.reason} for norm in result.kept],
+        "absorbed": list(result.absorbed),
+    }
+    done["merged"] = [
+        {"sum": merged.name, "into": merged.into, "layers": list(merged.layers)}
+        for merged in result.merged
+    ]
+    done["operators"] = {
+        "before": count_operators(result.original),
+        "after": count_operators(result.graph),
+    }
+
+
+def _norms(count: int) -> str:
+    return f"{count} batch norm{'s' * (count != 1)}"
+
+
+def _fold_summary(found: int, result: Any) -> str:
+    folded, producer = len(result.folded), result.original.producer_name
+    others = len(result.absorbed)
+    more = f" {others} Mul, Add, Sub or Div by constants went too." if others else ""
+    if result.merged:
+        count = len(result.merged)
+        more += f" {count} convolution{'s' * (count > 1)} took in what stood around."
+    if found == 0:
+        hint = " (torch's exporter folds by itself unless optimize=False)"
+        return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"
+    if folded == found:
+        return (
+            f"All {_norms(found)} folded.{more}" if found > 1 else f"The batch norm folded.{more}"
+        )
+    text = f"{folded} of {_norms(found)} folded; the reasons for the others are above.{more}"
+    if any("--freeze-inputs" in kept.reason for kept in result.kept):
+        text += " Pass --freeze-inputs if nobody overrides the weights as inputs."
+    return text

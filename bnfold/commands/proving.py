@@ -1,0 +1,100 @@
+"""`bnfold export` and `verify`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from bnfold import report
+from bnfold.commands.shared import (
+    Report,
+    add_proof,
+    inputs_of,
+    new_report,
+    open_model,
+    open_samples,
+)
+from bnfold.errors import UsageError
+from bnfold.outputs import (
+    add_file,
+    check_outputs,
+    record_path,
+)
+
+
+def export(args: argparse.Namespace) -> Report:
+    """`bnfold export MODEL`: the torch network as ONNX, batch norms in place."""
+    from bnfold.api import count_operators
+    from bnfold.graph import to_proto, write_onnx
+    from bnfold.proof.verify import verify as prove
+    from bnfold.reading.sniff import Kind, sniff
+
+    if sniff(args.model) is Kind.ONNX:
+        raise UsageError(f"{args.model} is ONNX already; `bnfold fold` folds it.")
+    outputs = args.outputs or [args.model.with_suffix(".onnx")]
+    check_outputs(outputs, args.model, args.overwrite, (".onnx",))
+    source = open_model(args, args.model)
+    done = new_report("export", args, source.notes)
+    operators = count_operators(source.graph)
+    done["operators"] = {"before": operators, "after": operators}
+    done["summary"] = f"Exported at opset {source.graph.opset_imports.get('')}."
+    if not args.no_verify:
+        proto = to_proto(source.graph)
+        modules = (source.module, source.module) if source.module is not None else None
+        proof = prove(
+            proto, proto, providers=tuple(args.providers or ("cpu",)), torch_modules=modules
+        )
+        add_proof(done, proof, is_fold=False)
+        if not proof.passed:
+            done["summary"] += " No file was written."
+            return done
+    for path in outputs:
+        write_onnx(source.graph, path)
+        add_file(done, "export", path)
+    return done
+
+
+def verify(args: argparse.Namespace) -> Report:
+    """`bnfold verify ORIGINAL FOLDED`: the gates, for any two models."""
+    import numpy as np
+
+    from bnfold.folding.record import load_record
+    from bnfold.graph import to_proto
+    from bnfold.proof.verify import verify as prove
+
+    original, folded = open_model(args, args.original), open_model(args, args.folded)
+    path = args.record or record_path(args.folded)
+    record = load_record(path) if args.record is not None or path.is_file() else None
+    done = new_report("verify", args, (*original.notes, *folded.notes))
+    if record is not None and record.files.get("original") != report.sha256(args.original):
+        done["notes"].append(f"{path} is the record of another original; gate A is left out")
+        record = None
+    elif record is not None and not record.is_of(report.sha256(args.folded)):
+        done["notes"].append(
+            f"{args.folded} is not what {path} was written for, or was changed since: gate A says"
+            " whether it still is that fold"
+        )
+    inputs = None
+    if args.data is not None:
+        names = list(inputs_of(original))
+        parts = [b[0] if isinstance(b, list | tuple) else b for b in open_samples(args, args.data)]
+        if len(names) != 1 or not parts or isinstance(parts[0], Mapping):
+            raise UsageError("verify --data takes samples of a model's single input.")
+        inputs = {names[0]: np.concatenate([np.asarray(part) for part in parts])}
+    modules = None
+    if original.module is not None and folded.module is not None:
+        modules = (original.module, folded.module)
+    proof = prove(
+        to_proto(original.graph),
+        to_proto(folded.graph),
+        gauges=record.gauges if record else None,
+        aliases=record.aliases if record else None,
+        inputs=inputs,
+        providers=tuple(args.providers or ("cpu",)),
+        torch_modules=modules,
+        seed=args.seed,
+        samples=args.samples,
+    )
+    done["summary"] = ""
+    add_proof(done, proof)
+    return done

@@ -1,0 +1,150 @@
+"""What the verbs share: models and data opened as the arguments say, reports begun and ended."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bnfold import report
+from bnfold.errors import UsageError
+
+Report = dict[str, Any]
+
+FORMATS = (".onnx", ".pt", ".pth", ".safetensors", ".pt2")
+
+
+def open_model(args: argparse.Namespace, path: Path) -> Any:
+    """A model file, read as the arguments say."""
+    from bnfold.reading.sniff import Kind, sniff
+    from bnfold.reading.source import open_source
+
+    own = sniff(path) in (Kind.ONNX, Kind.EXPORTED_PROGRAM)
+    two = hasattr(args, "original")  # of two models, --model belongs to the checkpoints
+    return open_source(
+        path,
+        model=None if own and two else args.factory,
+        input_shapes=args.shapes,
+        opset=args.opset,
+        trust_pickle=args.trust_pickle,
+        freeze_inputs=args.freeze_inputs,
+    )
+
+
+def open_samples(args: argparse.Namespace, spec: str) -> Any:
+    """The data that an option names, as batches."""
+    from bnfold.data import open_data
+
+    if args.seed < 0:
+        raise UsageError(f"--seed is {args.seed}; it must be 0 or more.")
+    shapes = getattr(args, "shapes", None)
+    shape = shapes[0][1] if shapes else None
+    return open_data(
+        spec,
+        batch_size=args.batch_size,
+        samples=args.samples,
+        seed=args.seed,
+        preprocess=args.preprocess,
+        mean=args.mean,
+        std=args.std,
+        resize=args.resize,
+        input_scale=args.input_scale,
+        input_shape=shape and (None, *shape[1:]),
+    )
+
+
+def unread(data: Any) -> list[str]:
+    """A sentence about the images that could not be read."""
+    if not data.skipped:
+        return []
+    path, reason = next(iter(data.skipped.items()))
+    return [f"{len(data.skipped)} images could not be read; the first: {path}: {reason}"]
+
+
+def percent(share: float | None) -> str:
+    """A share as a number of percent."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+@contextlib.contextmanager
+def progress_bar(
+    args: argparse.Namespace, what: str
+) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on a terminal's stderr, nothing elsewhere."""
+    from tqdm import tqdm
+
+    hidden = args.quiet or args.json or not sys.stderr.isatty()
+    with tqdm(desc=what, disable=hidden, leave=False) as bar:
+
+        def show(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def new_report(command: str, args: argparse.Namespace, notes: Any) -> Report:
+    """An empty report; the notes also go to stderr as they come."""
+    if not args.quiet and not args.json:
+        for note in notes:
+            print(f"bnfold: {note}", file=sys.stderr)
+    files = []
+    for role in ("model", "original", "folded"):
+        path = getattr(args, role, None)
+        if isinstance(path, Path):
+            files.append({"role": role, "path": str(path), "sha256": report.sha256(path)})
+    return {
+        "schema": report.SCHEMA,
+        "command": command,
+        "versions": report.versions(),
+        "files": files,
+        "notes": list(notes) if args.json else [],
+        "summary": "",
+        "exit_code": 0,
+    }
+
+
+def timed(done: Report, started: float) -> Report:
+    """The report with the time that it took."""
+    done["seconds"] = round(time.perf_counter() - started, 3)
+    return done
+
+
+def add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
+    """The gates in a report, its verdict and its exit code."""
+    found = proof.to_dict()
+    done["gates"] = found.pop("gates")
+    done["proof"] = found
+    done["exit_code"] = 0 if proof.passed else 1
+    gates = ", ".join(sorted({gate["gate"] for gate in done["gates"]}))
+    if is_fold and "A" not in gates:
+        done.setdefault("warnings", []).append(
+            "Gate A, the algebra, was not checked: it needs the record that `bnfold fold` wrote."
+        )
+    if proof.passed:
+        done["summary"] += f" Proved by gates {gates}: R = {proof.r:.2f} (limit 4)."
+    elif _undecided(done["gates"]):
+        done["summary"] += " NOT proved: the original's own float32 error leaves no room to judge."
+    else:
+        where = f" {proof.notes[-1]}" if proof.first_divergence else ""
+        done["summary"] += f" NOT the same function.{where}"
+    done["summary"] = done["summary"].strip()
+
+
+def _undecided(gates: list[Report]) -> bool:
+    """True where the algebra holds and the original is no measure for the numbers."""
+    failed = [gate for gate in gates if not gate["passed"]]
+    return any(gate["name"] == "original" for gate in failed) and not any(
+        gate["gate"] == "A" for gate in failed
+    )
+
+
+def inputs_of(source: Any) -> dict[str, Any]:
+    """The inputs of a source by name."""
+    from bnfold.graph import graph_inputs
+
+    return graph_inputs(source.graph)
