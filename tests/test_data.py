@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from bnfold.adapting.adapt import adapt
-from bnfold.data import SHIFTS, open_data, resized, shifted
+from bnfold.data import SHIFTS, open_data, resized, shard, shifted
 from bnfold.errors import (
     InputError,
     RuntimeUnavailableError,
@@ -413,6 +413,47 @@ def test_images_are_resized_as_pillow_does(folder):
     assert np.abs(found - as_inputs(np.asarray(wanted)[None])[0]).max() <= 1.01 / 255
 
 
+# --- shards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shards_are_every_nth_batch_and_all_of_them_are_the_whole(tmp_path, size):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=FLOATS, y=np.arange(10))
+    whole = list(open_data(path, batch_size=2, seed=3))
+    seen = set()
+    for rank in range(size):
+        data = shard(open_data(path, batch_size=2, seed=3), rank, size)
+        found = list(data)
+        assert len(found) == len(data) == len(whole[rank::size])
+        for batch, wanted in zip(found, whole[rank::size], strict=True):
+            np.testing.assert_array_equal(batch, wanted)
+        assert data.images == sum(map(len, found)) == len(data.labels)
+        np.testing.assert_array_equal(FLOATS[data.labels], np.concatenate([FLOATS[:0], *found]))
+        assert data.name == "x.npz"
+        seen |= set(data.labels.tolist())
+    assert seen == set(range(10))
+
+
+def test_a_shard_reads_no_image_of_the_others(folder):
+    for name in ("class0/2.png", "class0/6.png"):
+        (folder / name).write_bytes(b"no image")
+    first, second = (
+        shard(open_data(folder, shuffle=False, batch_size=1, samples=4), rank, 2) for rank in (0, 1)
+    )
+    assert len(list(first)) == 2
+    assert not first.skipped
+    assert list(second) == []  # both unreadable: the other part may hold what counts
+    assert set(second.skipped) == {"class0/2.png", "class0/6.png"}
+
+
+def test_shards_of_any_iterable_are_read_again_and_of_an_iterator_once():
+    data = shard([1, 2, 3, 4, 5], 1, 2)
+    assert (list(data), list(data)) == ([2, 4], [2, 4])
+    data = shard(iter([1, 2, 3, 4, 5]), 0, 2)
+    assert (list(data), list(data)) == ([1, 3, 5], [])
+
+
 # --- factories and digits -------------------------------------------------------------------------
 
 FACTORIES = """
@@ -451,6 +492,13 @@ def test_a_factory_is_called_anew_for_each_pass(factories):
     first, second = list(data), list(data)
     assert len(first) == len(second) == 3
     assert data.images == 12
+
+
+def test_a_shard_of_a_factory_reads_it_whole_and_keeps_its_part(factories):
+    data = shard(factories("generator"), 1, 2)
+    for _ in range(2):
+        assert [float(x.mean()) for x, _ in data] == [1.0]
+    assert data.name.endswith("made.py:generator")
 
 
 def test_samples_cut_the_last_batch_of_a_factory(factories):

@@ -261,15 +261,22 @@ def batch_excess(batches: Sequence[ImageMoments]) -> float | None:
     batches of one image.
     """
     batches = [batch for batch in batches if batch.images]
-    if len(batches) < 2:
+    if not batches:
         return None
-    whole = ImageMoments.pooled(batches)
-    within = np.sum([batch.m2 for batch in batches], axis=0)
-    freedom = whole.images - len(batches)
+    within: Float64 = np.sum([batch.m2 for batch in batches], axis=0)
+    return excess_between(ImageMoments.pooled(batches), within, len(batches))
+
+
+def excess_between(whole: ImageMoments, within: Float64, batches: int) -> float | None:
+    """The `batch_excess` of `batches` batches that are `whole` together.
+
+    within: the sum over batches of the m2 of each, (C,).
+    """
+    freedom = whole.images - batches
     alive = within > 0
-    if not freedom or not alive.any():
+    if batches < 2 or not freedom or not alive.any():
         return None
-    between = np.maximum(whole.m2 - within, 0.0)[alive] / (len(batches) - 1)
+    between = np.maximum(whole.m2 - within, 0.0)[alive] / (batches - 1)
     return float(np.median(between / (within[alive] / freedom)))
 
 

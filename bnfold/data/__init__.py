@@ -7,6 +7,7 @@ A folder of images, an .npy or .npz file, a factory or `digits` becomes `Batches
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ Preprocess = Callable[[Any], Any]
 Shape = Sequence[int | str | None]
 
 MAX_ARCHIVE_BYTES = 4 << 30  # what an .npz may unpack to
+_NO_INDEX = np.zeros(0, np.int64)
 
 
 def open_data(
@@ -89,7 +91,8 @@ def open_data(
     order = np.arange(len(reader))
     if shuffle:
         order = np.random.default_rng(seed).permutation(len(reader))
-    return ImageBatches(reader, prepare, order[:count], batch_size)
+    starts = range(0, count, batch_size)
+    return ImageBatches(reader, prepare, [order[:count][i : i + batch_size] for i in starts])
 
 
 def _reader(text: str, path: Path, channels: int | None, max_bytes: int) -> Reader:
@@ -128,10 +131,10 @@ class ImageBatches:
     """
 
     def __init__(
-        self, reader: Reader, prepare: Preparation, order: NDArray[np.int64], batch_size: int
+        self, reader: Reader, prepare: Preparation, parts: Sequence[NDArray[np.int64]]
     ) -> None:
-        self._reader, self._prepare = reader, prepare
-        self._parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        self._reader, self._prepare, self._parts = reader, prepare, list(parts)
+        self._is_shard = False
 
     @property
     def name(self) -> str:
@@ -147,12 +150,18 @@ class ImageBatches:
     def labels(self) -> Labels | None:
         """(images,) in the order of the batches; None where there are none."""
         labels = self._reader.labels
-        return None if labels is None else labels[np.concatenate(self._parts)]
+        return None if labels is None else labels[np.concatenate([_NO_INDEX, *self._parts])]
 
     @property
     def skipped(self) -> Mapping[str, str]:
         """Unreadable images and the reasons."""
         return self._reader.skipped
+
+    def shard(self, rank: int, size: int) -> ImageBatches:
+        """The batches `rank`, `rank + size`, ...; there may be none. See `shard`."""
+        made = ImageBatches(self._reader, self._prepare, self._parts[rank::size])
+        made._is_shard = True
+        return made
 
     def __len__(self) -> int:
         return sum(1 for part in self._parts if len(part))
@@ -166,7 +175,7 @@ class ImageBatches:
                 inputs = self._prepare(stored, self.name)
                 _check_finite(inputs, kept, self.name)
                 yield inputs
-        if not self.images:
+        if not self.images and not self._is_shard:
             first, reason = next(iter(self.skipped.items()))
             raise InputError(
                 f"None of the {len(self.skipped)} images in {self.name} can be read;"
@@ -217,6 +226,42 @@ class FactoryBatches:
 
 
 Batches = ImageBatches | FactoryBatches
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def shard(batches: Iterable[Any], rank: int, size: int) -> Iterable[Any]:
+    """The batches `rank`, `rank + size`, ...: the part of one of `size` processes.
+
+    Of `ImageBatches` only that part is read, and it knows its own length, images, labels and
+    skipped. Any other iterable is read whole in each process, and the batches of the others are
+    dropped; each must find the same ones in the same order. An iterator stays one, and gives its
+    part once. A part may hold no batch.
+    """
+    if size == 1:
+        return batches
+    if isinstance(batches, ImageBatches):
+        return batches.shard(rank, size)
+    if isinstance(batches, Iterator):
+        return itertools.islice(batches, rank, None, size)
+    return Shard(batches, rank, size)
+
+
+class Shard:
+    """Every `size`-th batch of an iterable, from the one numbered `rank` on; see `shard`."""
+
+    def __init__(self, batches: Iterable[Any], rank: int, size: int) -> None:
+        self._batches, self._rank, self._size = batches, rank, size
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._batches), self._rank, None, self._size)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the whole says of itself, such as its name."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._batches, name)
 
 
 def _length(batch: Any) -> int | None:
