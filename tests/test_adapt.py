@@ -168,8 +168,8 @@ def test_images_of_different_sizes_weigh_by_their_pixels(net):
 
 
 def test_a_dropped_batch_is_caught_by_the_exactness_test(net, monkeypatch):
-    pooled = modules.pooled
-    monkeypatch.setattr(modules, "pooled", lambda found, name: pooled(list(found)[:9], name))
+    pooled = meter.pooled
+    monkeypatch.setattr(meter, "pooled", lambda found, name: pooled(list(found)[:9], name))
     wrong = adapt(net, target().split(6), diagnose=False)  # 11 batches
     with pytest.raises(AssertionError):
         assert_exact(wrong.module, layer_by_layer(net, target()))
@@ -183,8 +183,8 @@ def test_averaged_variances_are_caught_by_the_exactness_test(net, monkeypatch):
         whole.pixels.m2[:] = var * whole.pixels.count
         return whole
 
-    pooled = modules.pooled
-    monkeypatch.setattr(modules, "pooled", averaged)
+    pooled = meter.pooled
+    monkeypatch.setattr(meter, "pooled", averaged)
     wrong = adapt(net, target().split(10), diagnose=False)
     with pytest.raises(AssertionError):
         assert_exact(wrong.module, layer_by_layer(net, target()))

@@ -25,7 +25,7 @@ def maker(request):
 
 
 def first(waiting):
-    return min(waiting)
+    return min(waiting, default=None)
 
 
 def test_tasks_wait_until_all_have_come(maker):
@@ -43,7 +43,7 @@ def test_tasks_wait_until_all_have_come(maker):
 
     steps.run((lambda n=n: task(n) for n in range(3)), settle)
     assert log == [(place, n) for place in ("a", "b", "end") for n in range(3)]
-    assert settled == [{"a": [0, 1, 2]}, {"b": [0, 1, 2]}]
+    assert settled == [{"a": [0, 1, 2]}, {"b": [0, 1, 2]}, {}]
 
 
 def test_one_task_runs_at_a_time(maker):

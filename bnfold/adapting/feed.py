@@ -27,6 +27,7 @@ class Feed:
     """The batches of one data set for one network, on its device. Close it when done.
 
     Iterating gives each batch as `call` takes it. `images` and `batches` are known after a pass.
+    is_share: other processes have the rest of the data; this one's share may be empty.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Feed:
         *,
         forward: Forward | None,
         max_bytes: int,
+        is_share: bool = False,
     ) -> None:
         if isinstance(batches, Tensor | np.ndarray | str | Mapping) or not isinstance(
             batches, Iterable
@@ -45,7 +47,7 @@ class Feed:
                 " arrays or a DataLoader."
             )
         self._batches = Replay(batches, max_bytes)
-        self._forward = forward
+        self._forward, self._is_share = forward, is_share
         self._accepted = _argument_names(module)
         floats = [p for p in module.parameters() if p.is_floating_point()]
         self.device = floats[0].device if floats else torch.device("cpu")
@@ -63,7 +65,7 @@ class Feed:
             ready = self._ready(batch, count - 1)
             images += image_count(ready)
             yield ready
-        if not images and self.images is None:
+        if not images and self.images is None and not self._is_share:
             raise InputError("The target data holds no image; nothing can be estimated from it.")
         if self.images not in (None, images):
             raise InputError(

@@ -71,21 +71,21 @@ class Steps(Generic[Found]):
     def run(
         self,
         calls: Iterable[Callable[[], None]],
-        settle: Callable[[Mapping[str, Sequence[Found]]], str],
+        settle: Callable[[Mapping[str, Sequence[Found]]], str | None],
     ) -> None:
         """Run all calls to their ends.
 
         `calls` is read as the tasks start. `settle` is asked when no task can move: it gets what
         was found at each place where tasks wait, in the order of the tasks, and names the place
-        that opens. Tasks that take different ways wait at different places: none blocks.
+        that opens; None ends the run. It is asked also where none waits any more: another process
+        may have tasks left. Tasks that take different ways wait at different places: none blocks.
         What a task or `settle` raises ends all tasks and is raised here.
         """
         try:
             for call in calls:
                 self._tasks.append(self._make_task(call))
                 self._step(self.started - 1)
-            while self._waiting:
-                place = settle(self._by_place())
+            while (place := settle(self._by_place())) is not None:
                 for index in [i for i, (at, _) in sorted(self._waiting.items()) if at == place]:
                     del self._waiting[index]
                     self._step(index)

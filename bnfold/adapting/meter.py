@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bnfold.adapting.moments import Float64, ImageMoments
+from bnfold.adapting.ranks import Waiting
 from bnfold.errors import InputError
 
 _COLLAPSE = 1 << 20  # numbers that a tally keeps before it reduces them
@@ -106,19 +107,28 @@ def pooled(found: Iterable[Found], name: str) -> ImageMoments:
 
 
 class Tally:
-    """The moments of batch after batch, reduced from time to time so that it stays small."""
+    """The moments of batch after batch, reduced from time to time so that it stays small.
 
-    def __init__(self, name: str) -> None:
+    batches: their numbers.
+    """
+
+    def __init__(self, name: str, found: Iterable[Found] = ()) -> None:
         self._name = name
         self._recent: list[Found] = []
         self._numbers = 0
         self._total: ImageMoments | None = None
+        self._filled, self._within = 0, np.zeros(())
         self.batches: set[int] = set()
+        for part in found:
+            self.add(part)
 
     def add(self, found: Found) -> None:
         """One batch more."""
         self._recent.append(found)
         self.batches.add(found.batch)
+        if len(found.means):
+            self._filled += 1
+            self._within = self._within + np.square(found.means - found.means.mean(0)).sum(0)
         self._numbers += found.means.size
         if self._numbers > _COLLAPSE:
             self.total()
@@ -132,3 +142,8 @@ class Tally:
             self._numbers = 0
         assert self._total is not None  # a tally is made for its first batch
         return self._total
+
+    def waiting(self) -> Waiting:
+        """Everything so far, as other processes are told it; batches without image do not count."""
+        moments = self.total()
+        return Waiting(self._filled, moments, np.broadcast_to(self._within, moments.centre.shape))

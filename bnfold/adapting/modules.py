@@ -8,16 +8,17 @@ batch norm gives the same numbers. `fast` is one pass in which each batch norm n
 batch, the moments of all batches pooled.
 
 A layer is measured in a hook before it runs, and its running statistics are set before its own
-forward reads them: whatever a subclass does behind the normalisation stays as it is. The running
-variance has the divisor count - 1, as torch's has.
+forward reads them: whatever a subclass does behind the normalisation stays as it is. Which they
+are for what was measured, the rule says. Several processes, each with batches of its own, settle
+the same layers in the same order from their merged moments.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,8 +31,9 @@ from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
 from bnfold.adapting.feed import Feed, byte_count
 from bnfold.adapting.lockstep import Steps, task_maker
 from bnfold.adapting.meter import Found, Meter, Tally, pooled
-from bnfold.adapting.moments import Float64, ImageMoments, batch_excess
-from bnfold.adapting.statistics import Layer, Statistics
+from bnfold.adapting.moments import Float64, ImageMoments, Moments, excess_between
+from bnfold.adapting.ranks import Alone, Ranks, Waiting
+from bnfold.adapting.statistics import Layer, Rule, Statistics
 from bnfold.errors import InputError
 
 MAX_ROUNDS = 30  # where a batch norm is used twice
@@ -42,6 +44,7 @@ _HELD_PER_INPUT = 2
 
 Layers = Mapping[str, nn.Module]
 Visit = Callable[[str, Tensor], None]
+OnSettled = Callable[[str, ImageMoments], None]
 
 
 @contextlib.contextmanager
@@ -93,46 +96,85 @@ def write(layer: nn.Module, name: str, mean: Float64, var: Float64) -> None:
             )
 
 
-def write_pooled(layer: nn.Module, name: str, moments: ImageMoments) -> None:
-    """Set the layer's running statistics to pooled moments, the variance unbiased."""
-    if moments.pixels.count < 2:
-        raise InputError(
-            f"'{name}' saw {moments.pixels.count} value per channel in all of the target data,"
-            " which has no variance; give more images."
-        )
-    write(layer, name, moments.pixels.mean, moments.pixels.var_unbiased)
+class Writer:
+    """Gives the layers what the rule makes of their moments, and keeps what they got.
+
+    described: the layers as they came, with the statistics of the source.
+    """
+
+    def __init__(self, layers: Layers, rule: Rule, on_settled: OnSettled | None) -> None:
+        self.described = {name: layer_of(layer, name) for name, layer in layers.items()}
+        self._layers, self._rule, self._on_settled = layers, rule, on_settled
+
+    def settle(self, name: str, moments: ImageMoments) -> None:
+        """What was measured over the whole set. Raises InputError for less than two values."""
+        self.put(name, moments)
+        if self._on_settled is not None:
+            self._on_settled(name, moments)
+
+    def put(self, name: str, moments: ImageMoments) -> None:
+        """The same, where it was told before."""
+        given = self._rule(self.described[name], moments)
+        write(self._layers[name], name, given.mean, given.var)
+
+    def normalise(self, name: str, batch: ImageMoments, images: int | None) -> None:
+        """For one batch: with its own variance, as in training, the divisor being the count."""
+        pixels = batch.pixels
+        own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
+        given = self._rule(self.described[name], replace(batch, pixels=own), images)
+        write(self._layers[name], name, given.mean, given.var)
+
+    def estimate(self, moments: Mapping[str, ImageMoments], excess: float | None) -> Estimate:
+        """What came of it."""
+        given = {name: statistics_of(self._layers[name]) for name in moments}
+        return Estimate(moments, given, excess)
+
+
+def excess_of(waiting: Waiting) -> float | None:
+    """How much the batches differ: see `batch_excess`."""
+    if waiting.within is None:
+        return None
+    return excess_between(waiting.moments, waiting.within, waiting.batches)
 
 
 # --- fast -----------------------------------------------------------------------------------------
 
 
-def fast(net: nn.Module, layers: Layers, feed: Feed, progress: Progress) -> Estimate:
+def fast(
+    net: nn.Module,
+    layers: Layers,
+    feed: Feed,
+    progress: Progress,
+    *,
+    rule: Rule = Rule(),  # noqa: B008  # frozen
+    ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
+    images: int | None = None,
+    on_settled: OnSettled | None = None,
+) -> Estimate:
     """One pass; each layer normalises by its batch, the moments of all batches are pooled.
 
     Exact for the first layer; deeper, a batch of B images leaves an error of the order 1 / B.
+    images: of all processes, if known: what the rule weighs the source against.
     """
-    meter, tallies = Meter(), dict[str, Tally]()
-    first: list[ImageMoments] = []
+    writer, meter, tallies = Writer(layers, rule, on_settled), Meter(), dict[str, Tally]()
     number = 0
 
     def visit(name: str, x: Tensor) -> None:
         found = meter(name, x, number)
-        if not len(found.means):
-            return
-        batch = pooled([found], name)
-        write(layers[name], name, batch.pixels.mean, batch.pixels.var)
-        tallies.setdefault(name, Tally(name)).add(found)
-        if name == next(iter(tallies)):
-            first.append(batch)
+        if len(found.means):
+            writer.normalise(name, pooled([found], name), images)
+            tallies.setdefault(name, Tally(name)).add(found)
 
     with watching(layers, visit):
         for number, batch in enumerate(feed):
             feed.call(net, batch, number)
             progress.step()
-    moments = {name: tally.total() for name, tally in tallies.items()}
+    merged = ranks.together({name: tally.waiting() for name, tally in tallies.items()})
+    moments = {name: waiting.moments for name, waiting in merged.items()}
     for name, found in moments.items():
-        write_pooled(layers[name], name, found)
-    return Estimate(moments, _statistics(layers, moments), batch_excess(first))
+        writer.settle(name, found)
+    excess = next((excess_of(waiting) for waiting in merged.values()), None)
+    return writer.estimate(moments, excess)
 
 
 # --- exact ----------------------------------------------------------------------------------------
@@ -152,7 +194,11 @@ def exact(
     feed: Feed,
     progress: Progress,
     *,
+    rule: Rule = Rule(),  # noqa: B008  # frozen
+    ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
     max_bytes: int,
+    on_settled: OnSettled | None = None,
+    resumed: Mapping[str, ImageMoments] | None = None,
     tasks: str | None = None,
 ) -> Estimate:
     """Each layer measured over the whole set with all layers before it adapted.
@@ -161,51 +207,53 @@ def exact(
     orders, there is no order in which each comes after those before it. Such a layer's statistics
     are those of all its uses together, found as a fixed point: measured with the values of the
     round before, the other layers exactly, until nothing moves any more.
+
+    resumed: what `on_settled` was given, in its order, by a run that was broken off: these layers
+    are not measured again, unless the batches visit them more often than it saw.
     """
+    writer = Writer(layers, rule, on_settled)
+    known = dict(resumed or {})
     reused: dict[str, ImageMoments] = {}
     by_passes, passes, rounds, change = False, 0, 0, float("inf")
     while change > TOLERANCE and rounds < MAX_ROUNDS:
-        run = _Round(net, layers, feed, frozenset(reused), progress, max_bytes, tasks)
+        run = _Round(
+            net, layers, feed, frozenset(reused), progress, writer, ranks, max_bytes, tasks
+        )
+        run.resume(known)
         run.run(by_passes)
-        by_passes, passes, rounds = run.passes > 0, passes + run.passes, rounds + 1
-        change = 0.0  # where each layer is used once, one round is all
-        for name, tally in run.extra.items():
+        by_passes, passes = run.passes > 0, passes + run.passes
+        complete = run.saw_all_of(known)
+        known = {}
+        if not complete:
+            continue
+        rounds, change = rounds + 1, 0.0  # where each layer is used once, one round is all
+        extra = ranks.together({name: tally.waiting() for name, tally in run.extra.items()})
+        for name, waiting in extra.items():
             settled = run.settled.pop(name, None)
-            now = tally.total() if settled is None else settled.merge(tally.total())
-            change = max(change, _change(reused.get(name), now, layers[name]))
-            write_pooled(layers[name], name, now)
+            now = waiting.moments if settled is None else settled.merge(waiting.moments)
+            change = max(change, _change(reused.get(name), now, writer.described[name].eps))
+            writer.settle(name, now)
             reused[name] = now
-    moments = {**run.settled, **reused}
-    statistics = _statistics(layers, moments)
-    return Estimate(moments, statistics, run.excess, rounds, passes, tuple(reused), change)
+    found = writer.estimate({**run.settled, **reused}, run.excess)
+    return replace(found, rounds=rounds, passes=passes, reused=tuple(reused), residual=change)
 
 
-def _statistics(layers: Layers, moments: Mapping[str, ImageMoments]) -> dict[str, Statistics]:
-    return {name: statistics_of(layers[name]) for name in moments}
-
-
-def _change(before: ImageMoments | None, now: ImageMoments, layer: nn.Module) -> float:
+def _change(before: ImageMoments | None, now: ImageMoments, eps: float) -> float:
     """How far mean and standard deviation moved, in standard deviations, the worst channel."""
     if before is None:
         return float("inf")
-    eps = layer_eps(layer)
     unit = now.pixels.var + eps
     mean = np.abs(now.pixels.mean - before.pixels.mean) / np.sqrt(unit)
     sd = np.abs(np.log(unit / (before.pixels.var + eps))) / 2
     return float(np.maximum(mean, sd).max())
 
 
-def layer_eps(layer: nn.Module) -> float:
-    """The eps of a batch norm."""
-    return float(layer.eps)  # type: ignore[arg-type]
-
-
 @dataclass
 class _Round:
     """All layers but the `reused`, from the first to the last.
 
-    settled: moments of the layers that are done.  visitors: the batches in them.  extra: visits
-    that were not waited for, as the layer was settled already or is reused.
+    settled: moments of the layers that are done, of all processes.  visitors: the batches in them.
+    extra: visits that were not waited for, as the layer was settled already or is reused.
     """
 
     net: nn.Module
@@ -213,6 +261,8 @@ class _Round:
     feed: Feed
     reused: frozenset[str]
     progress: Progress
+    writer: Writer
+    ranks: Ranks
     max_bytes: int
     tasks: str | None
     settled: dict[str, ImageMoments] = field(default_factory=dict)
@@ -222,6 +272,8 @@ class _Round:
     passes: int = 0
     meter: Meter = field(default_factory=Meter)
     _input_bytes: int = 0
+    _visits: Counter[tuple[str, int]] = field(default_factory=Counter)
+    _resumed: Counter[str] = field(default_factory=Counter)  # images that visited these layers
 
     def run(self, by_passes: bool) -> None:
         """In step; by passes if asked, or for the rest where memory gives out."""
@@ -233,22 +285,59 @@ class _Round:
         if by_passes:
             self._run_by_passes()
 
-    def _settle(self, name: str, moments: ImageMoments, visitors: Iterable[int]) -> None:
-        write_pooled(self.layers[name], name, moments)
-        self.settled[name] = moments
-        self.visitors[name] = set(visitors)
+    def resume(self, known: Mapping[str, ImageMoments]) -> None:
+        """Layers that are settled already."""
+        for name, moments in known.items():
+            self.writer.put(name, moments)
+            self.settled[name] = moments
+            self._resumed[name] = 0
 
-    def _next(self, waiting: Mapping[str, int]) -> str:
-        """Where most batches wait; the first in the module's order where as many do."""
+    def saw_all_of(self, known: Mapping[str, ImageMoments]) -> bool:
+        """Whether all images in the moments of resumed layers came by, and no others did."""
+        shares = self.ranks.share(dict(self._resumed)) if known else []
+        return all(sum(s[name] for s in shares) == found.images for name, found in known.items())
+
+    def _is_known(self, name: str, x: Tensor, number: int) -> bool:
+        """Whether a settled layer's moments hold this visit: the first one of a batch in them."""
+        self._visits[name, number] += 1
+        if name not in self.settled or self._visits[name, number] > 1:
+            return False
+        if name in self._resumed:
+            self._resumed[name] += len(x)
+            return True
+        return number in self.visitors[name]
+
+    def _settle(self, waiting: Mapping[str, Tally]) -> str | None:
+        """The layer where most batches of all processes wait; the first where as many do.
+
+        None where no process has any left.
+        """
+        together = self.ranks.together({name: tally.waiting() for name, tally in waiting.items()})
+        if not together:
+            return None
         order = list(self.layers)
-        return max(waiting, key=lambda name: (waiting[name], -order.index(name)))
+        name = max(together, key=lambda name: (together[name].batches, -order.index(name)))
+        found = together[name]
+        if not self.settled:
+            self.excess = excess_of(found)
+        self.writer.settle(name, found.moments)
+        self.settled[name] = found.moments
+        self.visitors[name] = waiting[name].batches if name in waiting else set()
+        return name
 
     # in step
 
     def _run_in_step(self) -> None:
         self.steps: Steps[Found] = Steps(task_maker(self.tasks))
+        self._begin()
         with watching(self.layers, self._visit_in_step):
             self.steps.run(self._forwards(), self._settle_waiting)
+
+    def _begin(self) -> None:
+        """All batches start at the network's input."""
+        self.extra.clear()
+        self._visits.clear()
+        self._resumed = Counter(dict.fromkeys(self._resumed, 0))
 
     def _forwards(self) -> Iterator[Callable[[], None]]:
         for number, batch in enumerate(self.feed):
@@ -260,6 +349,8 @@ class _Round:
         self.progress.step()
 
     def _visit_in_step(self, name: str, x: Tensor) -> None:
+        if self._is_known(name, x, self.steps.current):
+            return
         found = self.meter(name, x, self.steps.current)
         self.progress.step()
         if name in self.reused or name in self.settled:
@@ -275,47 +366,33 @@ class _Round:
         if count > 1 and count * (inputs + _HELD_PER_INPUT * size) > self.max_bytes:
             raise _OverBudget
 
-    def _settle_waiting(self, waiting: Mapping[str, Sequence[Found]]) -> str:
-        name = self._next({name: len(found) for name, found in waiting.items()})
-        if not self.settled:
-            self.excess = batch_excess([pooled([found], name) for found in waiting[name]])
-        moments = pooled(waiting[name], name)
-        self._settle(name, moments, (found.batch for found in waiting[name]))
-        return name
+    def _settle_waiting(self, waiting: Mapping[str, Sequence[Found]]) -> str | None:
+        return self._settle({name: Tally(name, found) for name, found in waiting.items()})
 
     # by passes
 
     def _run_by_passes(self) -> None:
         """A pass for each layer: every batch goes as far as its first unsettled one."""
-        while True:
+        name: str | None = ""
+        while name is not None:
             self._stopped: dict[str, Tally] = {}
-            self._firsts: list[ImageMoments] = []
-            self.extra.clear()
+            self._begin()
             with watching(self.layers, self._visit_in_pass):
                 for number, batch in enumerate(self.feed):
-                    self._number, self._seen = number, Counter[str]()
+                    self._number = number
                     with contextlib.suppress(_Stop):
                         self.feed.call(self.net, batch, number)
                     self.progress.step()
             self.passes += 1
-            if not self._stopped:
-                return
-            name = self._next({name: len(t.batches) for name, t in self._stopped.items()})
-            if not self.settled:
-                self.excess = batch_excess(self._firsts)
-            tally = self._stopped[name]
-            self._settle(name, tally.total(), tally.batches)
+            name = self._settle(self._stopped)
 
     def _visit_in_pass(self, name: str, x: Tensor) -> None:
-        self._seen[name] += 1
-        if name in self.settled and self._seen[name] == 1 and self._number in self.visitors[name]:
+        if self._is_known(name, x, self._number):
             return
         found = self.meter(name, x, self._number)
         if name in self.reused or name in self.settled:
             self.extra.setdefault(name, Tally(name)).add(found)
             return
-        if not self.settled:
-            self._firsts.append(pooled([found], name))
         self._stopped.setdefault(name, Tally(name)).add(found)
         raise _Stop
 
@@ -324,9 +401,18 @@ class _Round:
 
 
 def observe(
-    source: nn.Module, adapted: nn.Module, names: list[str], feed: Feed, progress: Progress
+    source: nn.Module,
+    adapted: nn.Module,
+    names: list[str],
+    feed: Feed,
+    progress: Progress,
+    *,
+    ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
 ) -> diagnosis.Observed:
-    """Run both networks, in eval mode, over the target and watch the layers `names`."""
+    """Run both networks, in eval mode, over the target and watch the layers `names`.
+
+    The moments are those of all processes; the outputs are compared for this one's batches.
+    """
     before, after = _Watch(source, names), _Watch(adapted, names)
     comparison = diagnosis.Comparison()
     with before.open(), after.open():
@@ -334,7 +420,7 @@ def observe(
             outputs = [watch.call(feed, batch, number) for watch in (before, after)]
             comparison.add(*map(_class_scores, outputs))
             progress.step()
-    return diagnosis.Observed(before.totals(), after.totals(), comparison.result())
+    return diagnosis.Observed(before.totals(ranks), after.totals(ranks), comparison.result())
 
 
 class _Watch:
@@ -354,8 +440,9 @@ class _Watch:
         self._number = number
         return feed.call(self._net, batch, number)
 
-    def totals(self) -> dict[str, ImageMoments]:
-        return {name: tally.total() for name, tally in self._tallies.items()}
+    def totals(self, ranks: Ranks) -> dict[str, ImageMoments]:
+        merged = ranks.together({name: t.waiting() for name, t in self._tallies.items()})
+        return {name: found.moments for name, found in merged.items()}
 
     def _visit(self, name: str, x: Tensor) -> None:
         self._tallies.setdefault(name, Tally(name)).add(self._meter(name, x, self._number))
