@@ -1,0 +1,181 @@
+"""What an ONNX graph is fed: batches of any make as arrays by input name, as often as asked.
+
+A batch is what `feed` takes: an array, a tuple or list whose first element is the input, a mapping
+by name. A graph knows more of its inputs than a module does: their types, to which numbers are
+cast, and sometimes the number of images, to which the batches are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from bnfold import graph
+from bnfold.adapting.feed import Replay, _told, describe
+from bnfold.adapting.shelf import AnyArray
+from bnfold.errors import InputError, UsageError
+
+Arrays = dict[str, AnyArray]
+
+
+class ArrayFeed:
+    """The batches of one data set for one graph. Close it when done.
+
+    Iterating gives each batch as arrays by input name. A graph with a fixed number of images gets
+    just so many at a time, wherever the batches end; what does not fill the last one is left out.
+    images, batches: what was given, known after a pass.  left_out: images that were not.
+    may_be_empty: for a process that shares the data with others and may get none of it.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        batches: Iterable[Any],
+        *,
+        max_bytes: int,
+        may_be_empty: bool = False,
+    ) -> None:
+        if isinstance(batches, Tensor | np.ndarray | str | Mapping) or not isinstance(
+            batches, Iterable
+        ):
+            raise UsageError(
+                f"batches is {describe(batches)}; give an iterable of batches, such as a list of"
+                " arrays or a DataLoader."
+            )
+        self._batches = Replay(batches, max_bytes)
+        self._inputs = graph.graph_inputs(model)
+        self._may_be_empty = may_be_empty
+        self.size = _fixed_size(self._inputs)
+        self.images: int | None = None
+        self.batches: int | None = None
+        self.left_out = 0
+
+    def __iter__(self) -> Iterator[Arrays]:
+        """Each batch, ready for the graph.
+
+        Raises InputError for a batch that does not fit it, if there is no image, or if the number
+        differs from the first pass.
+        """
+        images = count = 0
+        for arrays in self._cut():
+            images += _length(arrays)
+            count += 1
+            yield arrays
+        if not images and self.images is None and not self._may_be_empty:
+            few = f" but {self.left_out}, and the graph takes {self.size} at once"
+            raise InputError(
+                f"The target data holds no image{few if self.left_out else ''}; nothing can be"
+                " estimated from it."
+            )
+        if self.images not in (None, images):
+            raise InputError(
+                f"The target data gave {self.images} images on the first pass and {images} on"
+                " another; give an iterable that starts anew each time, such as a list."
+            )
+        self.images, self.batches = images, count
+
+    def close(self) -> None:
+        """Remove what was kept on disk."""
+        self._batches.close()
+
+    # one batch
+
+    def _ready(self, batch: Any, number: int) -> Arrays:
+        if isinstance(batch, Mapping):
+            given = {name: batch[name] for name in self._inputs if name in batch}
+        else:
+            first = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+            given = {next(iter(self._inputs)): first} if len(self._inputs) == 1 else {}
+        if len(given) < len(self._inputs):
+            raise InputError(
+                f"Batch {number} is {describe(batch)}, but the graph takes"
+                f" {', '.join(self._inputs)}; give mappings with these names."
+            )
+        return {name: self._input(name, value, number) for name, value in given.items()}
+
+    def _input(self, name: str, value: Any, number: int) -> AnyArray:
+        """In the type of the input. Raises InputError where type or shape do not fit."""
+        if isinstance(value, Tensor):
+            value = _from_torch(value)
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+            raise InputError(
+                f"Batch {number} holds {describe(value)} for '{name}'; a batch is an array of"
+                " numbers, a tuple whose first element is one, or a mapping by input name."
+            )
+        declared = self._inputs[name]
+        if declared.shape is not None and not _fits(value.shape, declared.shape):
+            extents = ", ".join(str(n) for n in declared.shape)
+            raise InputError(
+                f"Batch {number} has {describe(value)} for '{name}', which takes ({extents})."
+            )
+        if declared.dtype is None:
+            return value
+        return _cast(value, declared.dtype, f"Batch {number} for '{name}'")
+
+    # a fixed number of images
+
+    def _cut(self) -> Iterator[Arrays]:
+        """Batches of the size that the graph takes."""
+        rest: Arrays = {}
+        for number, batch in enumerate(_told(self._batches)):
+            arrays = self._ready(batch, number)
+            if self.size is None or (not rest and _length(arrays) == self.size):
+                yield arrays
+                continue
+            rest = _joined(rest, arrays)
+            while _length(rest) >= self.size:
+                yield {name: array[: self.size] for name, array in rest.items()}
+                rest = {name: array[self.size :] for name, array in rest.items()}
+        self.left_out = _length(rest)
+
+
+def _fixed_size(inputs: Mapping[str, ir.Value]) -> int | None:
+    """The number of images that all inputs of a graph declare, if they do."""
+    sizes = {
+        value.shape[0] if value.shape is not None and len(value.shape) else None
+        for value in inputs.values()
+    }
+    size = sizes.pop() if len(sizes) == 1 else None
+    return size if isinstance(size, int) else None
+
+
+def _fits(shape: tuple[int, ...], declared: ir.Shape) -> bool:
+    """Whether the ranks agree, and every extent that is declared but the first."""
+    extents = zip(shape[1:], list(declared)[1:], strict=False)
+    return len(shape) == len(declared) and all(n == d for n, d in extents if isinstance(d, int))
+
+
+def _length(arrays: Mapping[str, AnyArray]) -> int:
+    """The number of images: the first extent of the first array that has one."""
+    return next((len(array) for array in arrays.values() if array.ndim), 0 if not arrays else 1)
+
+
+def _joined(rest: Arrays, arrays: Arrays) -> Arrays:
+    if not rest:
+        return arrays
+    return {name: np.concatenate([rest[name], array]) for name, array in arrays.items()}
+
+
+def _from_torch(tensor: Tensor) -> AnyArray:
+    tensor = tensor.detach().cpu()
+    try:
+        return tensor.numpy()
+    except TypeError:  # bfloat16
+        return tensor.float().numpy()
+
+
+def _cast(array: AnyArray, dtype: ir.DataType, what: str) -> AnyArray:
+    """Numbers as floats of the input's type, integers as integers that hold them."""
+    wanted = dtype.numpy()
+    if dtype.is_floating_point() or array.dtype == wanted:
+        with np.errstate(over="ignore"):  # infinity is found, and told, where it is measured
+            return np.ascontiguousarray(array, dtype=wanted)
+    if array.dtype.kind in "iu" and wanted.kind in "iu":
+        limits = np.iinfo(wanted)
+        if not array.size or (array.min() >= limits.min and array.max() <= limits.max):
+            return np.ascontiguousarray(array, dtype=wanted)
+    raise InputError(f"{what} holds {array.dtype}, but the graph takes {wanted}; convert it.")

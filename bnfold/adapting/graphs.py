@@ -1,0 +1,369 @@
+"""Statistics of batch norms on target data, for an ONNX graph, through onnxruntime.
+
+What modules.py does for a torch network, with the same result: `exact` measures each layer over the
+whole set with every layer before it adapted already, `fast` is one pass in which each batch norm
+normalises by its batch. The graph is cut at its batch norms (segments.py). For `exact` all batches
+pass one segment before any passes the next, and what they hold in between goes to a shelf; for
+`fast` a batch passes all segments in turn.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from bnfold.adapting import diagnosis
+from bnfold.adapting.arrays import ArrayFeed, Arrays
+from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
+from bnfold.adapting.meter import Found, Meter, Tally, pooled
+from bnfold.adapting.moments import Float64, ImageMoments, batch_excess
+from bnfold.adapting.norms import Norm, norms_of, stored, with_statistics
+from bnfold.adapting.ranks import Alone, Ranks, Waiting
+from bnfold.adapting.segments import Cut, Use
+from bnfold.adapting.shelf import AnyArray, Bundle, Shelf
+from bnfold.adapting.statistics import Layer, Rule, Statistics
+from bnfold.errors import InputError
+from bnfold.proof.runtime import Session, open_session
+
+MAX_ROUNDS = 30  # where a batch norm is used twice
+
+Norms = Mapping[str, Norm]
+OnSettled = Callable[[str, ImageMoments], None] | None
+
+
+class _Walker:
+    """Takes batches through a graph, segment by segment, and measures what batch norms read.
+
+    Sessions are opened when the first batch comes, whose arrays tell the types.
+    """
+
+    def __init__(self, cut: Cut, norms: Norms, provider: str, threads: int | None) -> None:
+        self.cut = cut
+        self._provider, self._threads = provider, threads
+        self._sessions: dict[int, Session] = {}
+        self._meter = Meter()
+        self._readers = {use.value: norms[use.layer].layer for use in reversed(cut.uses)}
+
+    def walk(
+        self, index: int, held: Arrays, given: Mapping[Use, Arrays], number: int
+    ) -> tuple[dict[str, Found], Arrays]:
+        """One segment: what was found of the values that batch norms read, and what is held now."""
+        segment = self.cut.segments[index]
+        known = held
+        if segment.gives:
+            feeds = {name: held[name] for name in segment.reads}
+            for use in segment.uses:
+                feeds |= given[use]
+            known = held | self._session(index, feeds).run(feeds)
+        found = {
+            value: self._measure(self._readers[value], known[value], number)
+            for value in segment.measured
+        }
+        return found, {name: known[name] for name in segment.held}
+
+    def close(self, index: int) -> None:
+        """Forget the session of a segment."""
+        self._sessions.pop(index, None)
+
+    def _session(self, index: int, feeds: Arrays) -> Session:
+        if index not in self._sessions:
+            model = self.cut.model_of(self.cut.segments[index], feeds)
+            self._sessions[index] = open_session(
+                model, self._provider, optimize=True, threads=self._threads
+            )
+        return self._sessions[index]
+
+    def _measure(self, layer: Layer, array: AnyArray, number: int) -> Found:
+        if array.ndim < 2 or array.shape[1] != layer.num_features:
+            raise InputError(
+                f"'{layer.name}' has {layer.num_features} channels, but in batch {number} its"
+                f" input has shape {array.shape}."
+            )
+        return self._meter(layer.name, torch.from_numpy(array), number)
+
+
+# --- fast -----------------------------------------------------------------------------------------
+
+
+def fast(
+    model: ir.Model,
+    norms: Norms,
+    feed: ArrayFeed,
+    progress: Progress,
+    *,
+    rule: Rule | None = None,
+    ranks: Ranks | None = None,
+    images: int | None = None,
+    on_settled: OnSettled = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+) -> Estimate:
+    """One pass; each layer normalises by its batch, the moments of all batches are pooled.
+
+    images: of all processes together, against which a prior is weighed. See modules.fast.
+    """
+    rule, ranks = rule or Rule(), ranks or Alone()
+    cut = Cut(model, norms)
+    walker = _Walker(cut, norms, provider, threads)
+    tallies = {name: Tally(name) for name in norms}
+    first: list[ImageMoments] = []
+    for number, batch in enumerate(feed):
+        held, given, found = batch, dict[Use, Arrays](), dict[str, Found]()
+        for index in range(cut.waves + 1):
+            now, held = walker.walk(index, held, given, number)
+            found |= now
+            for use in cut.wave(index + 1):
+                norm, seen = norms[use.layer], found[use.value]
+                moments = pooled([seen], use.layer)
+                statistics = stored(norm, _of_batch(rule, norm.layer, moments, images))
+                given[use] = cut.feeds(use, statistics)
+                tallies[use.layer].add(seen)
+                if use is cut.uses[0]:
+                    first.append(moments)
+        progress.step()
+    own = {name: _waiting([tally]) for name, tally in tallies.items() if tally.batches}
+    moments_of = {name: waiting.moments for name, waiting in ranks.together(own).items()}
+    statistics_of = {}
+    for name in (name for name in norms if name in moments_of):
+        statistics_of[name] = stored(norms[name], rule(norms[name].layer, moments_of[name]))
+        if on_settled is not None:
+            on_settled(name, moments_of[name])
+    moments_of = {name: moments_of[name] for name in statistics_of}
+    return Estimate(moments_of, statistics_of, batch_excess(first))
+
+
+def _of_batch(rule: Rule, layer: Layer, moments: ImageMoments, images: int | None) -> Statistics:
+    """What a layer normalises a batch by: its own variance, undivided by count - 1, if it may."""
+    if rule == Rule():
+        return Statistics(moments.pixels.mean, moments.pixels.var)
+    return rule(layer, moments, images)
+
+
+def _waiting(tallies: list[Tally]) -> Waiting:
+    """What all uses of a layer saw."""
+    moments = ImageMoments.pooled([tally.total() for tally in tallies])
+    return Waiting(len(tallies[0].batches), moments)
+
+
+# --- exact ----------------------------------------------------------------------------------------
+
+
+def exact(
+    model: ir.Model,
+    norms: Norms,
+    feed: ArrayFeed,
+    progress: Progress,
+    *,
+    rule: Rule | None = None,
+    ranks: Ranks | None = None,
+    max_bytes: int,
+    on_settled: OnSettled = None,
+    resumed: Mapping[str, ImageMoments] | None = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+) -> Estimate:
+    """Each layer measured over the whole set with all layers before it adapted.
+
+    A layer that is used more than once gets the statistics of all its uses together, found as a
+    fixed point; see modules.exact. resumed: layers that an earlier run has settled.
+    max_bytes: what the batches may hold in memory between two segments; the rest goes to disk.
+    """
+    rule, ranks = rule or Rule(), ranks or Alone()
+    known = dict(resumed or {})
+    settled = {name: stored(norms[name], rule(norms[name].layer, known[name])) for name in known}
+    model = with_statistics(model, settled) if settled else model
+    norms = {name: norm for name, norm in norms_of(model).items() if name in norms}
+    left = {name: norm for name, norm in norms.items() if name not in known}
+    run = _Exact(model, left, feed, progress, rule, ranks, max_bytes, on_settled)
+    if left:
+        run.run(provider, threads)
+    return Estimate(
+        {name: known.get(name) or run.moments[name] for name in norms},
+        {name: settled.get(name) or run.statistics[name] for name in norms},
+        run.excess,
+        run.rounds,
+        reused=tuple(run.reused),
+        residual=run.residual,
+    )
+
+
+@dataclass
+class _Exact:
+    """All layers from the first to the last, and again until those used twice stay as they are."""
+
+    model: ir.Model
+    norms: Norms
+    feed: ArrayFeed
+    progress: Progress
+    rule: Rule
+    ranks: Ranks
+    max_bytes: int
+    on_settled: OnSettled
+    moments: dict[str, ImageMoments] = field(default_factory=dict)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    excess: float | None = None
+    rounds: int = 0
+    residual: float = 0.0
+
+    def run(self, provider: str, threads: int | None) -> None:
+        self.cut = Cut(self.model, self.norms)
+        self.walker = _Walker(self.cut, self.norms, provider, threads)
+        self.reused = [name for name, norm in self.norms.items() if len(norm.nodes) > 1]
+        while True:
+            self._round()
+            self.rounds += 1
+            self.residual = self._settle_reused()
+            if self.residual <= TOLERANCE or self.rounds >= MAX_ROUNDS:
+                break
+        if self.reused:
+            for name in self.norms:
+                self._tell(name)
+
+    def _round(self) -> None:
+        """Segment after segment, each for all batches."""
+        self.tallies = {use.value: Tally(use.layer) for use in reversed(self.cut.uses)}
+        shelf = Shelf(self.max_bytes)
+        try:
+            waiting = self._walk(0, self.feed, shelf)
+            for wave in range(1, self.cut.waves + 1):
+                self._settle(wave)
+                waiting = self._walk(wave, _taken(waiting, shelf), shelf)
+        finally:
+            shelf.close()
+
+    def _walk(self, index: int, batches: Iterable[Arrays], shelf: Shelf) -> deque[Bundle]:
+        given = {
+            use: self.cut.feeds(use, self.statistics[use.layer])
+            for use in self.cut.segments[index].uses
+        }
+        waiting = deque[Bundle]()
+        first: list[ImageMoments] = []
+        for number, held in enumerate(batches):
+            found, held = self.walker.walk(index, held, given, number)
+            waiting.append(shelf.put(held))
+            for value, seen in found.items():
+                self.tallies[value].add(seen)
+                self.progress.step()
+                if value == self.cut.uses[0].value:
+                    first.append(pooled([seen], self.cut.uses[0].layer))
+        if first and self.excess is None:
+            self.excess = batch_excess(first)
+        self.walker.close(index)
+        return waiting
+
+    def _settle(self, wave: int) -> None:
+        """The layers first used in this wave; those used twice in the first round alone."""
+        fresh = [
+            use
+            for use in self.cut.wave(wave)
+            if use.first and not (self.rounds and use.layer in self.reused)
+        ]
+        own = {use.layer: [self.tallies[use.value]] for use in fresh}
+        together = self._together(own)
+        for use in fresh:
+            self._set(use.layer, together)
+            if not self.reused:
+                self._tell(use.layer)
+
+    def _settle_reused(self) -> float:
+        """Those used twice, by all their uses; how far they moved, the worst channel."""
+        if not self.reused:
+            return 0.0
+        before = dict(self.moments) if self.rounds > 1 else {}
+        own = dict[str, list[Tally]]()
+        for use in self.cut.uses:
+            if use.layer in self.reused:
+                own.setdefault(use.layer, []).append(self.tallies[use.value])
+        together = self._together(own)
+        for name in self.reused:
+            self._set(name, together)
+        return max(
+            _moved(before.get(name), self.moments[name], self.norms[name].layer.eps)
+            for name in self.reused
+        )
+
+    def _together(self, own: Mapping[str, list[Tally]]) -> Mapping[str, Waiting]:
+        """What the layers saw in all processes."""
+        return self.ranks.together(
+            {name: _waiting(tallies) for name, tallies in own.items() if tallies[0].batches}
+        )
+
+    def _set(self, name: str, together: Mapping[str, Waiting]) -> None:
+        if name not in together:
+            raise InputError("The target data holds no image; nothing can be estimated from it.")
+        layer = self.norms[name].layer
+        self.moments[name] = together[name].moments
+        self.statistics[name] = stored(self.norms[name], self.rule(layer, self.moments[name]))
+
+    def _tell(self, name: str) -> None:
+        if self.on_settled is not None:
+            self.on_settled(name, self.moments[name])
+
+
+def _moved(before: ImageMoments | None, now: ImageMoments, eps: float) -> float:
+    """How far mean and standard deviation moved, in standard deviations, the worst channel."""
+    if before is None:
+        return float("inf")
+    unit = now.pixels.var + eps
+    mean = np.abs(now.pixels.mean - before.pixels.mean) / np.sqrt(unit)
+    sd = np.abs(np.log(unit / (before.pixels.var + eps))) / 2
+    return float(np.maximum(mean, sd).max())
+
+
+def _taken(waiting: deque[Bundle], shelf: Shelf) -> Iterator[Arrays]:
+    """The batches that wait, each let go of as it is taken."""
+    while waiting:
+        yield shelf.take(waiting.popleft())
+
+
+# --- looking at a graph ---------------------------------------------------------------------------
+
+
+def observe(
+    model: ir.Model,
+    statistics: Mapping[str, Statistics],
+    norms: Norms,
+    feed: ArrayFeed,
+    progress: Progress,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+) -> diagnosis.Observed:
+    """Run the graph as it is and with `statistics` over the target and watch the layers `norms`."""
+    cut = Cut(model, norms, to_outputs=True)
+    walker = _Walker(cut, norms, provider, threads)
+    sides = [
+        {use: cut.feeds(use, side[use.layer]) for use in cut.uses}
+        for side in ({name: norm.layer.source for name, norm in norms.items()}, statistics)
+    ]
+    tallies = [{name: Tally(name) for name in norms} for _ in sides]
+    comparison = diagnosis.Comparison()
+    for number, batch in enumerate(feed):
+        outputs = []
+        for given, tally in zip(sides, tallies, strict=True):
+            held = batch
+            for index in range(cut.waves + 1):
+                found, held = walker.walk(index, held, given, number)
+                for use in cut.uses:
+                    if use.value in found:
+                        tally[use.layer].add(found[use.value])
+            outputs.append(held)
+        comparison.add(*(_class_scores(held, model) for held in outputs))
+        progress.step()
+    before, after = (
+        {name: tally.total() for name, tally in side.items() if tally.batches} for side in tallies
+    )
+    return diagnosis.Observed(before, after, comparison.result())
+
+
+def _class_scores(held: Arrays, model: ir.Model) -> Float64 | None:
+    """Scores (N, K) in the first output, by its shape; None where there are none."""
+    array = held.get(str(model.graph.outputs[0].name)) if model.graph.outputs else None
+    if array is None or array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] < 2:
+        return None
+    return array.astype(np.float64)
