@@ -624,7 +624,7 @@ def test_a_shift_refuses_what_it_cannot_shift():
         shifted(UNIT, "fog", 1)
     with pytest.raises(UsageError, match=r"found shape \(9, 8\)"):
         shifted(UNIT[0, 0], "blur", 1)
-    with pytest.raises(UsageError, match="Shift before mean and std"):
+    with pytest.raises(UsageError, match="before mean and std"):
         shifted(UNIT * 2, "blur", 1)
 
 

@@ -1,7 +1,8 @@
 """Shifts: ways in which a target domain differs from the source, made on purpose.
 
 Each is a pure function of images (N, C, H, W) in [0, 1], an amount and a seed, and gives float32
-images in [0, 1]. The same arguments give the same images.
+images in [0, 1]. The same arguments give the same images. Corruptions of fixed severity, for
+comparison with what others measured: corruptions.py.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ def shifted(images: NDArray[Any], name: str, amount: float, seed: int = 0) -> Im
     """
     if name not in SHIFTS:
         raise UsageError(f"There is no shift {name!r}; there are {', '.join(SHIFTS)}.")
-    x = np.asarray(images, dtype=np.float32)
-    if x.ndim != 4:
-        raise UsageError(f"A shift takes images (N, C, H, W); found shape {x.shape}.")
-    if x.size and not (x.min() >= 0 and x.max() <= 1):
-        raise UsageError(
-            f"A shift takes images in [0, 1]; found values from {x.min():.3g} to {x.max():.3g}."
-            " Shift before mean and std are applied."
-        )
+    x = images_in_unit_range(images, "A shift")
     made: Images = np.clip(SHIFTS[name](x, amount, seed), 0, 1, dtype=np.float32)
     return made
+
+
+def images_in_unit_range(images: NDArray[Any], what: str) -> Images:
+    """The images as float32. Raises UsageError unless they are (N, C, H, W) in [0, 1]."""
+    x = np.asarray(images, dtype=np.float32)
+    if x.ndim != 4:
+        raise UsageError(f"{what} takes images (N, C, H, W); found shape {x.shape}.")
+    if x.size and not (x.min() >= 0 and x.max() <= 1):
+        raise UsageError(
+            f"{what} takes images in [0, 1]; found values from {x.min():.3g} to {x.max():.3g}."
+            " Apply it before mean and std."
+        )
+    return x
 
 
 def gaussian_noise(x: Images, sigma: float, seed: int) -> Images:
