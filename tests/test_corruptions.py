@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bnfold.data.corruptions import CORRUPTIONS, SEVERITIES, corrupted, gaussian_blur
+from bnfold.data.corruptions import (
+    CORRUPTIONS,
+    SEVERITIES,
+    corrupted,
+    gaussian_blur,
+    plasma,
+    smeared,
+)
 from bnfold.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -154,6 +161,30 @@ def test_motion_blur_smears_to_one_side():
     assert angles.max() > 30
 
 
+def test_a_smear_has_twice_its_reach_and_one_tap():
+    found = smeared(point(41), 5, 100.0, np.zeros(1))[0, 0, 20]
+    np.testing.assert_allclose(found[10:21], 1 / 11, rtol=0.01)
+    assert found[:10].max() == found[21:].max() == 0
+
+
+def test_plasma_is_midpoints_and_noise_that_shrinks():
+    smooth = plasma(5, 32, 1e6, np.random.default_rng(0))  # noise at the first halving alone
+    corners = sum(smooth[:, r::32, c::32] for r in (0, 16) for c in (0, 16))
+    np.testing.assert_allclose(smooth[:, 8::32, 8::32], corners / 4, atol=1e-5)
+    beside = smooth[:, 0, 0] + smooth[:, 0, 16] + smooth[:, 8, 8] + smooth[:, 24, 8]
+    np.testing.assert_allclose(smooth[:, 0, 8], beside / 4, atol=1e-5)
+    rough = plasma(400, 64, 2, np.random.default_rng(0))
+
+    def noise(step):
+        """What a point between two corners has that its four neighbours have not."""
+        x = rough[:, :: step // 2, :: step // 2]
+        along = x[:, ::2, ::2] + np.roll(x[:, ::2, ::2], -1, 2)
+        across = x[:, 1::2, 1::2] + np.roll(x[:, 1::2, 1::2], 1, 1)
+        return float((x[:, ::2, 1::2] - (along + across) / 4).std())
+
+    assert noise(4) / noise(2) == pytest.approx(4, rel=0.05)
+
+
 def test_zoom_blur_is_the_mean_of_enlargements():
     """Enlarged by f, a ramp about the middle is 1 / f as steep; the middle stays."""
     ramp = np.repeat(np.linspace(0, 1, 101, dtype=np.float32)[None, None, None], 101, axis=2)
@@ -208,6 +239,20 @@ def test_elastic_bends_more_than_it_shears_as_it_grows():
 
     assert bend(1) < 1e-5
     assert bend(5) > 1e-3
+
+
+def test_elastic_mirrors_the_border():
+    rows = np.repeat(np.linspace(0, 1, 32, dtype=np.float32)[None, None, :, None], 32, axis=3)
+    for severity in SEVERITIES:
+        found = corrupted(np.repeat(rows, 20, axis=0), "elastic_transform", severity)
+        assert np.abs(np.diff(found, axis=2)).max() < 0.15  # around the torus it would be 1
+
+
+def test_flakes_are_few():
+    black = np.zeros((20, 3, 32, 32), np.float32)
+    found = corrupted(black, "snow", 1)
+    untouched = np.isclose(found, 0.05 * 0.5, atol=1e-3)  # 1 - clear of a white of one half
+    assert 0.5 < untouched.mean() < 0.95
 
 
 def test_pixelate_and_jpeg_are_pillows():

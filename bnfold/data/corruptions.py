@@ -116,7 +116,7 @@ def glass_blur(
 
 def motion_blur(x: Images, reach: int, sigma: float, rng: np.random.Generator) -> Images:
     """Smeared to one side along a line within 45 degrees of the horizontal, its weight Gaussian."""
-    return _smeared(x, reach, sigma, rng.uniform(-45, 45, len(x)))
+    return smeared(x, reach, sigma, rng.uniform(-45, 45, len(x)))
 
 
 def zoom_blur(x: Images, farthest: float, rng: np.random.Generator) -> Floats:
@@ -148,7 +148,7 @@ def snow(
     flakes = np.float32(mean) + np.float32(sd) * rng.standard_normal(shape, dtype=np.float32)
     flakes = _zoomed(flakes, size)
     flakes[flakes < threshold] = 0
-    flakes = _smeared(np.clip(flakes, 0, 1), reach, sigma, rng.uniform(-135, -45, len(x)))
+    flakes = smeared(np.clip(flakes, 0, 1), reach, sigma, rng.uniform(-135, -45, len(x)))
     white = np.maximum(x, _grey(x) * np.float32(1.5) + np.float32(0.5))
     pale = np.float32(clear) * x + np.float32(1 - clear) * white
     made: Floats = pale + flakes + flakes[:, :, ::-1, ::-1]
@@ -161,9 +161,9 @@ def frost(x: Images, image: float, ice: float, rng: np.random.Generator) -> Floa
 
 
 def fog(x: Images, thickness: float, decay: float, rng: np.random.Generator) -> Floats:
-    """A cloud (`_plasma`) added, and the brightest value of the image kept."""
+    """A cloud (`plasma`) added, and the brightest value of the image kept."""
     side = 1 << (max(x.shape[2:]) - 1).bit_length()
-    cloud = _plasma(len(x), side, decay, rng)[:, None, : x.shape[2], : x.shape[3]]
+    cloud = plasma(len(x), side, decay, rng)[:, None, : x.shape[2], : x.shape[3]]
     brightest = x.max(axis=(1, 2, 3), keepdims=True)
     scale = brightest / (brightest + np.float32(thickness))
     made: Floats = (x + np.float32(thickness) * cloud) * scale
@@ -202,8 +202,6 @@ def elastic_transform(
     """
     side = min(x.shape[2:])
     x = _affine(x, corner * side, rng)
-    if not reach:
-        return x
     noise = rng.uniform(-1, 1, (2, len(x), *x.shape[2:])).astype(np.float32)
     moves = gaussian_blur(noise, sigma * side, "symmetric", 3) * np.float32(reach * side)
     rows, columns = np.meshgrid(
@@ -277,7 +275,7 @@ def _window(padded: Images, row: int, column: int, like: Images) -> Images:
     return padded[:, :, row : row + like.shape[2], column : column + like.shape[3]]
 
 
-def _smeared(x: Images, reach: int, sigma: float, degrees: Floats) -> Images:
+def smeared(x: Images, reach: int, sigma: float, degrees: Floats) -> Images:
     """Each pixel the mean of those that follow it along a line, one angle for each image.
 
     2 reach + 1 taps of half a Gaussian, at the nearest pixels (as ImageMagick's MotionBlur does it,
@@ -356,7 +354,7 @@ def _mirrored(index: NDArray[np.int_], length: int) -> NDArray[np.int_]:
     return np.minimum(folded, period - folded) if length > 1 else folded * 0
 
 
-def _plasma(count: int, side: int, decay: float, rng: np.random.Generator) -> Floats:
+def plasma(count: int, side: int, decay: float, rng: np.random.Generator) -> Floats:
     """Clouds (count, side, side) from 0 to 1 by the diamond-square algorithm, as on a torus.
 
     Midpoints are the mean of their four neighbours plus uniform noise, whose reach starts at 100^2
@@ -367,7 +365,8 @@ def _plasma(count: int, side: int, decay: float, rng: np.random.Generator) -> Fl
     while step >= 2:
         half = step // 2
         corners = cloud[:, ::step, ::step]
-        middle = _four(corners, -1, -1)
+        pairs = corners + np.roll(corners, -1, 1)
+        middle = (pairs + np.roll(pairs, -1, 2)) / 4
         cloud[:, half::step, half::step] = middle + rng.uniform(-reach, reach, middle.shape)
         centres = cloud[:, half::step, half::step]
         for axis in (1, 2):  # the points between two corners, and between two centres
@@ -381,13 +380,6 @@ def _plasma(count: int, side: int, decay: float, rng: np.random.Generator) -> Fl
     cloud -= cloud.min(axis=(1, 2), keepdims=True)
     cloud /= cloud.max(axis=(1, 2), keepdims=True)
     return cloud.astype(np.float32)
-
-
-def _four(x: Floats, rows: int, columns: int) -> Floats:
-    """The mean of each value and its three neighbours below and to the right, around the torus."""
-    pairs = x + np.roll(x, rows, 1)
-    made: Floats = (pairs + np.roll(pairs, columns, 2)) / 4
-    return made
 
 
 def _ice(shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
