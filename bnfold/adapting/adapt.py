@@ -1,59 +1,65 @@
-"""Adapt a torch network to a target domain: new batch-norm statistics, measured without labels.
+"""Adapt a network to a target domain: new batch-norm statistics, measured without labels.
 
 AdaBN (Li et al., "Revisiting batch normalization for practical domain adaptation", 2016; "Adaptive
 batch normalization", Pattern Recognition 2018): the weights stay, each batch norm's mean and
-variance become those of the target. How they are measured: modules.py. What the result
-says about itself: diagnosis.py.
+variance become those of the target. What holds the network: targets.py and networks.py. How the
+statistics are measured: modules.py (torch) and graphs.py (onnxruntime). What follows from them:
+statistics.py. What the result says about itself: diagnosis.py.
 """
 
 from __future__ import annotations
 
-import copy
-import fnmatch
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from bnfold.adapting import diagnosis, modules
+from bnfold.adapting import diagnosis
 from bnfold.adapting.diagnosis import LayerShift, OutputShift
-from bnfold.adapting.estimate import Estimate, Progress
-from bnfold.adapting.feed import Feed, Forward
-from bnfold.adapting.memory import available_bytes
-from bnfold.adapting.modules import Layers
-from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
+from bnfold.adapting.estimate import Progress
+from bnfold.adapting.enough import First, enough
+from bnfold.adapting.feed import Replay
+from bnfold.adapting.moments import ImageMoments
+from bnfold.adapting.networks import LayerChoice, Run, Settled, SkippedLayer, first_ones
+from bnfold.adapting.ranks import Alone, Ranks
+from bnfold.adapting.statistics import Part, Rule, Statistics
+from bnfold.adapting.targets import Adapted, Options, Target, target_of
+from bnfold.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    import torch
+    from torch import nn
+
+    from bnfold.adapting.feed import Forward
+    from bnfold.api import FoldResult
+    from bnfold.folding.record import FoldRecord
 
 __all__ = ["AdaptResult", "LayerShift", "OutputShift", "SkippedLayer", "adapt"]
 
 Method = Literal["exact", "fast"]
-LayerChoice = Callable[[str, nn.Module], bool] | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class SkippedLayer:
-    """A batch norm whose statistics stayed as they were, and why."""
-
-    name: str
-    reason: str
+Tell = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptResult:
     """A network with the target's statistics, and what was seen on the way.
 
-    module: a copy of the module that came in, equal but for running_mean and running_var.
+    model: of the type that came in, equal but for the statistics; of a folded model, folded.
+    statistics: what each layer got, by name.
     layers: the adapted batch norms, in the order of the forward.  skipped: the others.
-    images, batches: in the target data.
+    images, batches: in the target data, of all processes.
     outputs: predictions before and after; None without diagnosis, or if they are no class scores.
     warnings: sentences about what may be wrong with the data or the estimate.
     passes: over the data to estimate, where memory did not hold all batches at once; else 1.
+    adapted: the same with what else belongs to it: its graph, its fold where the target is folded.
     """
 
-    module: nn.Module
+    model: Any
     method: Method
+    statistics: Mapping[str, Statistics]
     layers: tuple[LayerShift, ...]
     skipped: tuple[SkippedLayer, ...]
     images: int
@@ -61,243 +67,195 @@ class AdaptResult:
     outputs: OutputShift | None
     warnings: tuple[str, ...]
     passes: int
+    adapted: Adapted = field(repr=False)
+
+    @property
+    def fold(self) -> FoldResult | None:
+        """Of a folded model, the fold of the adapted one, which can be verified; else None."""
+        return self.adapted.fold
 
 
 def adapt(
-    module: nn.Module,
-    batches: Iterable[Any],
+    model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
+    data: Iterable[Any],
     *,
     method: Method = "exact",
-    forward: Forward | None = None,
+    part: Part = "both",
+    prior: float | Literal["auto"] = 0.0,
+    weight: float | None = None,
+    mixture: bool = False,
+    source_data: Iterable[Any] | None = None,
     layers: LayerChoice = None,
-    progress: Callable[[int, int | None], None] | None = None,
-    device: str | torch.device | None = None,
-    max_bytes: int | None = None,
-    diagnose: bool = True,
+    up_to: str | int | None = None,
+    stop: float | None = None,
     precision: float = 0.1,
+    record: FoldRecord | Path | str | None = None,
+    factory: str | None = None,
+    forward: Forward | None = None,
+    device: str | torch.device | None = None,
+    provider: str = "cpu",
+    max_bytes: int | None = None,
+    progress: Tell | None = None,
+    diagnose: bool = True,
+    ranks: Ranks | None = None,
 ) -> AdaptResult:
-    """A copy of `module` whose batch norms hold the statistics of the target data.
+    """The model with the statistics of the target data in its batch norms.
 
-    `module` itself is never changed, whatever happens. Modes, momenta and hooks of the copy are
-    those of `module`; num_batches_tracked too. The new running_var has the divisor count - 1.
+    model: an nn.Module, an ONNX model (onnx_ir, onnx or a path), a checkpoint path with its
+    `factory`; or what a fold gave, with its fold `record` (of a path, the one beside it): it comes
+    back folded. It is never changed, whatever happens. A folded network without record, or one
+    that never had a batch norm, needs `source_data` and comes back as an approximation.
 
-    batches: an iterable of arrays (N, ...), of tuples whose first element is one (labels are
-    ignored), or of mappings from argument names to arrays; tensors or numpy. For anything else
-    give `forward(module, batch)`, which gets each batch with its arrays as tensors on the device.
+    data: an iterable of batches: arrays (N, ...), tuples whose first element is one (labels are
+    ignored), or mappings from argument or input names to arrays; tensors or numpy. For anything
+    else give `forward(module, batch)`, of a module, which gets each batch with its arrays as
+    tensors on the device.
     method: `exact` measures each layer over the whole set with all layers before it adapted (the
     paper's Algorithm 1); its result does not depend on how the set is cut into batches. `fast` is a
     single pass in which each batch norm normalises by its batch; give it shuffled batches of 32
     images or more.
-    layers: which batch norms to adapt: a predicate (name, module), or patterns such as
-    "layer1.*"; a pattern with a "!" in front excludes. The others keep their statistics.
-    progress: called with (done, total); total is None until it is known.
-    device: where to compute; None: where the module is. The result lies where `module` lies.
-    max_bytes: memory that `exact` may take to hold all batches at once (default: half of what is
-    free); beyond it, it makes a pass per batch norm.
-    diagnose: run both networks over the target once more and compare (two forwards' compute).
+    part, prior, weight, mixture: how much of the source's statistics stays, see
+    `bnfold.adapting.statistics.Rule`.
+    source_data: samples of the source domain. Each layer is then brought to the mean and deviation
+    that it had on these, whatever its stored statistics say: on the source nothing changes.
+    layers: which batch norms to adapt: a predicate on the name, or patterns such as "layer1.*";
+    a pattern with a "!" in front excludes. up_to: only those up to this one, or the first so many,
+    in the order of the forward. The others keep their statistics.
+    stop: use only as many batches, in the order in which they come, as it takes until statistics
+    move by less than this (in standard deviations) and are known as well; needs shuffled data.
     precision: in `LayerShift.images_needed` and its warning, +-precision of a standard deviation.
+    device: of a module: where to compute; None: where it is. provider: of ONNX: "cpu" or "cuda".
+    max_bytes: memory for activations of batches that wait (default: half of what is free); beyond
+    it they go to disk (TMPDIR).
+    progress: called with (done, total); total is None until it is known.
+    diagnose: run both networks over the target once more and compare (two forwards' compute).
+    ranks: the processes that share the data, each with its own part; None: this one alone.
 
-    Raises InputError for a module without batch norm, a forward that fails, data without images,
+    Raises InputError for a model without batch norm, a forward that fails, data without images,
     NaN or infinity (naming the layer), statistics that the buffers' type cannot hold; UsageError
     for arguments that mean nothing; RuntimeUnavailableError for a device that is not there.
     """
-    _check(module, method, precision, max_bytes)
-    with torch.inference_mode(False), torch.no_grad():
-        result = _copy(module)
-        work = _working_copy(result, device)
-        chosen, skipped = _choose(work, layers)
-        source = _sharing_parameters(work)
-        described = {name: modules.layer_of(layer, name) for name, layer in chosen.items()}
-        room = available_bytes(_device_of(work)) // 2 if max_bytes is None else max_bytes
-        feed = Feed(work, batches, forward=forward, max_bytes=room // 4)
-        try:
-            found, seen = _run(source, work, chosen, feed, method, room, progress, diagnose)
-        finally:
-            feed.close()
-        for name in found.moments:
-            _transfer(work.get_submodule(name), result.get_submodule(name))
-        shifts = diagnosis.layer_shifts(described, found, seen, precision)
-    assert feed.images is not None
-    assert feed.batches is not None
-    unvisited = [SkippedLayer(n, _UNVISITED) for n in chosen if n not in found.moments]
-    outputs = seen.outputs if seen else None
-    return AdaptResult(
-        module=result,
+    rule = Rule(part, prior, weight, mixture)
+    options = Options(source_data is not None, layers, forward, device, provider, factory)
+    target = target_of(model, options, record)
+    return adapt_target(
+        target,
+        data,
         method=method,
-        layers=shifts,
-        skipped=(*skipped, *unvisited),
-        images=feed.images,
-        batches=feed.batches,
-        outputs=outputs,
-        warnings=tuple(
-            diagnosis.warnings(
-                found,
-                shifts,
-                outputs,
-                feed.images,
-                feed.batches,
-                method,
-                precision,
-                len(unvisited),
-            )
-        ),
-        passes=max(found.passes, 1),
+        rule=rule,
+        source_data=source_data,
+        up_to=up_to,
+        stop=stop,
+        precision=precision,
+        max_bytes=max_bytes,
+        progress=progress,
+        diagnose=diagnose,
+        ranks=ranks or Alone(),
     )
 
 
-def _run(
-    source: nn.Module,
-    work: nn.Module,
-    chosen: Layers,
-    feed: Feed,
-    method: Method,
-    room: int,
-    tell: Callable[[int, int | None], None] | None,
-    diagnose: bool,
-) -> tuple[Estimate, diagnosis.Observed | None]:
-    """Estimate into `work`, then look at both networks."""
-    progress = Progress(tell, feed, len(chosen) + 1 if method == "exact" else 1, diagnose)
-    try:
-        if method == "fast":
-            found = modules.fast(work, chosen, feed, progress)
-        else:
-            found = modules.exact(work, chosen, feed, progress, max_bytes=room)
+def adapt_target(
+    target: Target,
+    data: Iterable[Any],
+    *,
+    method: Method = "exact",
+    rule: Rule | None = None,
+    source_data: Iterable[Any] | None = None,
+    up_to: str | int | None = None,
+    stop: float | None = None,
+    precision: float = 0.1,
+    max_bytes: int | None = None,
+    progress: Tell | None = None,
+    diagnose: bool = True,
+    ranks: Ranks | None = None,
+    resumed: Mapping[str, ImageMoments] | None = None,
+    on_settled: Settled | None = None,
+) -> AdaptResult:
+    """`adapt` of a target that was opened; resumed, on_settled: see `networks.Run`."""
+    _check(method, precision, stop, max_bytes)
+    network, ranks = target.network, ranks or Alone()
+    room = network.room() // 2 if max_bytes is None else max_bytes
+    with contextlib.ExitStack() as stack:
+
+        def opened(batches: Iterable[Any]) -> Any:
+            feed = network.feed(batches, room // 4, is_share=ranks.size > 1)
+            return stack.enter_context(contextlib.closing(feed))
+
+        data = stack.enter_context(contextlib.closing(Replay(data, room // 4)))
+        feed = opened(data)
+        run = Run(rule or Rule(), Progress(progress, feed, 1, False), room, ranks)
+        if up_to is not None:
+            network.keep_only(first_ones(network.order(feed), up_to))
+        if source_data is not None:
+            reference = network.measure(opened(source_data), run)
+            run = replace(run, rule=network.matched(run.rule, reference))
+        if stop is not None:
+            feed = opened(First(data, enough(network, data, run, stop, room // 4)))
+        stretches = len(network.layers) + 1 if method == "exact" else 1
+        run = replace(
+            run,
+            progress=Progress(progress, feed, stretches, diagnose),
+            images=_counted(feed, ranks) if method == "fast" and run.rule.prior else None,
+            resumed=resumed or {},
+            on_settled=on_settled,
+        )
+        found = network.exact(feed, run) if method == "exact" else network.fast(feed, run)
         if not found.moments:
             raise InputError(
-                f"The forward passed none of the {len(chosen)} batch norms to adapt; if it uses"
-                " their statistics in another way, give forward= a function that calls them."
+                f"The forward passed none of the {len(network.layers)} batch norms to adapt; if it"
+                " uses their statistics in another way, give forward= a function that calls them."
             )
-        seen = None
-        if diagnose:
-            seen = modules.observe(source, work, list(found.moments), feed, progress)
-    except torch.OutOfMemoryError as error:
-        raise RuntimeUnavailableError(
-            f"The memory of {_device_of(work)} gave out; lower max_bytes or the batch size."
-        ) from error
-    progress.finish()
-    return found, seen
+        seen = network.observe(feed, run, found.statistics) if diagnose else None
+        run.progress.finish()
+        images, batches = (sum(ranks.share(n)) for n in (feed.images, feed.batches))
+        left_out = sum(ranks.share(feed.left_out))
+    shifts = diagnosis.layer_shifts(network.layers, found, seen, precision)
+    outputs = seen.outputs if seen else None
+    unvisited = [SkippedLayer(n, _UNVISITED) for n in network.layers if n not in found.moments]
+    said = diagnosis.warnings(
+        found, shifts, outputs, images, batches, method, precision, len(unvisited)
+    )
+    adapted = target.finish(found.statistics)
+    return AdaptResult(
+        model=adapted.model,
+        method=method,
+        statistics=found.statistics,
+        layers=shifts,
+        skipped=(*network.skipped, *unvisited),
+        images=images,
+        batches=batches,
+        outputs=outputs,
+        warnings=(*target.warnings, *_about_rest(left_out), *said),
+        passes=max(found.passes, 1),
+        adapted=adapted,
+    )
 
 
-# --- the arguments ------------------------------------------------------------------------------
+_UNVISITED = "The forward did not pass it."
 
 
-def _check(module: nn.Module, method: str, precision: float, max_bytes: int | None) -> None:
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"adapt takes a torch.nn.Module; found {type(module).__name__}.")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise InputError("TorchScript cannot be adapted; give the nn.Module it was made from.")
-    if hasattr(module, "_orig_mod"):
-        raise InputError("A compiled module cannot be adapted; give the module before compile.")
-    if any(nn.parameter.is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
-        raise InputError("A lazy layer has no shape yet; run the module once before it is adapted.")
+def _check(method: str, precision: float, stop: float | None, max_bytes: int | None) -> None:
     if method not in ("exact", "fast"):
         raise UsageError(f"method is {method!r}; it must be 'exact' or 'fast'.")
     if not 0 < precision < 1:
         raise UsageError(f"precision is {precision}; it must lie between 0 and 1.")
+    if stop is not None and not 0 < stop < 1:
+        raise UsageError(f"stop is {stop}; it must lie between 0 and 1.")
     if max_bytes is not None and max_bytes < 0:
         raise UsageError(f"max_bytes is {max_bytes}; it must not be negative.")
 
 
-_UNVISITED = "The forward did not pass it."
-_BY_BATCH = (
-    "It keeps no running statistics (track_running_stats=False) and normalises by each batch."
-)
+def _counted(feed: Any, ranks: Ranks) -> int:
+    """The images of all processes, the data read once for it."""
+    for _ in feed:
+        pass
+    return sum(ranks.share(feed.images))
 
 
-def _choose(net: nn.Module, choice: LayerChoice) -> tuple[Layers, list[SkippedLayer]]:
-    """The batch norms to adapt, and those not, with the reason."""
-    found = {name: layer for name, layer in net.named_modules() if is_batch_norm(layer)}
-    if not found:
-        raise InputError(
-            f"{type(net).__name__} holds no batch norm, so there are no statistics to adapt."
-        )
-    wanted = _predicate(choice, list(found))
-    chosen, skipped = {}, []
-    for name, layer in found.items():
-        if layer.running_mean is None or layer.running_var is None:
-            skipped.append(SkippedLayer(name, _BY_BATCH))
-        elif wanted(name, layer):
-            chosen[name] = layer
-        else:
-            skipped.append(SkippedLayer(name, "It was not chosen."))
-    if not chosen:
-        raise InputError(
-            f"None of the {len(found)} batch norms can be adapted: "
-            + "; ".join(sorted({skip.reason for skip in skipped}))
-        )
-    return chosen, skipped
-
-
-def is_batch_norm(layer: nn.Module) -> bool:
-    """Torch's batch norms, what derives from them, and frozen ones (statistics in buffers)."""
-    if isinstance(layer, _BatchNorm):
-        return True
-    buffers = ("running_mean", "running_var")
+def _about_rest(left_out: int) -> tuple[str, ...]:
+    if not left_out:
+        return ()
     return (
-        "BatchNorm" in type(layer).__name__
-        and all(isinstance(getattr(layer, name, None), Tensor) for name in buffers)
-        and hasattr(layer, "eps")
+        f"The model's batch size is fixed, and {left_out} images that did not fill a batch were"
+        " left out.",
     )
-
-
-def _predicate(choice: LayerChoice, names: list[str]) -> Callable[[str, nn.Module], bool]:
-    if choice is None:
-        return lambda _name, _layer: True
-    if callable(choice):
-        return choice
-    patterns = [choice] if isinstance(choice, str) else list(choice)
-    without = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    within = [pattern for pattern in patterns if not pattern.startswith("!")]
-    for pattern in (*within, *without):
-        if not fnmatch.filter(names, pattern):
-            raise UsageError(
-                f"The pattern {pattern!r} matches no batch norm; there are"
-                f" {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
-            )
-
-    def matches(name: str, _layer: nn.Module) -> bool:
-        inside = not within or any(fnmatch.fnmatchcase(name, pattern) for pattern in within)
-        return inside and not any(fnmatch.fnmatchcase(name, pattern) for pattern in without)
-
-    return matches
-
-
-# --- copies ---------------------------------------------------------------------------------------
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(module)
-    except Exception as error:  # __deepcopy__ is the user's code too
-        raise InputError(
-            f"{type(module).__name__} cannot be copied ({type(error).__name__}:"
-            f" {' '.join(str(error).split())[:200]}). A weight_norm of the old kind is one cause;"
-            " remove it first, or use torch.nn.utils.parametrizations."
-        ) from error
-
-
-def _sharing_parameters(module: nn.Module) -> nn.Module:
-    """A copy in eval mode with buffers and hooks of its own and the same parameters."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()}).eval()
-
-
-def _working_copy(module: nn.Module, device: str | torch.device | None) -> nn.Module:
-    """The network that is hooked and run, so that nothing has to be undone on any other."""
-    if device is None:
-        return _sharing_parameters(module)
-    try:
-        return copy.deepcopy(module).to(torch.empty(1, device=device).device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise RuntimeUnavailableError(
-            f"The device '{device}' cannot be used here: {' '.join(str(error).split())[:200]}"
-        ) from error
-
-
-def _transfer(layer: nn.Module, result: nn.Module) -> None:
-    """The statistics of one batch norm into another, in place."""
-    for name in ("running_mean", "running_var"):
-        getattr(result, name).copy_(getattr(layer, name))
-
-
-def _device_of(net: nn.Module) -> torch.device:
-    return next((p.device for p in net.parameters()), torch.device("cpu"))
