@@ -63,14 +63,14 @@ def main() -> int:
     adapted = bnfold.adapt(source, batches, method="exact")
     save_checkpoint(
         OUT / "digits.adapted.pt",
-        adapted.module,
+        adapted.model,
         model_spec=SPEC,
         example_input=example,
         metrics={"method": adapted.method, "images": adapted.images},
     )
 
     print("folding, exporting, proving ...", file=sys.stderr)
-    folded = bnfold.fold(adapted.module, example)
+    folded = bnfold.fold(adapted.model, example)
     proof = folded.verify({"x": x_target_test})
     write_onnx(folded.graph, OUT / "digits.adapted.folded.onnx")
     folded.record.save(OUT / "digits.adapted.folded.record.safetensors")
@@ -78,7 +78,7 @@ def main() -> int:
     rows = [
         ("source network, source pictures", evaluate(source, (x_test, y_test))),
         ("source network, faded pictures", evaluate(source, (x_target_test, y_test))),
-        ("adapted", evaluate(adapted.module, (x_target_test, y_test))),
+        ("adapted", evaluate(adapted.model, (x_target_test, y_test))),
         ("adapted and folded", evaluate(folded.model, (x_target_test, y_test))),
         (
             "the same on onnxruntime",

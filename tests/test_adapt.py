@@ -114,7 +114,7 @@ SPLITS = {"one": 61, "halves": 31, "sixteens": 16, "unequal last": 12, "singles"
 def test_exact_is_the_whole_set_layer_by_layer_for_any_split(net, size):
     x = target()
     result = adapt(net, x.split(size), diagnose=False)
-    assert_exact(result.module, layer_by_layer(net, x))
+    assert_exact(result.model, layer_by_layer(net, x))
     assert (result.images, result.batches) == (61, -(-61 // size))
 
 
@@ -122,14 +122,14 @@ def test_exact_is_the_whole_set_layer_by_layer_for_any_split(net, size):
 def test_exact_does_not_depend_on_the_order(net):
     x = target()
     batches = [part.flip(0) for part in x.split([30, 1, 17, 13])][::-1]
-    assert_exact(adapt(net, batches, diagnose=False).module, layer_by_layer(net, x))
+    assert_exact(adapt(net, batches, diagnose=False).model, layer_by_layer(net, x))
 
 
 def test_both_kinds_of_tasks_give_the_same_bits(net, monkeypatch):
     states = []
     for kind in ("greenlet", "thread"):
         monkeypatch.setattr(modules, "task_maker", lambda _, kind=kind: lockstep.task_maker(kind))
-        states.append(adapt(net, target().split(7)).module.state_dict())
+        states.append(adapt(net, target().split(7)).model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
@@ -139,7 +139,7 @@ def test_passes_take_over_where_memory_gives_out(net, max_bytes):
     """At the first batch norm, or in the middle: what is settled stays settled."""
     x = target()
     result = adapt(net, x.split(7), max_bytes=max_bytes, diagnose=False)
-    assert_exact(result.module, layer_by_layer(net, x))
+    assert_exact(result.model, layer_by_layer(net, x))
     assert result.passes == 4
     assert "4 passes were made" in result.warnings[-1]
 
@@ -153,7 +153,7 @@ def test_memory_may_give_out_in_a_later_layer():
     )
     x = target()
     result = adapt(net, x.split(7), max_bytes=100_000, diagnose=False)
-    assert_exact(result.module, layer_by_layer(net, x))
+    assert_exact(result.model, layer_by_layer(net, x))
     assert result.passes == 2
 
 
@@ -164,7 +164,7 @@ def test_images_of_different_sizes_weigh_by_their_pixels(net):
         parts = [net.conv1(x).double().transpose(0, 1).flatten(1) for x in (small, large, small)]
     channels = torch.cat(parts, 1)
     reference = {"1": (channels.mean(1).numpy(), channels.var(1).numpy())}
-    assert_exact(result.module, reference)
+    assert_exact(result.model, reference)
 
 
 def test_a_dropped_batch_is_caught_by_the_exactness_test(net, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_dropped_batch_is_caught_by_the_exactness_test(net, monkeypatch):
     monkeypatch.setattr(meter, "pooled", lambda found, name: pooled(list(found)[:9], name))
     wrong = adapt(net, target().split(6), diagnose=False)  # 11 batches
     with pytest.raises(AssertionError):
-        assert_exact(wrong.module, layer_by_layer(net, target()))
+        assert_exact(wrong.model, layer_by_layer(net, target()))
 
 
 def test_averaged_variances_are_caught_by_the_exactness_test(net, monkeypatch):
@@ -187,7 +187,7 @@ def test_averaged_variances_are_caught_by_the_exactness_test(net, monkeypatch):
     monkeypatch.setattr(meter, "pooled", averaged)
     wrong = adapt(net, target().split(10), diagnose=False)
     with pytest.raises(AssertionError):
-        assert_exact(wrong.module, layer_by_layer(net, target()))
+        assert_exact(wrong.model, layer_by_layer(net, target()))
 
 
 def test_statistics_of_the_source_network_are_caught_by_the_exactness_test(net):
@@ -254,13 +254,13 @@ def test_fast_pools_what_training_mode_sees(net):
         channels = torch.cat([p.double().transpose(0, 1).flatten(1) for p in parts], 1)
         pooled[name] = (channels.mean(1).numpy(), channels.var(1).numpy())
     result = adapt(net, x.split(16), method="fast", diagnose=False)
-    assert_exact(result.module, pooled)
+    assert_exact(result.model, pooled)
     assert result.method == "fast"
 
 
 def test_fast_on_a_single_batch_is_exact_but_for_the_divisor(net):
     x = target(200)
-    exact, fast = (adapt(net, [x], method=m, diagnose=False).module for m in ("exact", "fast"))
+    exact, fast = (adapt(net, [x], method=m, diagnose=False).model for m in ("exact", "fast"))
     for name in batch_norms(net):
         a, b = exact.get_submodule(name).running_var, fast.get_submodule(name).running_var
         torch.testing.assert_close(a, b, rtol=0.02, atol=0)
@@ -313,7 +313,7 @@ def _their_hook(layer, args):
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_only_running_statistics_differ_in_the_result(net, method):
     before = fingerprint(prepared(net))
-    result = adapt(net, target().split(8), method=method).module
+    result = adapt(net, target().split(8), method=method).model
     assert_untouched(net, before)
     assert type(result) is Net
     changed = {
@@ -416,8 +416,8 @@ def test_batches_may_be_of_any_make(kind, batches, forward, method):
         batches = (part for part in target().split(12))  # a generator is used up by each test
     result = adapt(seeded(kind()), batches, method=method, forward=forward)
     plain = adapt(seeded(Net()), target().split(12), method=method)
-    for key, value in plain.module.state_dict().items():
-        torch.testing.assert_close(result.module.state_dict()[key], value, rtol=1e-6, atol=1e-7)
+    for key, value in plain.model.state_dict().items():
+        torch.testing.assert_close(result.model.state_dict()[key], value, rtol=1e-6, atol=1e-7)
     assert result.images == 61
     assert plain.layers[1].samples == 61
 
@@ -432,7 +432,7 @@ def test_an_iterator_is_kept_on_disk_where_memory_is_small(net, tmp_path, monkey
         kept.extend(tmp_path.glob("bnfold-*/*"))
 
     result = adapt(net, batches(), max_bytes=0)
-    assert_exact(result.module, layer_by_layer(net, x))
+    assert_exact(result.model, layer_by_layer(net, x))
     assert len(kept) == 6
     assert not list(tmp_path.iterdir())
 
@@ -460,7 +460,7 @@ def test_no_image_is_refused(net, nothing, method):
 def test_an_empty_batch_among_others_does_no_harm(net):
     x = target()
     result = adapt(net, [x[:20], x[:0], x[20:]], diagnose=False)
-    assert_exact(result.module, layer_by_layer(net, x))
+    assert_exact(result.model, layer_by_layer(net, x))
 
 
 @pytest.mark.usefixtures("tasks")
@@ -531,7 +531,7 @@ def test_layers_can_be_chosen(net, choice, adapted):
     assert {skip.name for skip in result.skipped} == {"bn1", "bn2", "bn3"} - adapted
     for name in {skip.name for skip in result.skipped}:
         torch.testing.assert_close(
-            result.module.get_submodule(name).running_mean, net.get_submodule(name).running_mean
+            result.model.get_submodule(name).running_mean, net.get_submodule(name).running_mean
         )
 
 
@@ -556,7 +556,7 @@ def test_a_layer_that_is_not_visited_keeps_its_statistics(net):
     net.spare = nn.BatchNorm2d(4)
     result = adapt(net, target().split(12))
     assert [skip.name for skip in result.skipped] == ["spare"]
-    assert torch.equal(result.module.spare.running_mean, torch.zeros(4))
+    assert torch.equal(result.model.spare.running_mean, torch.zeros(4))
     assert any("did not pass 1 batch norms" in warning for warning in result.warnings)
 
 
@@ -605,7 +605,7 @@ def test_every_kind_of_batch_norm_is_adapted(layer, shape, method):
     net = nn.Sequential(seeded(copy.deepcopy(layer)), seeded(copy.deepcopy(layer), 1))
     result = adapt(net, x.split(15), method=method, diagnose=False)
     reference = layer_by_layer(net, x)
-    assert_exact(result.module, reference if method == "exact" else {"0": reference["0"]})
+    assert_exact(result.model, reference if method == "exact" else {"0": reference["0"]})
 
 
 def test_one_value_per_channel_is_refused(net):
@@ -647,7 +647,7 @@ def test_a_layer_used_twice_holds_the_statistics_of_both_uses(max_bytes):
     """A fixed point: what it normalises with is what it sees, in the network as it will run."""
     x = target()
     result = adapt(seeded(Twice()), x.split(13), max_bytes=max_bytes)
-    assert_consistent(result.module, x.split(13), 3e-6)
+    assert_consistent(result.model, x.split(13), 3e-6)
     assert [layer.count for layer in result.layers if layer.name == "shared"] == [61 * 25 * 2]
     assert any("shared: used more than once" in warning for warning in result.warnings)
 
@@ -678,7 +678,7 @@ def test_batches_on_different_ways_do_not_wait_for_each_other(max_bytes):
     for i, part in enumerate(x.split(8)):
         part[0, 0, 0, 0] = 0.1 * (i % 3) + 0.05
     result = adapt(seeded(Forking()), x.split(8), max_bytes=max_bytes, diagnose=False)
-    assert_consistent(result.module, x.split(8), 3e-6)
+    assert_consistent(result.model, x.split(8), 3e-6)
 
 
 # --- types ----------------------------------------------------------------------------------------
@@ -690,7 +690,7 @@ def test_the_buffers_keep_their_type(net, dtype):
     result = adapt(net.to(dtype), x.split(12), diagnose=False)
     reference = layer_by_layer(net.float(), x)
     for name, (mean, var) in reference.items():
-        layer = result.module.get_submodule(name)
+        layer = result.model.get_submodule(name)
         assert layer.running_mean.dtype == dtype
         tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
         np.testing.assert_allclose(
@@ -711,8 +711,8 @@ def test_statistics_that_do_not_fit_are_refused():
 @pytest.mark.usefixtures("tasks")
 def test_autocast_of_the_caller_is_used(net):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = adapt(net, target().split(12), diagnose=False).module
-    fine = adapt(net, target().split(12), diagnose=False).module
+        rough = adapt(net, target().split(12), diagnose=False).model
+    fine = adapt(net, target().split(12), diagnose=False).model
     assert rough.bn2.running_mean.dtype == torch.float32
     assert not torch.equal(rough.bn2.running_mean, fine.bn2.running_mean)
     torch.testing.assert_close(rough.bn2.running_var, fine.bn2.running_var, rtol=0.05, atol=0)
@@ -721,8 +721,8 @@ def test_autocast_of_the_caller_is_used(net):
 def test_it_works_inside_inference_mode(net):
     with torch.inference_mode():
         result = adapt(net, target().split(12))
-    assert not any(value.is_inference() for value in result.module.state_dict().values())
-    assert_exact(result.module, layer_by_layer(net, target()))
+    assert not any(value.is_inference() for value in result.model.state_dict().values())
+    assert_exact(result.model, layer_by_layer(net, target()))
 
 
 def test_modules_that_cannot_be_adapted_are_refused():
@@ -791,7 +791,7 @@ def test_fast_leaves_a_distance_that_exact_does_not(net):
 def test_outputs_are_compared_where_they_are_class_scores(net):
     x = target(120)
     outputs = adapt(net, x.split(40)).outputs
-    adapted = adapt(net, x.split(40), diagnose=False).module.eval()
+    adapted = adapt(net, x.split(40), diagnose=False).model.eval()
     with torch.no_grad():
         before, after = net.eval()(x), adapted(x)
     assert outputs.classes == 3
@@ -843,14 +843,14 @@ def test_sorted_data_is_warned_of(net):
 
 def test_a_target_like_the_source_is_warned_of(net):
     x = target(800)
-    home = adapt(net, x.split(100)).module
+    home = adapt(net, x.split(100)).model
     assert warned(adapt(home, target(800, seed=5).split(100)), "looks like the source")
     assert not warned(adapt(net, x.split(100)), "looks like the source")
 
 
 def test_a_near_target_that_makes_the_network_less_sure_is_warned_of(net):
     x = target(800)
-    home = adapt(net, x.split(100)).module
+    home = adapt(net, x.split(100)).model
     surer, less = copy.deepcopy(home), copy.deepcopy(home)
     less.bn3.running_var *= 0.6  # its outputs are too large: sure of themselves
     surer.bn3.running_var *= 1.6
@@ -909,7 +909,7 @@ def test_lenet5_gains_twenty_points_on_mnist_m(shared_data, method):
     net = realdata.load_model(shared_data, "mnist_lenet5")
     result = adapt(net, torch.from_numpy(x).split(500), method=method, diagnose=False)
     assert realdata.accuracy(net, x, y) == pytest.approx(31.7, abs=0.1)
-    assert realdata.accuracy(result.module, x, y) == pytest.approx(52.4, abs=0.2)
+    assert realdata.accuracy(result.model, x, y) == pytest.approx(52.4, abs=0.2)
 
 
 def test_lenet5_gains_two_points_on_usps(shared_data):
@@ -919,14 +919,14 @@ def test_lenet5_gains_two_points_on_usps(shared_data):
     train, _ = realdata.usps(shared_data, "train")
     result = adapt(net, torch.from_numpy(train).split(500), diagnose=False)
     assert realdata.accuracy(net, x, y) == pytest.approx(91.8, abs=0.1)
-    assert realdata.accuracy(result.module, x, y) == pytest.approx(93.8, abs=0.2)
+    assert realdata.accuracy(result.model, x, y) == pytest.approx(93.8, abs=0.2)
 
 
 def test_a_real_network_is_measured_exactly(shared_data):
     net = realdata.load_model(shared_data, "mnist_resnet")
     x = torch.from_numpy(realdata.mnistm(shared_data)[0][:200])
     result = adapt(net, x.split(64), diagnose=False)
-    assert_exact(result.module, layer_by_layer(net, x), 2e-6)
+    assert_exact(result.model, layer_by_layer(net, x), 2e-6)
 
 
 def test_functional_batch_norm_is_told_apart(net):

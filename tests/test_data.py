@@ -641,7 +641,7 @@ def test_mnist_m_from_its_file_adapts_lenet5(shared_data):
 
     data = open_data(path, batch_size=250, preprocess=grey28, input_shape=(None, 1, 28, 28))
     net = realdata.load_model(shared_data, "mnist_lenet5")
-    adapted = adapt(net, data, diagnose=False).module
+    adapted = adapt(net, data, diagnose=False).model
     x = everything(data)
     assert realdata.accuracy(net, x, data.labels) == pytest.approx(31.7, abs=0.1)
     assert realdata.accuracy(adapted, x, data.labels) == pytest.approx(52.4, abs=0.2)
@@ -654,6 +654,6 @@ def test_contrast_on_cifar_costs_accuracy_and_adapting_brings_it_back(shared_dat
     mean, std = (np.float32(v)[:, None, None] for v in (realdata.CIFAR_MEAN, realdata.CIFAR_STD))
     x = (low - mean) / std
     net = realdata.load_model(shared_data, "resnet20")
-    adapted = adapt(net, torch.from_numpy(x).split(50), diagnose=False).module
+    adapted = adapt(net, torch.from_numpy(x).split(50), diagnose=False).model
     assert realdata.accuracy(net, x, y) < 40
     assert realdata.accuracy(adapted, x, y) > 80

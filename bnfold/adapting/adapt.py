@@ -208,7 +208,7 @@ def adapt_target(
         seen = network.observe(feed, run, found.statistics) if diagnose else None
         run.progress.finish()
         images, batches = (sum(ranks.share(n)) for n in (feed.images, feed.batches))
-        left_out = sum(ranks.share(feed.left_out))
+        left_out = sum(ranks.share(getattr(feed, "left_out", 0)))
     shifts = diagnosis.layer_shifts(network.layers, found, seen, precision)
     outputs = seen.outputs if seen else None
     unvisited = [SkippedLayer(n, _UNVISITED) for n in network.layers if n not in found.moments]

@@ -79,9 +79,9 @@ class ModuleNetwork:
     def measure(self, feed: Feed, run: Run) -> dict[str, ImageMoments]:
         """See Network."""
         with self._told():
-            source = self._source
+            twin = _sharing_parameters(self._source)
             seen = modules.observe(
-                source, source, list(self.layers), feed, run.progress, ranks=run.ranks
+                self._source, twin, list(self.layers), feed, run.progress, ranks=run.ranks
             )
         return dict(seen.before)
 
