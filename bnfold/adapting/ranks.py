@@ -13,38 +13,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from bnfold import errors
-from bnfold.adapting.moments import Float64, ImageMoments
+from bnfold.adapting.stored import Waiting as Waiting
 from bnfold.adapting.stored import from_bytes, to_bytes
 from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
 
 TIMEOUT = 3600.0  # seconds that a process waits for the others; a dead one is seen at once
-
-
-@dataclass(frozen=True, eq=False)
-class Waiting:
-    """What the batches that wait at a layer saw: how many they are, their moments together.
-
-    within: the sum over batches of the m2 of each, where `excess_between` is to be known.
-    """
-
-    batches: int
-    moments: ImageMoments
-    within: Float64 | None = None
-
-    def merge(self, other: Waiting) -> Waiting:
-        """Both together."""
-        known = [w for w in (self.within, other.within) if w is not None]
-        return Waiting(
-            self.batches + other.batches,
-            self.moments.merge(other.moments),
-            sum(known[1:], known[0]) if known else None,
-        )
 
 
 class Ranks(Protocol):
@@ -175,25 +153,10 @@ class Group:
 
     def together(self, waiting: Mapping[str, Waiting]) -> dict[str, Waiting]:
         """See Ranks. Merged in the order of the processes, layers in the order they come up."""
-        facts = {
-            "batches": {name: found.batches for name, found in waiting.items()},
-            "within": {
-                name: found.within.tolist()
-                for name, found in waiting.items()
-                if found.within is not None
-            },
-        }
-        moments = {name: found.moments for name, found in waiting.items()}
         merged: dict[str, Waiting] = {}
-        for told, theirs in self._exchange("together", facts, moments):
+        for _, theirs in self._exchange("together", {}, waiting):
             for name, found in theirs.items():
-                theirs_within = told["within"].get(name)
-                one = Waiting(
-                    told["batches"][name],
-                    found,
-                    None if theirs_within is None else _array(theirs_within),
-                )
-                merged[name] = merged[name].merge(one) if name in merged else one
+                merged[name] = merged[name].merge(found) if name in merged else found
         return merged
 
     def share(self, value: Any) -> list[Any]:
@@ -238,14 +201,14 @@ class Group:
                 raise first from None
 
     def _exchange(
-        self, kind: str, facts: Mapping[str, Any], moments: Mapping[str, ImageMoments]
-    ) -> list[tuple[dict[str, Any], dict[str, ImageMoments]]]:
+        self, kind: str, facts: Mapping[str, Any], layers: Mapping[str, Waiting]
+    ) -> list[tuple[dict[str, Any], dict[str, Waiting]]]:
         """One message of each process. Raises the error of the first that failed."""
         if self._over:
             raise BnfoldError("A process was asked for more after the group had ended.")
         messages = [
             from_bytes(data, f"The message of process {rank}")
-            for rank, data in enumerate(self._gathered(to_bytes({"kind": kind, **facts}, moments)))
+            for rank, data in enumerate(self._gathered(to_bytes({"kind": kind, **facts}, layers)))
         ]
         kinds = [told["kind"] for told, _ in messages]
         if "failure" in kinds:
@@ -294,9 +257,3 @@ def _error(told: Mapping[str, Any]) -> BnfoldError:
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {_short(error)}"
-
-
-def _array(values: list[float]) -> Float64:
-    import numpy as np
-
-    return np.array(values, dtype=np.float64)

@@ -1,0 +1,172 @@
+"""A state is there whole or not at all, belongs to one run, and gives back every bit of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from processes import ROOT, run_in
+from test_ranks import batch, numbers, waiting
+
+from bnfold.adapting.ranks import Alone
+from bnfold.adapting.resume import State
+from bnfold.adapting.stored import Waiting, from_bytes, to_bytes
+from bnfold.errors import InputError, UsageError
+
+RUN = {"model": "ab12", "method": "exact", "layers": ("a*", "b"), "images": 100, "prior": 0.5}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run.state"
+
+
+def reopened(path, run=RUN):
+    return State.open(path, run, Alone())
+
+
+def test_settled_layers_come_back_in_their_order_with_every_bit(path):
+    state = reopened(path)
+    assert (state.settled, state.read, state.tallies) == ({}, 0, {})
+    for name, seed in (("z", 1), ("a", 2), ("m", 3)):
+        state.add(name, batch(seed, 2 + seed))
+        again = reopened(path)
+        assert list(again.settled) == list(state.settled)
+        for layer, moments in state.settled.items():
+            assert numbers(again.settled[layer]) == numbers(moments)
+    state.finish()
+    assert not path.exists()
+    assert reopened(path).settled == {}
+    assert [file.name for file in path.parent.iterdir()] == ["run.state"]
+
+
+def test_tallies_come_back_with_what_was_read(path):
+    first = {"a": waiting([batch(1), batch(2)]), "b": Waiting(2, batch(3))}
+    reopened(path).save_tallies(2, first)
+    state = reopened(path)
+    assert (state.read, list(state.tallies)) == (2, ["a", "b"])
+    for name, found in state.tallies.items():
+        assert numbers(found.moments) == numbers(first[name].moments)
+    np.testing.assert_array_equal(state.tallies["a"].within, first["a"].within)
+    assert state.tallies["b"].within is None
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"model": "cd34"}, r"another run: model is cd34 and was ab12\. Give another file"),
+        ({"images": 99, "prior": 0.0}, "images is 99 and was 100; prior is 0.0 and was 0.5"),
+        ({"seed": 1}, "seed is 1 and was not given"),
+        ({"layers": ["a*"]}, r"layers is \['a\*'\] and was \['a\*', 'b'\]"),
+    ],
+)
+def test_the_state_of_another_run_is_refused_and_stays(path, other, words):
+    reopened(path).add("a", batch(1))
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=words):
+        reopened(path, RUN | other)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_state_is_refused_and_stays(path):
+    for content in (b"", b"important notes", to_bytes({"format": "other"}, {})):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"run\.state"):
+            reopened(path)
+        assert path.read_bytes() == content
+
+
+def test_a_file_that_cannot_be_written_shows_at_once(tmp_path):
+    with pytest.raises(UsageError, match="Cannot write"):
+        reopened(tmp_path / "no folder" / "run.state")
+    with pytest.raises(InputError, match="cannot be read"):
+        reopened(tmp_path)
+
+
+KILLED = """
+import sys
+from bnfold.adapting.ranks import Alone
+from bnfold.adapting.resume import State
+from test_ranks import batch
+
+state = State.open(sys.argv[1], {}, Alone())
+for seed in range(len(state.settled), 100_000):
+    print(seed, flush=True)
+    state.add(f"layer{seed}", batch(seed % 50, 4096))
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_state(path):
+    """The file is 300 kB and more, and the kills come at other moments of its writing."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    before = 0
+    for lines in (3, 4, 6):
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, path], stdout=subprocess.PIPE, env=environment
+        ) as process:
+            for _ in range(lines):
+                begun = int(process.stdout.readline())
+            process.send_signal(signal.SIGKILL)
+        settled = reopened(path, {}).settled
+        assert before <= begun <= len(settled) + 1
+        assert list(settled) == [f"layer{seed}" for seed in range(len(settled))]
+        for seed, moments in enumerate(settled.values()):
+            assert numbers(moments) == numbers(batch(seed % 50, 4096))
+        before = len(settled)
+    assert before >= 3
+
+
+TALLIED = """
+import json, sys
+from bnfold.adapting.ranks import Waiting, group_from_environment
+from bnfold.adapting.resume import State
+from test_ranks import batch, numbers, waiting
+
+def run(ranks, path, stop):
+    state = State.open(path, {"method": "fast"}, ranks)
+    mine = [batch(seed) for seed in range(7)][ranks.rank :: ranks.size]
+    read, tallies = state.read, dict(state.tallies)
+    for number, found in enumerate(mine[read:], start=read + 1):
+        here = waiting([found])
+        tallies["a"] = tallies["a"].merge(here) if tallies else here
+        if number % 2 == 0:
+            state.save_tallies(number, tallies)
+        if number == stop:
+            return
+    state.save_tallies(len(mine), tallies, last=True)
+    print(json.dumps([read, numbers(ranks.together(tallies)["a"].moments)]), flush=True)
+    state.finish()
+
+with group_from_environment() as ranks:
+    run(ranks, sys.argv[1] + "/whole", None)
+    run(ranks, sys.argv[1] + "/stopped", 3)
+    with open(sys.argv[1] + "/stopped", "rb") as file, open(sys.argv[1] + "/copy", "wb") as copy:
+        copy.write(file.read())
+    run(ranks, sys.argv[1] + "/stopped", None)
+"""
+
+
+def test_processes_with_more_and_with_fewer_batches_resume_with_the_same_bits(tmp_path):
+    """Of 7 batches, one process has 4 and the other 3; saved after 2 each, stopped after 3."""
+    for code, said in run_in(2, TALLIED, tmp_path):
+        assert code == 0
+        whole, resumed = map(json.loads, said.splitlines())
+        assert (whole[0], resumed[0]) == (0, 2)
+        assert whole[1] == resumed[1]
+    facts, layers = from_bytes((tmp_path / "copy").read_bytes(), "it")
+    assert facts["read"] == [2, 2]
+    assert list(layers) == ["0/a", "1/a"]
+    assert [file.name for file in tmp_path.iterdir()] == ["copy"]
+
+
+def test_tallies_of_other_processes_are_refused(path):
+    path.write_bytes(
+        to_bytes(
+            {"format": "bnfold-state-1", "identity": RUN, "kind": "tallies", "read": [2, 2]}, {}
+        )
+    )
+    with pytest.raises(UsageError, match="the state of 2 processes; there are 1"):
+        reopened(path)
