@@ -199,7 +199,7 @@ def test_what_is_observed_is_of_all_processes(net):
         progress = Progress(None, feed, 1, True)
         with torch.no_grad():
             return modules.observe(
-                net.eval(), work, list(batch_norms(net)), feed, progress, ranks=ranks
+                copy.deepcopy(work), work, list(batch_norms(net)), feed, progress, ranks=ranks
             )
 
     hall = Hall(2)
