@@ -24,9 +24,17 @@ from bnfold.folding.apply import Folded, apply
 from bnfold.folding.chains import CHAINS
 from bnfold.folding.dead import without_dead_channels
 from bnfold.folding.plan import FoldPlan, MergedSum, plan
-from bnfold.folding.record import FoldedNorm, FoldRecord, gauges_of, norms_of, record_of
+from bnfold.folding.record import (
+    Choices,
+    FoldedNorm,
+    FoldRecord,
+    gauges_of,
+    norms_of,
+    record_of,
+)
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.folding.selection import Selection
+from bnfold.folding.undo import TorchSide
 from bnfold.reading.sniff import Kind
 from bnfold.reading.source import (
     Source,
@@ -69,7 +77,8 @@ class FoldResult:
     absorbed: names of the constant multiplications and additions that are gone besides. merged:
     sums of parallel branches that are one convolution now. state_dict: for torch sources, the
     folded tensors by name. program: of a graph module, what torch.export.save writes. notes: what
-    was done on the way and why, a sentence each. plan, applied, source: what it was made of.
+    was done on the way and why, a sentence each. choices: what was asked for. plan, applied,
+    source: what it was made of.
     """
 
     model: Any
@@ -86,24 +95,32 @@ class FoldResult:
     notes: tuple[str, ...] = ()
     absorbed: tuple[str, ...] = ()
     merged: tuple[MergedSum, ...] = ()
+    choices: Choices = field(default_factory=Choices, repr=False)
 
     @cached_property
     def record(self) -> FoldRecord:
         """What verifies, undoes and re-adapts the fold; made when it is first asked for."""
+        side = self._torch_side()
+        choices = replace(self.choices, scope=self.plan.scope)
+        return record_of(self.plan, self.applied, side, choices)
+
+    def _torch_side(self) -> TorchSide | None:
         if self.state_dict is None or self.program is not None:
-            return record_of(self.plan, self.applied)
+            return None
         from bnfold.folding.torch_undo import torch_side_of
-        from bnfold.writeback import class_scope
 
         before, gone = self.source.state_dict, [norm.name for norm in self.folded]
         assert before is not None  # the folded one was made from it
         if any(f"{name}.running_mean" not in before for name in gone):
-            return record_of(self.plan, self.applied)  # the module's state_dict() is its own affair
-        scope = class_scope(self.source)
+            return None  # the module's state_dict() is its own affair
         own, plain = self.source.module, self.source.plain
         pair = (own, plain) if own is not None and plain is not None else None
-        side = torch_side_of(before, self.state_dict, scope, pair, gone)
-        return record_of(self.plan, self.applied, side)
+        assert self.plan.scope is not None  # it went back into the class
+        side = torch_side_of(before, self.state_dict, self.plan.scope, pair, gone)
+        known = self.source.description.get("built") or {}
+        return replace(
+            side, built={**{name: known[name] for name in gone if name in known}, **side.built}
+        )
 
     def verify(
         self,
@@ -255,6 +272,8 @@ def fold_source(
     """
     _check_names("repair", repair, REPAIRS)
     _check_names("clean-up", clean_up, CLEAN_UPS)
+    asked = selection or Selection()
+    choices = Choices(tuple(repair), tuple(clean_up), asked.keep, asked.only)
     is_torch = source.state_dict is not None or source.exported is not None
     if writeback is None or not is_torch:
         repairs, chains = frozenset(repair), frozenset(clean_up) & CHAINS.keys()
@@ -264,7 +283,7 @@ def fold_source(
             folded = without_dead_channels(folded)
         as_proto = isinstance(given, onnx.ModelProto)
         model: object = graph.to_proto(folded.model) if as_proto else folded.model
-        return _with_record(_result(source, chosen, folded, model))
+        return _with_record(replace(result_of(source, chosen, folded, model), choices=choices))
     from bnfold.writeback import fold_torch
 
     found = fold_torch(source, writeback, selection)
@@ -272,11 +291,12 @@ def fold_source(
     if source.kind is Kind.EXPORTED_PROGRAM and found.program is not None:
         model = found.program
     made = replace(
-        _result(source, found.plan, found.folded, model),
+        result_of(source, found.plan, found.folded, model),
         state_dict=found.state_dict,
         modules=found.compared,
         program=found.program,
         notes=(*source.notes, *found.notes),
+        choices=choices,
     )
     return _with_record(made)
 
@@ -288,7 +308,8 @@ def _with_record(made: FoldResult) -> FoldResult:
     return made
 
 
-def _result(source: Source, chosen: FoldPlan, folded: Folded, model: object) -> FoldResult:
+def result_of(source: Source, chosen: FoldPlan, folded: Folded, model: object) -> FoldResult:
+    """What a plan that was applied gives; `model` is what the caller gets."""
     return FoldResult(
         model=model,
         original=source.graph,

@@ -58,7 +58,7 @@ class FoldPlan:
 
     absorbed: the constant multiplications and additions that disappear besides. repairs: the exact
     repairs that the plan may use. merges: the sums of parallel branches that become one convolution
-    each. restricted: the scope stood in the way of something.
+    each. restricted: the scope stood in the way of something. scope: what it was restricted to.
     """
 
     model: ir.Model
@@ -69,6 +69,7 @@ class FoldPlan:
     repairs: frozenset[str] = frozenset()
     merges: tuple[Merge, ...] = ()
     restricted: bool = False
+    scope: Scope | None = None
 
     @property
     def merged(self) -> tuple[MergedSum, ...]:
@@ -157,6 +158,7 @@ def plan(
         network.repairs,
         merges,
         network.restricted,
+        scope,
     )
 
 

@@ -23,6 +23,7 @@ from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.apply import Folded
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules.node import real, weights
+from bnfold.folding.scope import Scope
 from bnfold.folding.told import AnyArray, Told
 from bnfold.folding.undo import TorchSide, Undo, undo_of
 from bnfold.graph import replacing
@@ -52,14 +53,33 @@ class FoldedNorm:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What a fold was asked for; the same again, with other statistics, is the same fold.
+
+    repairs, clean_up, keep, only: as `bnfold.fold` takes them. scope: what could change of a torch
+    network; None: every constant of the graph.
+    """
+
+    repairs: tuple[str, ...] = ()
+    clean_up: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    scope: Scope | None = None
+
+
+@dataclass(frozen=True)
 class FoldRecord:
-    """A fold by names of the original graph's values; see `bnfold.folding.affine.Gauge`."""
+    """A fold by names of the original graph's values; see `bnfold.folding.affine.Gauge`.
+
+    choices: None in a record of before there were any.
+    """
 
     norms: tuple[FoldedNorm, ...]
     gauges: Mapping[str, Gauge]
     aliases: Mapping[str, str]
     files: Mapping[str, str]  # "original", and the folded by name: the files' SHA-256
     undo: Undo
+    choices: Choices | None = None
 
     def save(self, path: Path | str) -> None:
         """Write the record as safetensors, whole or not at all."""
@@ -71,7 +91,7 @@ class FoldRecord:
         from safetensors.numpy import save
 
         pool = _Pool()
-        facts = {
+        facts: dict[str, Any] = {
             "norms": [_norm_facts(norm, pool) for norm in self.norms],
             "gauges": {
                 name: [pool.add(gauge.scale), pool.add(gauge.origin)]
@@ -80,6 +100,8 @@ class FoldRecord:
             "aliases": dict(self.aliases),
             "undo": _undo_facts(self.undo, pool),
         }
+        if self.choices is not None:
+            facts["choices"] = _choices_facts(self.choices)
         streams = {"facts": json.dumps(facts).encode(), "graph": self.undo.graph, **pool.streams()}
         packed = {
             name: np.frombuffer(zlib.compress(stream, 9), np.uint8)
@@ -114,10 +136,15 @@ def gauges_of(plan: FoldPlan) -> dict[str, Gauge]:
     return {str(value.name): gauge for value, gauge in plan.gauges.items()}
 
 
-def record_of(plan: FoldPlan, folded: Folded, torch_side: TorchSide | None = None) -> FoldRecord:
-    """The record of a plan that has been applied."""
+def record_of(
+    plan: FoldPlan,
+    folded: Folded,
+    torch_side: TorchSide | None = None,
+    choices: Choices | None = None,
+) -> FoldRecord:
+    """The record of a plan that has been applied; choices: what it was asked for."""
     undo = undo_of(plan, folded, torch_side)
-    return FoldRecord(norms_of(plan), gauges_of(plan), dict(folded.aliases), {}, undo)
+    return FoldRecord(norms_of(plan), gauges_of(plan), dict(folded.aliases), {}, undo, choices)
 
 
 def load_record(path: Path | str) -> FoldRecord:
@@ -178,7 +205,8 @@ def _record(facts: Any, streams: Streams, files: Mapping[str, str]) -> FoldRecor
     }
     aliases = {str(a): str(b) for a, b in facts["aliases"].items()}
     hashes = {str(a): str(b) for a, b in files.items()}
-    return FoldRecord(norms, gauges, aliases, hashes, _undo(facts["undo"], streams))
+    undo, choices = _undo(facts["undo"], streams), _choices(facts.get("choices"))
+    return FoldRecord(norms, gauges, aliases, hashes, undo, choices)
 
 
 # --- arrays: each one once, whatever refers to it -------------------------------------------------
@@ -231,6 +259,51 @@ def _norm_facts(norm: FoldedNorm, pool: _Pool) -> dict[str, Any]:
         "eps": norm.eps,
     }
     return facts | {key: pool.add_exactly(array) for key, array in norm.statistics.items()}
+
+
+def _choices_facts(choices: Choices) -> dict[str, Any]:
+    scope = choices.scope
+    return {
+        "repairs": list(choices.repairs),
+        "clean_up": list(choices.clean_up),
+        "keep": list(choices.keep),
+        "only": list(choices.only),
+        "scope": scope
+        and {
+            "parameters": sorted(scope.parameters),
+            "layers": sorted(scope.layers),
+            "norms": sorted(scope.norms),
+            "one_value": scope.one_value,
+            "watched": dict(scope.watched),
+            "closed": scope.closed,
+        },
+    }
+
+
+def _choices(facts: Any) -> Choices | None:
+    if facts is None:
+        return None
+
+    def listed(held: Any, key: str) -> tuple[str, ...]:
+        return tuple(str(name) for name in held[key])
+
+    scope, held = None, facts["scope"]
+    if held is not None:
+        scope = Scope(
+            frozenset(listed(held, "parameters")),
+            frozenset(listed(held, "layers")),
+            frozenset(listed(held, "norms")),
+            bool(held["one_value"]),
+            {str(value): str(hooked) for value, hooked in held["watched"].items()},
+            str(held["closed"]),
+        )
+    return Choices(
+        listed(facts, "repairs"),
+        listed(facts, "clean_up"),
+        listed(facts, "keep"),
+        listed(facts, "only"),
+        scope,
+    )
 
 
 def _undo_facts(undo: Undo, pool: _Pool) -> dict[str, Any]:
