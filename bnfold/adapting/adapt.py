@@ -10,19 +10,21 @@ statistics.py. What the result says about itself: diagnosis.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from bnfold.adapting import diagnosis
-from bnfold.adapting.diagnosis import LayerShift, OutputShift
-from bnfold.adapting.estimate import Progress
+from bnfold.adapting.diagnosis import LayerShift, Observed, OutputShift
 from bnfold.adapting.enough import First, enough
+from bnfold.adapting.estimate import Progress
 from bnfold.adapting.feed import Replay
 from bnfold.adapting.moments import ImageMoments
 from bnfold.adapting.networks import LayerChoice, Run, Settled, SkippedLayer, first_ones
-from bnfold.adapting.ranks import Alone, Ranks
+from bnfold.adapting.ranks import Alone, Ranks, Waiting
 from bnfold.adapting.statistics import Part, Rule, Statistics
 from bnfold.adapting.targets import Adapted, Options, Target, target_of
 from bnfold.errors import InputError, UsageError
@@ -52,6 +54,7 @@ class AdaptResult:
     layers: the adapted batch norms, in the order of the forward.  skipped: the others.
     images, batches: in the target data, of all processes.
     outputs: predictions before and after; None without diagnosis, or if they are no class scores.
+    accuracy: before and after, 0 to 1, where there are labels; else None.
     warnings: sentences about what may be wrong with the data or the estimate.
     passes: over the data to estimate, where memory did not hold all batches at once; else 1.
     adapted: the same with what else belongs to it: its graph, its fold where the target is folded.
@@ -65,6 +68,7 @@ class AdaptResult:
     images: int
     batches: int
     outputs: OutputShift | None
+    accuracy: tuple[float, float] | None
     warnings: tuple[str, ...]
     passes: int
     adapted: Adapted = field(repr=False)
@@ -87,6 +91,7 @@ def adapt(
     source_data: Iterable[Any] | None = None,
     layers: LayerChoice = None,
     up_to: str | int | None = None,
+    test_data: Iterable[Any] | None = None,
     stop: float | None = None,
     precision: float = 0.1,
     record: FoldRecord | Path | str | None = None,
@@ -121,6 +126,7 @@ def adapt(
     layers: which batch norms to adapt: a predicate on the name, or patterns such as "layer1.*";
     a pattern with a "!" in front excludes. up_to: only those up to this one, or the first so many,
     in the order of the forward. The others keep their statistics.
+    test_data: labelled samples, (x, y) or `bnfold.data`'s: accuracy before and after.
     stop: use only as many batches, in the order in which they come, as it takes until statistics
     move by less than this (in standard deviations) and are known as well; needs shuffled data.
     precision: in `LayerShift.images_needed` and its warning, +-precision of a standard deviation.
@@ -145,6 +151,7 @@ def adapt(
         rule=rule,
         source_data=source_data,
         up_to=up_to,
+        test_data=test_data,
         stop=stop,
         precision=precision,
         max_bytes=max_bytes,
@@ -162,6 +169,7 @@ def adapt_target(
     rule: Rule | None = None,
     source_data: Iterable[Any] | None = None,
     up_to: str | int | None = None,
+    test_data: Iterable[Any] | None = None,
     stop: float | None = None,
     precision: float = 0.1,
     max_bytes: int | None = None,
@@ -181,13 +189,16 @@ def adapt_target(
             feed = network.feed(batches, room // 4, is_share=ranks.size > 1)
             return stack.enter_context(contextlib.closing(feed))
 
-        data = stack.enter_context(contextlib.closing(Replay(data, room // 4)))
+        if stop is not None:  # read more than once
+            data = stack.enter_context(contextlib.closing(Replay(data, room // 4)))
         feed = opened(data)
         run = Run(rule or Rule(), Progress(progress, feed, 1, False), room, ranks)
         if up_to is not None:
             network.keep_only(first_ones(network.order(feed), up_to))
         if source_data is not None:
-            reference = network.measure(opened(source_data), run)
+            own = network.measure(opened(source_data), run)
+            seen_all = ranks.together({name: Waiting(1, found) for name, found in own.items()})
+            reference = {name: waiting.moments for name, waiting in seen_all.items()}
             run = replace(run, rule=network.matched(run.rule, reference))
         if stop is not None:
             feed = opened(First(data, enough(network, data, run, stop, room // 4)))
@@ -206,6 +217,13 @@ def adapt_target(
                 " uses their statistics in another way, give forward= a function that calls them."
             )
         seen = network.observe(feed, run, found.statistics) if diagnose else None
+        accuracy = _accuracy(seen, getattr(data, "labels", None))
+        if test_data is not None:
+            tests = list(test_data)  # read once: it may be shuffled anew each time
+            known = getattr(test_data, "labels", None)
+            labels = _labels(tests) if known is None else known
+            accuracy = _accuracy(network.observe(opened(tests), run, found.statistics), labels)
+        seen = seen and seen.merged(ranks)
         run.progress.finish()
         images, batches = (sum(ranks.share(n)) for n in (feed.images, feed.batches))
         left_out = sum(ranks.share(getattr(feed, "left_out", 0)))
@@ -225,6 +243,7 @@ def adapt_target(
         images=images,
         batches=batches,
         outputs=outputs,
+        accuracy=accuracy,
         warnings=(*target.warnings, *_about_rest(left_out), *said),
         passes=max(found.passes, 1),
         adapted=adapted,
@@ -259,3 +278,18 @@ def _about_rest(left_out: int) -> tuple[str, ...]:
         f"The model's batch size is fixed, and {left_out} images that did not fill a batch were"
         " left out.",
     )
+
+
+def _accuracy(seen: Observed | None, labels: Any) -> tuple[float, float] | None:
+    """Before and after, where there are as many labels as predictions."""
+    if seen is None or seen.outputs is None or labels is None:
+        return None
+    return seen.outputs.accuracy(np.asarray(labels))
+
+
+def _labels(batches: Sequence[Any]) -> Any:
+    """The labels in batches (x, y)."""
+    pairs = [b for b in batches if isinstance(b, tuple | list) and len(b) == 2]
+    if len(pairs) < len(batches):
+        raise UsageError("The test data holds no labels; give batches (x, y), or an array y.")
+    return np.concatenate([np.asarray(y) for _, y in pairs])

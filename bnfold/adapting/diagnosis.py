@@ -7,14 +7,17 @@ source, can lose by adaptation. A small labelled set tells; these figures say wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfold.adapting.estimate import TOLERANCE, Estimate
 from bnfold.adapting.moments import Float64, ImageMoments, chance_limit
+from bnfold.adapting.ranks import Ranks, Waiting
 from bnfold.adapting.statistics import Layer, Statistics
+
+Classes = NDArray[np.int64]
 
 FAST_BATCH = 32  # images in a batch, below which `fast` is off by some percent and more
 # Mean W2^2 / sigma^2 over the layers, below which a target is the source, and below which it is so
@@ -65,6 +68,7 @@ class OutputShift:
 
     histogram_*: share of images by predicted class.  entropy_*: of the predicted distribution, mean
     over images, nats.  agreement: share of images for which both predict the same class.
+    predictions: the classes, before and after, of this process's images in the order of the data.
     """
 
     classes: int
@@ -73,6 +77,35 @@ class OutputShift:
     entropy_before: float
     entropy_after: float
     agreement: float
+    predictions: tuple[Classes, Classes] = field(repr=False, compare=False)
+
+    def accuracy(self, labels: Classes) -> tuple[float, float] | None:
+        """Share of right predictions, before and after; None where there are not as many labels."""
+        before, after = self.predictions
+        if labels.shape != before.shape:
+            return None
+        return float((before == labels).mean()), float((after == labels).mean())
+
+    def merged(self, ranks: Ranks) -> OutputShift:
+        """Of the images of all processes; the predictions stay this one's."""
+        shares = ranks.share([len(self.predictions[0]), *self._means()])
+        images = np.array([share[0] for share in shares], np.float64)
+        means = np.array([share[1:] for share in shares], np.float64)
+        told = (images / images.sum()) @ means
+        k = self.classes
+        return replace(
+            self,
+            histogram_before=tuple(map(float, told[:k])),
+            histogram_after=tuple(map(float, told[k : 2 * k])),
+            entropy_before=float(told[2 * k]),
+            entropy_after=float(told[2 * k + 1]),
+            agreement=float(told[2 * k + 2]),
+        )
+
+    def _means(self) -> tuple[float, ...]:
+        """Everything that is a mean over images."""
+        rest = (self.entropy_before, self.entropy_after, self.agreement)
+        return (*self.histogram_before, *self.histogram_after, *rest)
 
     @property
     def histogram_change(self) -> float:
@@ -88,6 +121,21 @@ class Observed:
     before: Mapping[str, ImageMoments]
     after: Mapping[str, ImageMoments]
     outputs: OutputShift | None
+
+    def merged(self, ranks: Ranks) -> Observed:
+        """What all processes saw; each one calls it."""
+        before, after = (
+            {name: w.moments for name, w in ranks.together(_waiting(side)).items()}
+            for side in (self.before, self.after)
+        )
+        classes = ranks.share(self.outputs.classes if self.outputs else 0)
+        alike = self.outputs is not None and set(classes) == {self.outputs.classes}
+        outputs = self.outputs.merged(ranks) if alike and self.outputs is not None else None
+        return Observed(before, after, outputs)
+
+
+def _waiting(side: Mapping[str, ImageMoments]) -> dict[str, Waiting]:
+    return {name: Waiting(1, moments) for name, moments in side.items()}
 
 
 # --- distances ------------------------------------------------------------------------------------
@@ -190,6 +238,7 @@ class Comparison:
             entropies[0],
             entropies[1],
             float((before == after).mean()),
+            (before, after),
         )
 
 

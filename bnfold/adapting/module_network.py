@@ -80,9 +80,7 @@ class ModuleNetwork:
         """See Network."""
         with self._told():
             twin = _sharing_parameters(self._source)
-            seen = modules.observe(
-                self._source, twin, list(self.layers), feed, run.progress, ranks=run.ranks
-            )
+            seen = modules.observe(self._source, twin, list(self.layers), feed, run.progress)
         return dict(seen.before)
 
     def matched(self, rule: Rule, reference: Mapping[str, ImageMoments]) -> Rule:
@@ -127,9 +125,7 @@ class ModuleNetwork:
     def observe(self, feed: Feed, run: Run, statistics: Mapping[str, Statistics]) -> Observed:
         """See Network. The statistics are in the copy that was measured already."""
         with self._told():
-            return modules.observe(
-                self._source, self._work, list(statistics), feed, run.progress, ranks=run.ranks
-            )
+            return modules.observe(self._source, self._work, list(statistics), feed, run.progress)
 
     def result(self, statistics: Mapping[str, Statistics]) -> nn.Module:
         """See Network."""

@@ -7,7 +7,7 @@ network that has neither batch norms nor a record gets idle ones, where source s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +50,14 @@ class Adapted:
 class Target:
     """A network to measure, and what becomes of its statistics.
 
-    source: what was read, of a path. notes: what was done to read it.  warnings: what the result is
-    not, a sentence each.
+    source: the graph that was read, of a path that holds one. description: what a checkpoint says
+    of itself. notes: what was done to read it. warnings: what the result is not, a sentence each.
     """
 
     network: Network
     finish: Callable[[Mapping[str, Statistics]], Adapted]
     source: Source | None = None
+    description: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -144,7 +145,7 @@ def _of_path(path: Path, options: Options, record: FoldRecord | Path | str | Non
         read = graph.read_onnx(path)
         read = graph.freeze_inputs(read) if options.freeze_inputs else read
         return replace(_of_graph(read, options, str(path)), source=Source(path, kind, read))
-    return _of_checkpoint(path, kind, options)
+    return _of_checkpoint(path, options)
 
 
 def _record_of(path: Path, given: FoldRecord | Path | str | None) -> FoldRecord | None:
@@ -164,7 +165,7 @@ def _record_of(path: Path, given: FoldRecord | Path | str | None) -> FoldRecord 
     return found
 
 
-def _of_checkpoint(path: Path, kind: Kind, options: Options) -> Target:
+def _of_checkpoint(path: Path, options: Options) -> Target:
     """A checkpoint with its factory, one that is a module, or one that carries its graph."""
     from bnfold.reading.checkpoint import load_checkpoint
     from bnfold.reading.source import network_of, open_source
@@ -182,13 +183,13 @@ def _of_checkpoint(path: Path, kind: Kind, options: Options) -> Target:
 
             return replace(target.finish(found), state_dict=state_with(state, found))
 
-        return replace(target, finish=finish, source=source, notes=source.notes)
+        described = source.description
+        return replace(
+            target, finish=finish, source=source, description=described, notes=source.notes
+        )
     module, notes = network_of(path, checkpoint, options.factory)
-    source = Source(
-        path, kind, ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), module,
-        state_dict=checkpoint.state_dict, description=checkpoint.description or {},
-    )  # fmt: skip
-    return replace(_of_module(module.eval(), options), source=source, notes=notes)
+    described = checkpoint.description or {}
+    return replace(_of_module(module.eval(), options), description=described, notes=notes)
 
 
 def _of_module(module: nn.Module, options: Options) -> Target:

@@ -12,7 +12,7 @@ from bnfold.commands.folding import fold, inspect, unfold
 from bnfold.commands.proving import export, verify
 from bnfold.commands.training import train
 
-VERBS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+VERBS: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]] = {
     "fold": fold,
     "unfold": unfold,
     "inspect": inspect,

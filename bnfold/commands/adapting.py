@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,27 @@ from bnfold.commands.shared import (
     progress_bar,
     unread,
 )
-from bnfold.errors import BnfoldError, InputError, UsageError
-from bnfold.outputs import add_file, beside, check_outputs, record_path, write_all, writer_of
+from bnfold.errors import InputError
+from bnfold.outputs import (
+    add_file,
+    beside,
+    check_outputs,
+    record_path,
+    write_all,
+    writer_of,
+)
 
 if TYPE_CHECKING:
     from bnfold.adapting.adapt import AdaptResult
+    from bnfold.adapting.diagnosis import LayerShift, OutputShift
+    from bnfold.adapting.ranks import Ranks
     from bnfold.adapting.targets import Target
 
 
-def adapt(args: argparse.Namespace) -> Report:
-    """`bnfold adapt MODEL --target-data DATA`: measure, write, fold again what was folded.
+def adapt(args: argparse.Namespace) -> Report | None:
+    """`bnfold adapt MODEL --target-data DATA`: measure, write, and fold what was folded.
 
-    Under torchrun every process measures its share of the data, and the first one writes.
+    Under torchrun every process measures its share of the data; the first one writes and reports.
     """
     from bnfold.adapting.adapt import adapt_target
     from bnfold.adapting.ranks import group_from_environment
@@ -40,26 +50,268 @@ def adapt(args: argparse.Namespace) -> Report:
     check_outputs(outputs, args.model, args.overwrite, FORMATS)
     if args.pack is not None:
         check_outputs([args.pack], args.model, args.overwrite, (".pack",))
-    with group_from_environment(args.device) as ranks:
+    with group_from_environment() as ranks:
         target = _open_target(args)
-        whole = _samples(args, args.data, target)
-        data = shard(whole, ranks.rank, ranks.size)
+        data = _samples(args, args.data, target)
         source = _samples(args, args.source_data, target) if args.source_data else None
-        with _state(args, ranks) as state, progress_bar(args, "adapting") as progress:
+        tests = _samples(args, args.test_data, target) if args.test_data else None
+        with (
+            _state(args, data, ranks) as (resumed, on_settled),
+            progress_bar(args, "adapting") as progress,
+        ):
             result = adapt_target(
                 target,
-                data,
+                shard(data, ranks.rank, ranks.size),
                 method=args.method,
                 rule=Rule(args.part, args.prior, args.source_weight, args.mixture),
                 source_data=source and shard(source, ranks.rank, ranks.size),
                 up_to=_depth(args.up_to),
+                test_data=tests,
                 stop=args.stop,
                 precision=args.precision,
                 max_bytes=None if args.max_memory is None else args.max_memory << 20,
                 progress=progress,
                 ranks=ranks,
-                **state,
+                resumed=resumed,
+                on_settled=on_settled,
             )
-        if ranks.rank:
-            return {"exit_code": 0, "silent": True}
-        return _told_and_written(args, outputs, target, result, whole)
+            if ranks.rank:
+                return None
+            return _report(args, outputs, target, result, data)
+
+
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def _open_target(args: argparse.Namespace) -> Target:
+    from bnfold.adapting.targets import Options, target_of
+
+    options = Options(
+        matched=args.source_data is not None,
+        choice=args.layers,
+        device=args.device,
+        provider=(args.providers or ["cpu"])[0],
+        factory=args.factory,
+        shapes=args.shapes or (),
+        opset=args.opset,
+        trust_pickle=args.trust_pickle,
+        freeze_inputs=args.freeze_inputs,
+    )
+    return target_of(args.model, options, args.record)
+
+
+def _suffix(model: Path) -> str:
+    """What an adapted model is written as, unless it is named."""
+    from bnfold.reading.sniff import Kind, sniff
+
+    return ".onnx" if sniff(model) is Kind.ONNX else ".pt"
+
+
+def _samples(args: argparse.Namespace, spec: str, target: Target) -> Any:
+    """Batches of the shape that the network's one input has, where that is known."""
+    from bnfold.graph import graph_inputs
+
+    inputs = list(graph_inputs(target.source.graph).values()) if target.source else []
+    described = list((target.description.get("input") or {}).values())
+    shape: Sequence[Any] | None = None
+    if len(inputs) == 1 and inputs[0].shape is not None:
+        shape = [size if isinstance(size, int) else None for size in inputs[0].shape]
+    elif not inputs and len(described) == 1:
+        shape = [None, *described[0][1:]]
+    return open_samples(args, spec, shape)
+
+
+def _depth(up_to: str | None) -> str | int | None:
+    return int(up_to) if up_to is not None and up_to.isdecimal() else up_to
+
+
+@contextlib.contextmanager
+def _state(args: argparse.Namespace, data: Any, ranks: Ranks) -> Iterator[tuple[Any, Any]]:
+    """What was settled before, and what takes down what is settled now; gone when all is done."""
+    if args.state is None:
+        yield {}, None
+        return
+    from bnfold.adapting.resume import State
+
+    if args.method != "exact":
+        raise InputError("--state is of the exact method; the fast one is a single pass.")
+    asked = ("data", "batch_size", "samples", "seed", "mean", "std", "resize", "input_scale")
+    how = ("source_data", "layers", "up_to", "part", "prior", "source_weight", "mixture", "stop")
+    identity = {name: getattr(args, name) for name in (*asked, *how, "preprocess", "factory")}
+    identity |= {"model": report.sha256(args.model), "images": getattr(data, "images", None)}
+    state = State.open(args.state, identity | {"processes": ranks.size}, ranks)
+    yield state.settled, state.add
+    state.finish()
+
+
+# --- what comes of it -----------------------------------------------------------------------------
+
+
+def _report(
+    args: argparse.Namespace, outputs: list[Path], target: Target, result: AdaptResult, data: Any
+) -> Report:
+    """The files, once they are proved, and what is said about them."""
+    done = new_report("adapt", args, target.notes)
+    done["layers"] = _layer_table(result.layers)
+    done["skipped"] = [vars(layer) for layer in result.skipped]
+    done["warnings"] = [*result.warnings, *unread(data)]
+    if result.outputs is not None:
+        done["diagnostics"] = _output_table(result.outputs)
+    if result.accuracy is not None:
+        done["accuracy"] = _accuracy_table(result.accuracy)
+    done["summary"] = (
+        f"{len(result.layers)} batch norms adapted to {result.images} images ({result.method})."
+    )
+    if result.fold is not None:
+        done["summary"] += " The model is folded again."
+        if not args.no_verify:
+            proof = result.fold.verify(providers=args.providers or ("cpu",))
+            add_proof(done, proof)
+            if not proof.passed:
+                done["summary"] += " No file was written."
+                return done
+    _write(done, args, outputs, target, result, data)
+    return done
+
+
+def _write(
+    done: Report,
+    args: argparse.Namespace,
+    outputs: list[Path],
+    target: Target,
+    result: AdaptResult,
+    data: Any,
+) -> None:
+    facts = {"method": result.method, "images": result.images, "data": args.data}
+    if result.fold is not None:
+        fold = result.fold
+        writers = {path: writer_of(path, args, fold, target.source) for path in outputs}
+        record = (record_path(outputs[0]), fold.record)
+        write_all(done, writers, record, role="adapted", source=args.model)
+    elif result.adapted.state_dict is not None or result.adapted.graph is None:
+        _write_checkpoint(done, outputs, target, result, data, facts, args)
+    else:
+        _write_graph(done, outputs, result.adapted.graph)
+    if args.pack is not None:
+        from bnfold.adapting.pack import Pack
+
+        pack = Pack.of(result, base=args.model, data=args.data, factory=args.factory)
+        pack.save(args.pack)
+        add_file(done, "pack", args.pack)
+
+
+def _write_graph(done: Report, outputs: list[Path], adapted: Any) -> None:
+    from bnfold.graph import write_onnx
+
+    for path in outputs:
+        if path.suffix.lower() != ".onnx":
+            raise InputError(f"{path}: an adapted ONNX model is written as .onnx.")
+    for path in outputs:
+        write_onnx(adapted, path)
+        add_file(done, "adapted", path)
+
+
+def _write_checkpoint(
+    done: Report,
+    outputs: list[Path],
+    target: Target,
+    result: AdaptResult,
+    data: Any,
+    facts: Mapping[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """An adapted torch network as a checkpoint that describes itself, or as its ONNX graph."""
+    from bnfold.saving import checkpoint_bytes, write_bytes
+
+    described = target.description
+    graph, shapes = result.adapted.graph, described.get("input") or {}
+    plain = described.get("plain") or {}
+    if graph is None:
+        graph, shapes, plain = _exported(done, result.model, data, args)
+    state = result.adapted.state_dict
+    content = checkpoint_bytes(
+        result.model.state_dict() if state is None else state,
+        graph,
+        kind="adapt",
+        model=args.factory or described.get("model"),
+        shapes=shapes,
+        metrics=facts,
+        plain=plain,
+    )
+    for path in outputs:
+        if path.suffix.lower() == ".onnx":
+            if graph is None:
+                raise InputError(f"{path} cannot be written: {done['notes'][-1]}")
+            _write_graph(done, [path], graph)
+            continue
+        if path.suffix.lower() not in (".pt", ".pth"):
+            raise InputError(f"{path}: an adapted torch network is written as .pt or .onnx.")
+        write_bytes(path, content)
+        add_file(done, "adapted", path)
+
+
+def _exported(
+    done: Report, module: Any, data: Any, args: argparse.Namespace
+) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+    """The adapted module's graph, its inputs' shapes, and the modules of plain torch classes."""
+    import torch
+
+    from bnfold.folding.module import plain_modules, scope_of
+    from bnfold.graph import DEFAULT_OPSET, export_module, graph_inputs
+
+    batch = next(iter(data))
+    first = batch[0] if isinstance(batch, list | tuple) else batch
+    if isinstance(first, Mapping):
+        done["notes"].append("The checkpoint does not carry its graph: the batches are mappings.")
+        return None, {}, {}
+    example = torch.as_tensor(first)[:1]
+    try:
+        graph = export_module(module, (example,), opset=args.opset or DEFAULT_OPSET)
+    except InputError as error:
+        done["notes"].append(f"The checkpoint does not carry its graph: {error}")
+        return None, {}, {}
+    shapes = {name: list(example.shape) for name in graph_inputs(graph)}
+    return graph, shapes, plain_modules(scope_of(module, graph))
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _layer_table(layers: Sequence[LayerShift]) -> Report:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    head = ["layer", "channels", "KL before", "KL after", "W2 before", "W2 after", "scale s.e. %"]
+    rows = [
+        [
+            layer.name,
+            layer.num_features,
+            number(layer.kl_before),
+            number(layer.kl_after),
+            number(layer.w2_before),
+            number(layer.w2_after),
+            number(100 * layer.scale_error),
+        ]
+        for layer in layers
+    ]
+    return {
+        "head": [*head, "images needed"],
+        "rows": [
+            [*row, layer.images_needed if layer.images_needed is not None else "-"]
+            for row, layer in zip(rows, layers, strict=True)
+        ],
+    }
+
+
+def _output_table(outputs: OutputShift) -> Report:
+    rows = [
+        ["mean entropy (nats)", f"{outputs.entropy_before:.3f}", f"{outputs.entropy_after:.3f}"],
+        ["predictions agree", "", f"{100 * outputs.agreement:.1f} %"],
+        ["histogram change", "", f"{100 * outputs.histogram_change:.1f} %"],
+    ]
+    return {"head": ["without labels", "before", "after"], "rows": rows}
+
+
+def _accuracy_table(accuracy: tuple[float, float]) -> Report:
+    rows = [["accuracy %", *map(percent, accuracy)]]
+    return {"head": ["with the labels", "before", "after"], "rows": rows}

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,16 @@ def open_model(args: argparse.Namespace, path: Path) -> Any:
     )
 
 
-def open_samples(args: argparse.Namespace, spec: str) -> Any:
-    """The data that an option names, as batches."""
+def open_samples(
+    args: argparse.Namespace, spec: str, shape: Sequence[int | None] | None = None
+) -> Any:
+    """The data that an option names, as batches; shape: of the input that they are for."""
     from bnfold.data import open_data
 
     if args.seed < 0:
         raise UsageError(f"--seed is {args.seed}; it must be 0 or more.")
     shapes = getattr(args, "shapes", None)
-    shape = shapes[0][1] if shapes else None
+    shape = shapes[0][1] if shapes else shape
     return open_data(
         spec,
         batch_size=args.batch_size,
