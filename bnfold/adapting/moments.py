@@ -21,6 +21,7 @@ from bnfold.errors import InputError, UsageError
 Float64 = NDArray[np.float64]
 
 _TWO_SIDED_95 = 1.96
+_ONE_IN_1000 = 3.09  # standard deviations that a normal variable exceeds so often
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,13 +281,26 @@ def excess_between(whole: ImageMoments, within: Float64, batches: int) -> float 
     return float(np.median(between / (within[alive] / freedom)))
 
 
-def chance_limit(batches: int) -> float:
-    """The `batch_excess` that shuffled images stay below: 1 plus 5 standard deviations of chance.
+def chance_limit(batches: int, images: int | None = None) -> float:
+    """The `batch_excess` that shuffled images stay below, 999 times in 1000.
 
-    The ratio's variance is about 2 / (batches - 1); in a small number of batches a single one
-    may lie far out, hence never less than 2.
+    The quantile of Fisher's F with batches - 1 and images - batches degrees of freedom (None: more
+    images than counts), as Paulson approximates it (Annals of Mathematical Statistics 13, 1942);
+    the median over channels scatters less. Never less than 1.5: what chance does not explain in
+    thousands of batches may still be too little to matter. (CIFAR-10 sorted by class has 2.2 in
+    batches of 8 and 40 in batches of 250, MNIST 6 and 120; USPS in the order of its file 2.4 and
+    3.5, as it holds one letter's digits together.)
     """
-    return max(2.0, 1 + 5 * math.sqrt(2 / max(batches - 1, 1)))
+    if batches < 2:
+        return math.inf
+    a = 0.0 if images is None else 2 / (9 * max(images - batches, 1))
+    b = 2 / (9 * (batches - 1))
+    square = (1 - a) ** 2 - _ONE_IN_1000**2 * a
+    if square <= 0:  # too few images to tell anything
+        return math.inf
+    product, rest = (1 - a) * (1 - b), (1 - b) ** 2 - _ONE_IN_1000**2 * b
+    root = (product + math.sqrt(product**2 - square * rest)) / square
+    return max(1.5, root**3)
 
 
 def _mean(rows: Float64) -> Float64:

@@ -1,8 +1,9 @@
 """Data as users name it, turned into batches of network inputs.
 
-A folder of images, an .npy or .npz file, a factory or `digits` becomes `Batches`: float32 arrays
-(N, C, H, W), the same in each pass. How a stored image becomes an input is said once, in
-`Preparation`: its layout, its scale, its size, mean and std. Shifts for experiments: `SHIFTS`.
+A folder of images, a file of arrays, webdataset tars, a Hugging Face data set, a factory or
+`digits` becomes `Batches`: float32 arrays (N, C, H, W), the same in each pass. How a stored image
+becomes an input is said once, in `Preparation`: its layout, its scale, its size, mean and std.
+Shifts for experiments: `SHIFTS`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnfold.data.hub import is_saved, open_dataset
+from bnfold.data.images import FolderReader
 from bnfold.data.readers import (
-    FolderReader,
     Labels,
     Reader,
     Samples,
@@ -27,6 +29,7 @@ from bnfold.data.readers import (
 )
 from bnfold.data.shifts import SHIFTS as SHIFTS
 from bnfold.data.shifts import shifted as shifted
+from bnfold.data.tars import TarReader
 from bnfold.errors import BnfoldError, InputError, UsageError
 
 Inputs = NDArray[np.float32]
@@ -34,6 +37,7 @@ Preprocess = Callable[[Any], Any]
 Shape = Sequence[int | str | None]
 
 MAX_ARCHIVE_BYTES = 4 << 30  # what an .npz may unpack to
+_AT_ONCE = 8  # images decoded before they are resized
 _NO_INDEX = np.zeros(0, np.int64)
 
 
@@ -54,9 +58,11 @@ def open_data(
 ) -> Batches:
     """The data that `spec` names, as batches.
 
-    spec: a folder of images; an .npy or .npz file (array `x`, or the only one, labels `y`);
-    `pkg.mod:factory` or `path.py:factory`, called without arguments for each pass and giving any
-    iterable of batches; `digits`, `digits:train`, `digits:test`.
+    spec: a folder of images; an .npy, .npz or .safetensors file (array `x`, or the only one, labels
+    `y`); webdataset tars, `data.tar` or `data-{000..009}.tar`; a Hugging Face data set,
+    `hf:NAME[:split]` from the hub or `hf:FOLDER[:split]` as save_to_disk wrote it; `digits`,
+    `digits:train`, `digits:test`; `pkg.mod:factory` or `path.py:factory`, called without arguments
+    for each pass and giving any iterable of batches.
     samples: use so many, drawn by `seed` (the first ones without `shuffle`). The order is drawn
     once and is the same in each pass.
     Stored images are bytes (N, H, W), (N, H, W, C) or (N, C, H, W), or floats (N, C, H, W); floats
@@ -67,11 +73,11 @@ def open_data(
     factory: from batch to batch), instead of all that.
     input_shape: what the network takes, (N, C, H, W) with None or a name where anything goes: it
     decides what a channel axis is, and is checked.
-    max_bytes: the most that an .npz file may unpack to.
+    max_bytes: the most that a compressed .npz file may unpack to.
 
     Raises UsageError for arguments that contradict each other, InputError for data that cannot be
     read or does not fit, UnsafeInputError for pickles and zip bombs, RuntimeUnavailableError when
-    scikit-learn is missing.
+    the library for a format is missing.
     """
     _check_numbers(batch_size, samples)
     if isinstance(preprocess, str):
@@ -79,7 +85,8 @@ def open_data(
     options = {"mean": mean, "std": std, "resize": resize, "input_scale": input_scale}
     given = [name for name, value in options.items() if value is not None]
     path, text = Path(spec).expanduser(), str(spec)
-    is_factory = ":" in text and not text.startswith("digits") and not path.exists()
+    named = text.partition(":")[0] in ("digits", "hf")
+    is_factory = ":" in text and not named and not path.exists()
     if given and (preprocess is not None or is_factory):
         why = f"{text} is a factory" if is_factory else "preprocess makes the whole input"
         raise UsageError(f"{' and '.join(given)} cannot be given as well: {why}.")
@@ -96,10 +103,15 @@ def open_data(
 
 
 def _reader(text: str, path: Path, channels: int | None, max_bytes: int) -> Reader:
-    if text.partition(":")[0] == "digits" and not path.exists():
-        return open_digits(text.partition(":")[2] or "all")
+    head, _, rest = text.partition(":")
+    if head == "digits" and not path.exists():
+        return open_digits(rest or "all")
+    if head == "hf" and rest and not path.exists():
+        return open_dataset(rest, channels)
     if path.is_dir():
-        return FolderReader(path, channels)
+        return open_dataset(text, channels) if is_saved(path) else FolderReader(path, channels)
+    if path.suffix == ".tar":
+        return TarReader(text, channels)
     if path.is_file():
         return open_array(path, max_bytes)
     from bnfold.reading.sniff import did_you_mean_file
@@ -169,18 +181,44 @@ class ImageBatches:
     def __iter__(self) -> Iterator[Inputs]:
         """Float32 arrays. Raises InputError for what does not fit, or if nothing can be read."""
         for number, part in enumerate(self._parts):
-            stored, kept = self._reader.read(part)
-            self._parts[number] = kept
-            if len(kept):
-                inputs = self._prepare(stored, self.name)
-                _check_finite(inputs, kept, self.name)
-                yield inputs
+            ready, self._parts[number] = self._read(part)
+            if ready is not None:
+                yield ready
         if not self.images and not self._is_shard:
             first, reason = next(iter(self.skipped.items()))
             raise InputError(
                 f"None of the {len(self.skipped)} images in {self.name} can be read;"
                 f" {first}: {reason}."
             )
+
+    def _read(self, part: NDArray[np.int64]) -> tuple[Inputs | None, NDArray[np.int64]]:
+        """The inputs of one batch, and which samples they are.
+
+        Where they become smaller on the way, a few at a time: 64 photographs would take gigabytes.
+        """
+        step = _AT_ONCE if self._prepare.changes_size else max(len(part), 1)
+        made, read = [], [_NO_INDEX]
+        for start in range(0, len(part), step):
+            stored, kept = self._reader.read(part[start : start + step])
+            if len(kept):
+                made.append(self._prepare(stored, self.name))
+                _check_finite(made[-1], kept, self.name)
+                read.append(kept)
+        if not made:
+            return None, _NO_INDEX
+        return _joined(made, self.name), np.concatenate(read)
+
+
+def _joined(parts: list[Inputs], name: str) -> Inputs:
+    if len(parts) == 1:
+        return parts[0]
+    shapes = sorted({part.shape[1:] for part in parts})
+    if len(shapes) > 1:
+        raise InputError(
+            f"{name}: preprocess returned different shapes, such as {shapes[0]} and {shapes[-1]};"
+            " a batch needs one."
+        )
+    return np.concatenate(parts)
 
 
 class FactoryBatches:
@@ -365,6 +403,11 @@ class Preparation:
                     " channels."
                 )
         return made
+
+    @property
+    def changes_size(self) -> bool:
+        """Whether an input may be smaller than its image."""
+        return self.size is not None or self.preprocess is not None
 
     @property
     def channels(self) -> int | None:
