@@ -115,7 +115,9 @@ def main() -> None:
                 for way in WAYS
                 if way != "plain"
             ]
-            print(f"{name}, batches of {size}: plain {unit[0]:.2f} s; {', '.join(ratios)}", flush=True)
+            print(
+                f"{name}, batches of {size}: plain {unit[0]:.2f} s; {', '.join(ratios)}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,19 @@ _NEAR = 2.0  # standard deviations from the mean, within which a difference of s
 
 
 @dataclass(frozen=True, eq=False)
+class _Near:
+    """The value of each channel that a layer is measured about, as a tensor and as numbers (C,)."""
+
+    value: Tensor
+    exact: Float64
+
+    @classmethod
+    def of(cls, value: Tensor, axis: int) -> _Near:
+        exact = value.cpu().double().numpy()
+        return cls(value.unsqueeze(-1) if axis == 2 else value, exact)
+
+
+@dataclass(frozen=True, eq=False)
 class Found:
     """Per image and channel of one batch: mean and population variance, (N, C), over `pixels`."""
 
@@ -45,7 +58,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._near: dict[str, Tensor] = {}  # by layer: the value of each channel, (C,)
+        self._near: dict[str, _Near] = {}
 
     def __call__(self, name: str, x: Tensor, batch: int) -> Found:
         """Raises InputError, with the layer's name, where x holds NaN or infinity."""
@@ -72,31 +85,30 @@ class Meter:
         y, axis = _pixels_along_one_axis(x)
         near = self._near.get(name)
         if near is None:
-            near = y[0].mean(axis - 1)
+            near = _Near.of(y[0].mean(axis - 1), axis)
         means, variances, is_near = self._about(near, y, axis)
         if not is_near:
-            near = torch.from_numpy(means.mean(axis=0)).to(near)
+            near = _Near.of(torch.from_numpy(means.mean(axis=0)).to(y), axis)
             means, variances, _ = self._about(near, y, axis)
         self._near[name] = near
         return Found(means, variances, y.shape[axis], batch)
 
-    def _about(self, near: Tensor, y: Tensor, axis: int) -> tuple[Float64, Float64, bool]:
+    def _about(self, near: _Near, y: Tensor, axis: int) -> tuple[Float64, Float64, bool]:
         """Means, variances, (N, C) each, and whether `near` was near enough to trust them."""
-        count, channels = len(y), len(near)
-        sums = torch.empty((2, count, channels), dtype=y.dtype, device=y.device)
-        value = near.unsqueeze(-1) if axis == 2 else near
-        step = max(_STRETCH // y[0].numel(), 1)
+        count = len(y)
+        sums = torch.empty((2, count, len(near.exact)), dtype=y.dtype, device=y.device)
+        step = max(_STRETCH * count // y.numel(), 1)
         for start in range(0, count, step):
             stop = min(start + step, count)
             part = y[start:stop]
-            deviation = torch.sub(part, value, out=self._buffer(part))
+            deviation = torch.sub(part, near.value, out=self._buffer(part))
             torch.sum(deviation, axis, out=sums[0, start:stop])
             torch.sum(deviation.square_(), axis, out=sums[1, start:stop])
         offsets, squares = sums.cpu().numpy().astype(np.float64) / y.shape[axis]
         variances = squares - np.square(offsets)
         offset, square = offsets.mean(axis=0), squares.mean(axis=0)
         is_near = bool((np.square(offset) <= _NEAR**2 * (square - np.square(offset))).all())
-        offsets += near.double().cpu().numpy()
+        offsets += near.exact
         return offsets, np.maximum(variances, 0.0, out=variances), is_near
 
     def _buffer(self, like: Tensor) -> Tensor:
@@ -111,8 +123,7 @@ class Meter:
 
 def _pixels_along_one_axis(x: Tensor) -> tuple[Tensor, int]:
     """(N, C, L) and 2, or (N, L, C) and 1 where that is how memory lies (channels last)."""
-    channels_last = x.movedim(1, -1)
-    if channels_last.is_contiguous() and not x.is_contiguous():
+    if not x.is_contiguous() and (channels_last := x.movedim(1, -1)).is_contiguous():
         return channels_last.flatten(1, -2), 1
     return x.flatten(2), 2
 
@@ -136,15 +147,16 @@ def pooled(found: Iterable[Found], name: str) -> ImageMoments:
 class Tally:
     """The moments of batch after batch, reduced from time to time so that it stays small.
 
-    batches: their numbers.
+    batches: their numbers.  compare: keep `Waiting.within` too.
     """
 
-    def __init__(self, name: str, found: Iterable[Found] = ()) -> None:
+    def __init__(self, name: str, found: Iterable[Found] = (), *, compare: bool = False) -> None:
         self._name = name
         self._recent: list[Found] = []
         self._numbers = 0
         self._total: ImageMoments | None = None
-        self._filled, self._within = 0, np.zeros(())
+        self._filled = 0
+        self._within: Float64 | float | None = 0.0 if compare else None
         self.batches: set[int] = set()
         for part in found:
             self.add(part)
@@ -155,7 +167,8 @@ class Tally:
         self.batches.add(found.batch)
         if len(found.means):
             self._filled += 1
-            self._within = self._within + np.square(found.means - found.means.mean(0)).sum(0)
+            if self._within is not None:
+                self._within = self._within + np.square(found.means - found.means.mean(0)).sum(0)
         self._numbers += found.means.size
         if self._numbers > _COLLAPSE:
             self.total()
@@ -172,5 +185,7 @@ class Tally:
 
     def waiting(self) -> Waiting:
         """Everything so far, as other processes are told it; batches without image do not count."""
-        moments = self.total()
-        return Waiting(self._filled, moments, np.broadcast_to(self._within, moments.centre.shape))
+        moments, within = self.total(), self._within
+        if within is not None:
+            within = np.broadcast_to(within, moments.centre.shape)
+        return Waiting(self._filled, moments, within)

@@ -83,17 +83,18 @@ def statistics_of(layer: nn.Module) -> Statistics:
     return Statistics(*(x.detach().cpu().double().numpy().copy() for x in (mean, var)))
 
 
-def write(layer: nn.Module, name: str, mean: Float64, var: Float64) -> None:
+def write(layer: nn.Module, name: str, given: Statistics) -> None:
     """Set the layer's running statistics in place. Raises InputError where they do not fit."""
-    for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
+    for buffer, value in ((layer.running_mean, given.mean), (layer.running_var, given.var)):
         assert isinstance(buffer, Tensor)
-        buffer.copy_(torch.from_numpy(value))
-        if not torch.isfinite(buffer).all():
+        largest = np.abs(value).max()
+        if largest > torch.finfo(buffer.dtype).max:
             raise InputError(
-                f"A statistic of '{name}' reaches {np.abs(value).max():.3g}, which"
+                f"A statistic of '{name}' reaches {largest:.3g}, which"
                 f" {str(buffer.dtype).removeprefix('torch.')} cannot hold; convert the module to"
                 " float32 before it is adapted."
             )
+        buffer.copy_(torch.from_numpy(value))
 
 
 class Writer:
@@ -105,6 +106,7 @@ class Writer:
     def __init__(self, layers: Layers, rule: Rule, on_settled: OnSettled | None) -> None:
         self.described = {name: layer_of(layer, name) for name, layer in layers.items()}
         self._layers, self._rule, self._on_settled = layers, rule, on_settled
+        self._is_blended = rule != Rule()
 
     def settle(self, name: str, moments: ImageMoments) -> None:
         """What was measured over the whole set. Raises InputError for less than two values."""
@@ -114,15 +116,19 @@ class Writer:
 
     def put(self, name: str, moments: ImageMoments) -> None:
         """The same, where it was told before."""
-        given = self._rule(self.described[name], moments)
-        write(self._layers[name], name, given.mean, given.var)
+        write(self._layers[name], name, self._rule(self.described[name], moments))
 
-    def normalise(self, name: str, batch: ImageMoments, images: int | None) -> None:
+    def normalise(self, name: str, batch: Found, images: int | None) -> None:
         """For one batch: with its own variance, as in training, the divisor being the count."""
-        pixels = batch.pixels
-        own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
-        given = self._rule(self.described[name], replace(batch, pixels=own), images)
-        write(self._layers[name], name, given.mean, given.var)
+        mean = batch.means.mean(axis=0)
+        var = batch.variances.mean(axis=0) + np.square(batch.means - mean).mean(axis=0)
+        given = Statistics(mean, var)
+        if self._is_blended:
+            moments = pooled([batch], name)
+            pixels = moments.pixels
+            own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
+            given = self._rule(self.described[name], replace(moments, pixels=own), images)
+        write(self._layers[name], name, given)
 
     def estimate(self, moments: Mapping[str, ImageMoments], excess: float | None) -> Estimate:
         """What came of it."""
@@ -162,18 +168,21 @@ def fast(
     def visit(name: str, x: Tensor) -> None:
         found = meter(name, x, number)
         if len(found.means):
-            writer.normalise(name, pooled([found], name), images)
-            tallies.setdefault(name, Tally(name)).add(found)
+            writer.normalise(name, found, images)
+            if name not in tallies:
+                tallies[name] = Tally(name, compare=not tallies)
+            tallies[name].add(found)
 
     with watching(layers, visit):
         for number, batch in enumerate(feed):
             feed.call(net, batch, number)
             progress.step()
+    firsts = set(ranks.share(next(iter(tallies), None))) - {None}
     merged = ranks.together({name: tally.waiting() for name, tally in tallies.items()})
     moments = {name: waiting.moments for name, waiting in merged.items()}
     for name, found in moments.items():
         writer.settle(name, found)
-    excess = next((excess_of(waiting) for waiting in merged.values()), None)
+    excess = excess_of(merged[firsts.pop()]) if len(firsts) == 1 else None
     return writer.estimate(moments, excess)
 
 
@@ -335,6 +344,7 @@ class _Round:
 
     def _begin(self) -> None:
         """All batches start at the network's input."""
+        self.meter = Meter()  # measures about what it saw first: any start gives the same bits
         self.extra.clear()
         self._visits.clear()
         self._resumed = Counter(dict.fromkeys(self._resumed, 0))
@@ -367,7 +377,10 @@ class _Round:
             raise _OverBudget
 
     def _settle_waiting(self, waiting: Mapping[str, Sequence[Found]]) -> str | None:
-        return self._settle({name: Tally(name, found) for name, found in waiting.items()})
+        first = not self.settled
+        return self._settle(
+            {name: Tally(name, found, compare=first) for name, found in waiting.items()}
+        )
 
     # by passes
 
@@ -393,7 +406,7 @@ class _Round:
         if name in self.reused or name in self.settled:
             self.extra.setdefault(name, Tally(name)).add(found)
             return
-        self._stopped.setdefault(name, Tally(name)).add(found)
+        self._stopped.setdefault(name, Tally(name, compare=not self.settled)).add(found)
         raise _Stop
 
 
