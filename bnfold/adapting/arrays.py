@@ -28,7 +28,7 @@ class ArrayFeed:
     Iterating gives each batch as arrays by input name. A graph with a fixed number of images gets
     just so many at a time, wherever the batches end; what does not fill the last one is left out.
     images, batches: what was given, known after a pass.  left_out: images that were not.
-    may_be_empty: for a process that shares the data with others and may get none of it.
+    is_share: other processes have the rest of the data; this one's share may be empty.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ArrayFeed:
         batches: Iterable[Any],
         *,
         max_bytes: int,
-        may_be_empty: bool = False,
+        is_share: bool = False,
     ) -> None:
         if isinstance(batches, Tensor | np.ndarray | str | Mapping) or not isinstance(
             batches, Iterable
@@ -48,7 +48,7 @@ class ArrayFeed:
             )
         self._batches = Replay(batches, max_bytes)
         self._inputs = graph.graph_inputs(model)
-        self._may_be_empty = may_be_empty
+        self._is_share = is_share
         self.size = _fixed_size(self._inputs)
         self.images: int | None = None
         self.batches: int | None = None
@@ -65,7 +65,7 @@ class ArrayFeed:
             images += _length(arrays)
             count += 1
             yield arrays
-        if not images and self.images is None and not self._may_be_empty:
+        if not images and self.images is None and not self._is_share:
             few = f" but {self.left_out}, and the graph takes {self.size} at once"
             raise InputError(
                 f"The target data holds no image{few if self.left_out else ''}; nothing can be"

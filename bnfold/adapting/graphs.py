@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from bnfold.adapting import diagnosis
 from bnfold.adapting.arrays import ArrayFeed, Arrays
 from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
 from bnfold.adapting.meter import Found, Meter, Tally, pooled
-from bnfold.adapting.moments import Float64, ImageMoments, batch_excess
+from bnfold.adapting.moments import Float64, ImageMoments, Moments, batch_excess
 from bnfold.adapting.norms import Norm, norms_of, stored, with_statistics
 from bnfold.adapting.ranks import Alone, Ranks, Waiting
 from bnfold.adapting.segments import Cut, Use
@@ -137,11 +137,11 @@ def fast(
     return Estimate(moments_of, statistics_of, batch_excess(first))
 
 
-def _of_batch(rule: Rule, layer: Layer, moments: ImageMoments, images: int | None) -> Statistics:
-    """What a layer normalises a batch by: its own variance, undivided by count - 1, if it may."""
-    if rule == Rule():
-        return Statistics(moments.pixels.mean, moments.pixels.var)
-    return rule(layer, moments, images)
+def _of_batch(rule: Rule, layer: Layer, batch: ImageMoments, images: int | None) -> Statistics:
+    """What a layer normalises a batch by: as in training, the variance divided by the count."""
+    pixels = batch.pixels
+    own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
+    return rule(layer, replace(batch, pixels=own), images)
 
 
 def _waiting(tallies: list[Tally]) -> Waiting:
@@ -210,10 +210,12 @@ class _Exact:
     rounds: int = 0
     residual: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.reused = [name for name, norm in self.norms.items() if len(norm.nodes) > 1]
+
     def run(self, provider: str, threads: int | None) -> None:
         self.cut = Cut(self.model, self.norms)
         self.walker = _Walker(self.cut, self.norms, provider, threads)
-        self.reused = [name for name, norm in self.norms.items() if len(norm.nodes) > 1]
         while True:
             self._round()
             self.rounds += 1

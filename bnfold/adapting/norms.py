@@ -18,7 +18,7 @@ from bnfold.adapting.moments import Float64
 from bnfold.adapting.statistics import Layer, Statistics
 from bnfold.errors import InputError, UsageError
 from bnfold.folding.apply import correspondence, set_root
-from bnfold.folding.constants import Constant, constant, readers
+from bnfold.folding.constants import Constant, constant
 from bnfold.folding.rules.node import (
     Opaque,
     constant_at,
@@ -182,9 +182,11 @@ def _norm(name: str, nodes: list[ir.Node]) -> Norm:
     """The layer of all nodes that share both statistics. Raises Opaque where others do too."""
     mean, var = (constant_at(nodes[0], slot) for slot in (MEAN, VAR))
     for what, slot, held in (("running_mean", MEAN, mean), ("running_var", VAR, var)):
-        for user, used in readers(held.root):
-            if user not in nodes or used != slot:
-                raise Opaque(f"its {what} '{held.root.name}' is read by {label(user)} too")
+        views = {view for node in nodes for view in constant_at(node, slot).views}
+        for value in (held.root, *(view.outputs[0] for view in views)):
+            for user, used in value.uses():
+                if user not in views and (user not in nodes or used != slot):
+                    raise Opaque(f"its {what} '{held.root.name}' is read by {label(user)} too")
     if any(constant(node.inputs[0]) is not None for node in nodes):
         raise Opaque("its input is a constant")
     if mean.shape != var.shape:
