@@ -34,7 +34,7 @@ def take_out(model: ir.Model) -> tuple[bytes, dict[str, AnyArray]]:
         if name in taken or not numbers or (tensor.nbytes < _SMALLEST and not external):
             continue
         taken[name] = tensor.numpy()
-        put(_elsewhere(tensor))
+        put(elsewhere(tensor))
     with graph.as_declared(bare):
         return bytes(ir.to_proto(bare).SerializeToString()), taken
 
@@ -90,7 +90,8 @@ def _places(
                 yield str(node.outputs[0].name), held.as_tensor(), put_node
 
 
-def _elsewhere(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+def elsewhere(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+    """A tensor of this type and shape whose data are not in the model."""
     return ir.ExternalTensor(
         LOCATION,
         None,

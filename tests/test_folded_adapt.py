@@ -1,4 +1,4 @@
-"""A folded network takes other statistics, and is then what adapting and folding would have given."""
+"""A folded network takes other statistics, and is what adapting before the fold would give."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -59,6 +59,7 @@ class Session:
     providers: tuple[str, ...]
     assignment: Mapping[str, Mapping[str, int]]
     _session: Any = field(repr=False, compare=False)
+    _held: Any = field(default=None, repr=False, compare=False)  # memory that the session reads
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
         """The graph's outputs by name. Raises InputError when onnxruntime refuses the inputs."""
@@ -190,7 +191,57 @@ def open_session(
     return _proved(session, provider, optimize, noise.text())
 
 
-def _session_options(runtime: Any, optimize: bool, threads: int | None) -> Any:
+def open_with_weights(
+    graph: bytes,
+    weights: Mapping[str, Array],
+    provider: str = "cpu",
+    *,
+    threads: int | None = None,
+) -> Session:
+    """An optimized session of a model whose weights lie in memory and not in the model.
+
+    graph: a model whose initializers of these names are external data. The weights are in place
+    before onnxruntime optimizes: what `SessionOptions.add_initializer` sets comes after it, when a
+    batch norm's own statistics are in the convolution already, and is then ignored without a word.
+    Prints of other threads are left alone, so this may run while a service does.
+    Raises as `open_session`.
+    """
+    if provider not in PROVIDERS:
+        raise RuntimeUnavailableError(
+            f"'{provider}' is not a provider of bnfold; use {' or '.join(PROVIDERS)}."
+        )
+    runtime = _onnxruntime() if "onnxruntime" not in sys.modules else sys.modules["onnxruntime"]
+    if provider == "cuda":
+        _require_cuda(runtime)
+    options = _session_options(runtime, True, threads, spinning=True)
+    held = [(array, _ort_value(runtime, array)) for array in weights.values()]
+    options.add_external_initializers(list(weights), [value for _, value in held])
+    try:
+        session = runtime.InferenceSession(
+            graph,
+            options,
+            providers=[(PROVIDERS[provider], dict(CUDA_OPTIONS) if provider == "cuda" else {})],
+            enable_fallback=0,
+        )
+    except Exception as error:
+        if provider == "cuda" and _looks_like_cuda(str(error)):
+            raise RuntimeUnavailableError(_cuda_failure(str(error))) from error
+        raise InputError(f"onnxruntime cannot load the model: {_sentence(error)}") from error
+    return replace(_proved(session, provider, True, ""), _held=held)
+
+
+def _ort_value(runtime: Any, array: Array) -> Any:
+    """An array as onnxruntime reads it where it lies; numpy has no bfloat16 of its own."""
+    if array.dtype.isbuiltin == 1:
+        return runtime.OrtValue.ortvalue_from_numpy(array)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    bits = array.view(f"u{array.dtype.itemsize}")
+    return runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
+
+
+def _session_options(
+    runtime: Any, optimize: bool, threads: int | None, *, spinning: bool = False
+) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what it logs as an error, it raises too
     levels = runtime.GraphOptimizationLevel
@@ -200,7 +251,7 @@ def _session_options(runtime: Any, optimize: bool, threads: int | None) -> Any:
         options.inter_op_num_threads = 1
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     # an idle pool would spin on the cores that the float64 reference needs next
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     return options
 
 
