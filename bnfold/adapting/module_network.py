@@ -120,7 +120,7 @@ class ModuleNetwork:
     def _reset(self) -> None:
         """The source's statistics again, after an earlier run."""
         for name, layer in self.layers.items():
-            modules.write(self._chosen[name], name, layer.source.mean, layer.source.var)
+            modules.write(self._chosen[name], name, layer.source)
 
     def observe(self, feed: Feed, run: Run, statistics: Mapping[str, Statistics]) -> Observed:
         """See Network. The statistics are in the copy that was measured already."""
@@ -130,7 +130,7 @@ class ModuleNetwork:
     def result(self, statistics: Mapping[str, Statistics]) -> nn.Module:
         """See Network."""
         for name, found in statistics.items():
-            modules.write(self._result.get_submodule(name), name, found.mean, found.var)
+            modules.write(self._result.get_submodule(name), name, found)
         return self._result
 
     @contextlib.contextmanager
