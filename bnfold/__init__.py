@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfold.adapting.adapt import AdaptResult as AdaptResult
     from bnfold.adapting.adapt import adapt as adapt
+    from bnfold.adapting.pack import Pack as Pack
+    from bnfold.adapting.pack import load_pack as load_pack
     from bnfold.api import FoldResult as FoldResult
     from bnfold.api import export as export
     from bnfold.api import fold as fold
     from bnfold.api import inspect as inspect
     from bnfold.api import verify as verify
+    from bnfold.deployment import Deployment as Deployment
+    from bnfold.deployment import load as load
     from bnfold.errors import BnfoldError as BnfoldError
     from bnfold.folding.module import load_folded as load_folded
     from bnfold.proof.verify import VerifyReport as VerifyReport
@@ -23,14 +27,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdaptResult": "bnfold.adapting.adapt",
     "BnfoldError": "bnfold.errors",
+    "Deployment": "bnfold.deployment",
     "FoldResult": "bnfold.api",
+    "Pack": "bnfold.adapting.pack",
     "UnfoldResult": "bnfold.unfolding",
     "VerifyReport": "bnfold.proof.verify",
     "adapt": "bnfold.adapting.adapt",
     "export": "bnfold.api",
     "fold": "bnfold.api",
     "inspect": "bnfold.api",
+    "load": "bnfold.deployment",
     "load_folded": "bnfold.folding.module",
+    "load_pack": "bnfold.adapting.pack",
     "unfold": "bnfold.unfolding",
     "verify": "bnfold.api",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,11 @@ def _run(args: argparse.Namespace) -> int:
 def _tell_failure(error: BnfoldError, as_json: bool) -> None:
     from bnfold.report import printable
 
+    if os.environ.get("RANK", "0") != "0":
+        # torchrun's processes fail with the same sentence; it ends all when one does, so the one
+        # that tells goes first
+        time.sleep(2)
+        return
     print(f"bnfold: {printable(str(error))}", file=sys.stderr)
     if as_json:
         from bnfold.report import to_json

@@ -64,7 +64,7 @@ class GraphNetwork:
 
     def feed(self, data: Iterable[Any], max_bytes: int, *, is_share: bool = False) -> ArrayFeed:
         """See Network."""
-        return ArrayFeed(self.model, data, max_bytes=max_bytes)
+        return ArrayFeed(self.model, data, max_bytes=max_bytes, is_share=is_share)
 
     def measure(self, feed: ArrayFeed, run: Run) -> dict[str, ImageMoments]:
         """See Network."""

@@ -84,12 +84,13 @@ def adapt(args: argparse.Namespace) -> Report | None:
 
 
 def _open_target(args: argparse.Namespace) -> Target:
+    from bnfold.adapting.ranks import own_device
     from bnfold.adapting.targets import Options, target_of
 
     options = Options(
         matched=args.source_data is not None,
         choice=args.layers,
-        device=args.device,
+        device=own_device(args.device),
         provider=(args.providers or ["cpu"])[0],
         factory=args.factory,
         shapes=args.shapes or (),

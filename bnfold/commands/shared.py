@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,8 @@ def progress_bar(
     """A progress bar on a terminal's stderr, nothing elsewhere."""
     from tqdm import tqdm
 
-    hidden = args.quiet or args.json or not sys.stderr.isatty()
+    other = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun started
+    hidden = args.quiet or args.json or other or not sys.stderr.isatty()
     with tqdm(desc=what, disable=hidden, leave=False) as bar:
 
         def show(done: int, total: int | None) -> None:
