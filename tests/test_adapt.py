@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bnfold.adapting import diagnosis, lockstep, memory, meter, modules
+from bnfold.adapting import diagnosis, lockstep, memory, meter, modules, shelf
 from bnfold.adapting.adapt import adapt
 from bnfold.adapting.moments import ImageMoments
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
@@ -135,8 +135,9 @@ def test_both_kinds_of_tasks_give_the_same_bits(net, monkeypatch):
 
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize("max_bytes", [0, 20_000, 40_000])
-def test_passes_take_over_where_memory_gives_out(net, max_bytes):
+def test_passes_take_over_where_memory_and_disk_give_out(net, max_bytes, monkeypatch):
     """At the first batch norm, or in the middle: what is settled stays settled."""
+    monkeypatch.setattr(shelf, "_LEFT_FREE", 1 << 62)
     x = target()
     result = adapt(net, x.split(7), max_bytes=max_bytes, diagnose=False)
     assert_exact(result.model, layer_by_layer(net, x))
@@ -144,8 +145,9 @@ def test_passes_take_over_where_memory_gives_out(net, max_bytes):
     assert "4 passes were made" in result.warnings[-1]
 
 
-def test_memory_may_give_out_in_a_later_layer():
+def test_memory_may_give_out_in_a_later_layer(monkeypatch):
     """The second layer is sixteen times as wide: only the first was settled in step."""
+    monkeypatch.setattr(shelf, "_LEFT_FREE", 1 << 62)
     net = seeded(
         nn.Sequential(
             nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 32, 1), nn.BatchNorm2d(32)
@@ -429,7 +431,7 @@ def test_an_iterator_is_kept_on_disk_where_memory_is_small(net, tmp_path, monkey
     def batches():
         for part in x.split(12):
             yield part, torch.arange(len(part))
-        kept.extend(tmp_path.glob("bnfold-*/*"))
+        kept.extend(tmp_path.glob("bnfold-*/*.pt"))
 
     result = adapt(net, batches(), max_bytes=0)
     assert_exact(result.model, layer_by_layer(net, x))

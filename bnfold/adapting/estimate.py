@@ -20,8 +20,9 @@ class Estimate:
 
     statistics: what each layer got for it.
     excess: the `batch_excess` at the first layer.  rounds: 1, or more where a batch norm is used
-    twice (`reused`), `residual` being what the last round still changed.  passes: over the data, by
-    the fallback for small memory, 0 without.
+    twice (`reused`), `residual` being what the last round still changed.  spilled: bytes of
+    activations that lay on disk, at most.  passes: over the data where batches could not walk in
+    step, 0 where they could.
     """
 
     moments: Mapping[str, ImageMoments]
@@ -29,6 +30,7 @@ class Estimate:
     excess: float | None
     rounds: int = 1
     passes: int = 0
+    spilled: int = 0
     reused: tuple[str, ...] = ()
     residual: float = 0.0
 

@@ -176,6 +176,11 @@ class Replay(Iterable[Any]):
         return path
 
 
+def copied(batch: Any) -> Any:
+    """The batch in memory of its own."""
+    return _mapped(batch, torch.clone)
+
+
 def describe(value: Any) -> str:
     """A batch in the words of an error message."""
     if isinstance(value, Tensor | np.ndarray):

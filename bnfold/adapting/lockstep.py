@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from bnfold.errors import RuntimeUnavailableError
 
@@ -210,11 +211,15 @@ class ThreadTask:
 
 @dataclass(frozen=True)
 class _Modes:
-    """Whether torch records gradients, infers only, and casts (by device, and to which type)."""
+    """Whether torch records gradients, infers only, and casts (by device, and to which type).
+
+    dispatch: the modes that see every operator.
+    """
 
     gradients: bool
     inference: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    dispatch: tuple[TorchDispatchMode, ...]
 
 
 def _modes_now() -> _Modes:
@@ -225,6 +230,7 @@ def _modes_now() -> _Modes:
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _AUTOCAST_DEVICES
         ),
+        tuple(_get_current_dispatch_mode_stack()),
     )
 
 
@@ -240,4 +246,7 @@ def _as_before(modes: _Modes) -> Iterator[None]:
             if was != wanted:
                 device, enabled, dtype = wanted
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        for mode in modes.dispatch:
+            if mode not in now.dispatch:
+                stack.enter_context(mode)
         yield

@@ -69,7 +69,7 @@ class Meter:
             empty = np.zeros((0, x.shape[1]))
             return Found(empty, empty, max(math.prod(x.shape[2:]), 1), batch)
         if x.dim() == 2:
-            means = x.cpu().double().numpy()
+            means = x.to("cpu", torch.float64, copy=True).numpy()
             found = Found(means, np.zeros_like(means), 1, batch)
         else:
             found = self._of_images(name, x, batch)

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from bnfold.adapting import diagnosis
 from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
-from bnfold.adapting.feed import Feed, byte_count
+from bnfold.adapting.feed import Feed, byte_count, copied
 from bnfold.adapting.lockstep import Steps, task_maker
 from bnfold.adapting.meter import Found, Meter, Tally, pooled
 from bnfold.adapting.moments import Float64, ImageMoments, Moments, excess_between
 from bnfold.adapting.ranks import Alone, Ranks, Waiting
+from bnfold.adapting.spill import Mixed, Spill, kept_by
 from bnfold.adapting.statistics import Layer, Rule, Statistics
-from bnfold.errors import InputError
+from bnfold.errors import InputError, RuntimeUnavailableError
 
 MAX_ROUNDS = 30  # where a batch norm is used twice
 
@@ -189,8 +190,12 @@ def fast(
 # --- exact ----------------------------------------------------------------------------------------
 
 
+# How batches get from the first layer to the last, each where the one before does not do.
+_IN_MEMORY, _ON_DISK, _BY_PASSES = range(3)
+
+
 class _OverBudget(BaseException):
-    """The paused batches would take more memory than they may."""
+    """The paused batches would take more room than there is."""
 
 
 class _Stop(BaseException):
@@ -223,14 +228,18 @@ def exact(
     writer = Writer(layers, rule, on_settled)
     known = dict(resumed or {})
     reused: dict[str, ImageMoments] = {}
-    by_passes, passes, rounds, change = False, 0, 0, float("inf")
+    way, passes, spilled, rounds, change = _IN_MEMORY, 0, 0, 0, float("inf")
     while change > TOLERANCE and rounds < MAX_ROUNDS:
         run = _Round(
-            net, layers, feed, frozenset(reused), progress, writer, ranks, max_bytes, tasks
+            net, layers, feed, frozenset(reused), progress, writer, ranks, max_bytes, tasks, way
         )
         run.resume(known)
-        run.run(by_passes)
-        by_passes, passes = run.passes > 0, passes + run.passes
+        run.run()
+        passes, spilled = passes + run.passes, max(spilled, run.spilled)
+        way = run.way
+        if any(ranks.share(run.may_be_mixed())):
+            way, passes = max(way, _ON_DISK), passes + 1
+            continue
         complete = run.saw_all_of(known)
         known = {}
         if not complete:
@@ -244,7 +253,14 @@ def exact(
             writer.settle(name, now)
             reused[name] = now
     found = writer.estimate({**run.settled, **reused}, run.excess)
-    return replace(found, rounds=rounds, passes=passes, reused=tuple(reused), residual=change)
+    return replace(
+        found,
+        rounds=rounds,
+        passes=passes,
+        spilled=spilled,
+        reused=tuple(reused),
+        residual=change,
+    )
 
 
 def _change(before: ImageMoments | None, now: ImageMoments, eps: float) -> float:
@@ -274,25 +290,37 @@ class _Round:
     ranks: Ranks
     max_bytes: int
     tasks: str | None
+    way: int
     settled: dict[str, ImageMoments] = field(default_factory=dict)
     visitors: dict[str, set[int]] = field(default_factory=dict)
     extra: dict[str, Tally] = field(default_factory=dict)
     excess: float | None = None
     passes: int = 0
+    spilled: int = 0
     meter: Meter = field(default_factory=Meter)
     _input_bytes: int = 0
     _visits: Counter[tuple[str, int]] = field(default_factory=Counter)
     _resumed: Counter[str] = field(default_factory=Counter)  # images that visited these layers
 
-    def run(self, by_passes: bool) -> None:
-        """In step; by passes if asked, or for the rest where memory gives out."""
-        if not by_passes:
+    def run(self) -> None:
+        """In step, or for the rest in another way where that does not do."""
+        self._kept = kept_by(self.net)
+        while self.way != _BY_PASSES:
+            settled = len(self.settled)
             try:
                 self._run_in_step()
+                return
             except _OverBudget:
-                by_passes = True
-        if by_passes:
-            self._run_by_passes()
+                self.way += 1
+            except Mixed:  # from the start, what is settled is passed without a pause
+                self.passes += 1
+                again = self.way == _IN_MEMORY or len(self.settled) > settled
+                self.way = _ON_DISK if again else _BY_PASSES
+        self._run_by_passes()
+
+    def may_be_mixed(self) -> bool:
+        """Whether the network keeps something of the batches, and nobody saw what became of it."""
+        return self.way == _IN_MEMORY and [*map(id, self._kept)] != [*map(id, kept_by(self.net))]
 
     def resume(self, known: Mapping[str, ImageMoments]) -> None:
         """Layers that are settled already."""
@@ -321,6 +349,9 @@ class _Round:
 
         None where no process has any left.
         """
+        while not self.settled and any(self.ranks.share(self.may_be_mixed())):
+            if self.way == _IN_MEMORY:
+                raise Mixed
         together = self.ranks.together({name: tally.waiting() for name, tally in waiting.items()})
         if not together:
             return None
@@ -339,8 +370,17 @@ class _Round:
     def _run_in_step(self) -> None:
         self.steps: Steps[Found] = Steps(task_maker(self.tasks))
         self._begin()
-        with watching(self.layers, self._visit_in_step):
-            self.steps.run(self._forwards(), self._settle_waiting)
+        with contextlib.ExitStack() as stack:
+            self.spill: Spill | None = None
+            if self.way == _ON_DISK:
+                self.spill = Spill(self.net, self.max_bytes)
+                stack.callback(self.spill.close)
+                stack.enter_context(self.spill.ledger)
+            stack.enter_context(watching(self.layers, self._visit_in_step))
+            try:
+                self.steps.run(self._forwards(), self._settle_waiting)
+            finally:
+                self.spilled = self.spill.most if self.spill else 0
 
     def _begin(self) -> None:
         """All batches start at the network's input."""
@@ -352,22 +392,42 @@ class _Round:
     def _forwards(self) -> Iterator[Callable[[], None]]:
         for number, batch in enumerate(self.feed):
             self._input_bytes += byte_count(batch)
-            yield partial(self._forward, batch, number)
+            yield partial(self._forward, [batch], number)
 
-    def _forward(self, batch: Any, number: int) -> None:
-        self.feed.call(self.net, batch, number)
+    def _forward(self, given: list[Any], number: int) -> None:
+        batch = given.pop()  # nobody else holds it
+        if self.spill is None:
+            self.feed.call(self.net, batch, number)
+        else:
+            with self.spill.running(number):
+                self.feed.call(self.net, copied(batch), number)
         self.progress.step()
 
     def _visit_in_step(self, name: str, x: Tensor) -> None:
-        if self._is_known(name, x, self.steps.current):
+        if self.spill is None:
+            if (found := self._found_in_step(name, x)) is not None:
+                self._check_budget(byte_count(x))
+                self.steps.wait(name, found)
             return
+        with self.spill.ledger.nobodys():
+            found = self._found_in_step(name, x)
+        if found is not None:
+            try:
+                with self.spill.paused():
+                    self.steps.wait(name, found)
+            except RuntimeUnavailableError as error:
+                raise _OverBudget from error
+
+    def _found_in_step(self, name: str, x: Tensor) -> Found | None:
+        """What a batch found at a layer where it is to wait."""
+        if self._is_known(name, x, self.steps.current):
+            return None
         found = self.meter(name, x, self.steps.current)
         self.progress.step()
         if name in self.reused or name in self.settled:
             self.extra.setdefault(name, Tally(name)).add(found)
-            return
-        self._check_budget(byte_count(x))
-        self.steps.wait(name, found)
+            return None
+        return found
 
     def _check_budget(self, size: int) -> None:
         """If all batches held as much as this one: would it be too much?"""

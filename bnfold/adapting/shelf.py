@@ -55,6 +55,7 @@ class Shelf:
             for index, array in enumerate(arrays.values()):
                 np.save(folder / f"{index}.npy", array, allow_pickle=False)
         except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
             raise RuntimeUnavailableError(
                 f"Activations cannot be kept in {folder.parent}: {error}. Set TMPDIR to a larger"
                 " disk, or give fewer images (samples)."
