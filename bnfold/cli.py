@@ -256,6 +256,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
 
+    _add_pack(verbs.add_parser("pack", help="domain packs: make, show, apply, diff, keygen"))
+
     export = verbs.add_parser("export", help="export a torch model to ONNX, unfolded, and prove it")
     _add_model(export)
     _add_output(export, "the ONNX file (default beside the input)")
@@ -374,6 +376,47 @@ def _add_adapt(adapt: argparse.ArgumentParser) -> None:
 
 def _prior(text: str) -> float | str:
     return text if text == "auto" else float(text)
+
+
+def _add_pack(pack: argparse.ArgumentParser) -> None:
+    actions = pack.add_subparsers(
+        dest="action", metavar="ACTION", required=True, parser_class=_Parser
+    )
+    make = actions.add_parser("make", help="pack the statistics of an adapted model")
+    make.add_argument("adapted", type=Path, metavar="ADAPTED", help="the adapted model")
+    make.add_argument(
+        "--base", type=Path, required=True, help="the model that it was adapted from, as deployed"
+    )
+    make.add_argument("--record", type=Path, metavar="FILE", help="fold record of a folded base")
+    make.add_argument("--sign", type=Path, metavar="KEY", help="sign it with this private key")
+    for name, what in (("--data", "name of the data"), ("--method", "how it was adapted")):
+        make.add_argument(name, metavar="TEXT", help=f"{what}, to be noted in the pack")
+    make.add_argument("--images", type=int, metavar="N", help="how many images were measured")
+    show = actions.add_parser("show", help="what a pack holds, and whether it is whole")
+    apply = actions.add_parser("apply", help="put a pack into its base, prove it, write it")
+    apply.add_argument("base", type=Path, metavar="BASE", help="folded (with its record) or not")
+    apply.add_argument("--record", type=Path, metavar="FILE", help="fold record (default beside)")
+    apply.add_argument("--no-verify", action="store_true", help="write without proof")
+    diff = actions.add_parser("diff", help="how far two packs of one base are apart")
+    for parser in (show, apply, diff):
+        parser.add_argument("pack", type=Path, metavar="PACK")
+        parser.add_argument(
+            "--public-key", type=Path, metavar="KEY", help="refuse a pack that it did not sign"
+        )
+    diff.add_argument("other", type=Path, metavar="OTHER")
+    keygen = actions.add_parser("keygen", help="a pair of keys to sign packs with")
+    _add_output(make, "the pack (default ADAPTED.pack beside the adapted model)")
+    _add_output(apply, "the adapted model (default BASE.adapted beside the base, same suffix)")
+    keygen.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="NAME", help="NAME.pem, NAME.pub.pem"
+    )
+    for parser in (make, apply):
+        parser.add_argument(
+            "--model", dest="factory", metavar="SPEC", help="factory of a checkpoint's network"
+        )
+    _add_proof(apply)
+    for parser in (make, show, apply, diff, keygen):
+        _add_report(parser)
 
 
 def _add_train(train: argparse.ArgumentParser) -> None:

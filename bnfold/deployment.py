@@ -25,7 +25,10 @@ import onnx_ir.passes.common as passes
 
 from bnfold import bare, graph
 from bnfold.adapting.base import Base, open_base
+from bnfold.adapting.norms import norms_of, stored
 from bnfold.adapting.pack import Pack, load_pack
+from bnfold.adapting.shortcut import shortcut_of
+from bnfold.adapting.statistics import Statistics
 from bnfold.errors import InputError, UsageError
 from bnfold.folding.constants import FLOATS
 from bnfold.folding.record import FoldRecord
@@ -135,21 +138,46 @@ class _Model:
     """The base as onnxruntime takes it: a graph without its weights, and the weights."""
 
     def __init__(self, base: Base) -> None:
-        assert base.graph is not None
-        self._base = base
         # the folded model as it came, where there is one
         own = base.back.folded if base.back is not None else base.graph
         assert own is not None
+        self._base = base
         self._data, self._weights = halves(own)
+        self._norms = norms_of(own)
+        self._shortcut = None
+        if base.back is not None:
+            self._shortcut = shortcut_of(base.back, self._weights)
 
     def with_pack(self, pack: Pack | None) -> tuple[bytes, dict[str, AnyArray]]:
         """Both halves with the pack's statistics."""
         if pack is None:
             return self._data, self._weights
+        changed = self._changed(pack.statistics)
+        if changed is not None:
+            return self._data, {**self._weights, **changed}
         adapted = self._base.adapted(pack.statistics)
         model = adapted.graph if adapted.fold is None else adapted.fold.graph
         assert model is not None
         return halves(model)
+
+    def _changed(self, statistics: Mapping[str, Statistics]) -> dict[str, AnyArray] | None:
+        """The weights that the statistics change; None where only a plan can tell."""
+        found: dict[str, AnyArray] = {}
+        if self._base.back is not None:
+            folded = {n: new for n, new in statistics.items() if n not in self._norms}
+            short = self._shortcut.weights(folded) if self._shortcut is not None else None
+            if short is None:
+                return None
+            found.update(short)
+        for name in statistics.keys() & self._norms.keys():
+            norm = self._norms[name]
+            new = stored(norm, statistics[name])
+            for held, array in ((norm.mean, new.mean), (norm.var, new.var)):
+                root = str(held.root.name)
+                if root not in self._weights or held.views:
+                    return None
+                found[root] = array.astype(self._weights[root].dtype)
+        return found
 
 
 def halves(model: ir.Model) -> tuple[bytes, dict[str, AnyArray]]:

@@ -151,7 +151,8 @@ def check_report(args: Namespace) -> None:
     path = args.report
     if not path.parent.is_dir() or path.is_dir():
         raise UsageError(f"--report {path}: there is no folder {path.parent}, or it is a folder.")
-    named = [getattr(args, name, None) for name in ("model", "original", "folded", "record")]
+    names = ("model", "original", "folded", "record", "adapted", "base", "pack", "other")
+    named = [getattr(args, name, None) for name in names]
     models = [*named, *(getattr(args, "outputs", None) or ())]
     for other in models:
         if isinstance(other, Path) and path.resolve() == other.resolve():
@@ -173,14 +174,16 @@ def write_all(
     *,
     role: str = "folded",
     source: Path,
+    original: str | None = None,
 ) -> dict[str, str]:
     """Stage every file, then let all of them appear; the hashes of the source and of each file.
 
-    record: where it goes and what it is; it gets the hashes and is written last.
+    record: where it goes and what it is; it gets the hashes and is written last. original: the hash
+    of what was folded, where that is not the source.
     """
     from dataclasses import replace
 
-    hashes = {"original": report.sha256(source)}
+    hashes = {"original": original or report.sha256(source)}
     with contextlib.ExitStack() as stack:
         # what is entered first is renamed last
         staged_record = stack.enter_context(replacing(record[0])) if record else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ class Base:
         """True if a file or the weights of this network have one of these sums."""
         return not set(self.digests.values()).isdisjoint(digests.values())
 
+    @cached_property
     def layers(self) -> dict[str, Held]:
         """Its batch norms with statistics that can change, by name."""
         if self.graph is not None:

@@ -107,7 +107,7 @@ class Pack:
         """
         found = statistics if isinstance(statistics, Mapping) else statistics.statistics
         network = base if isinstance(base, Base) else open_base(base, record, factory=factory)
-        held = network.layers()
+        held = network.layers
         if not found:
             raise InputError("There are no statistics to pack.")
         layers = {}
@@ -179,9 +179,15 @@ class Pack:
                 f"The pack was made for {_named(self.base)}; {base.label} is another network"
                 f" ({_named(base.digests)}). Apply it to its own base, or adapt this one."
             )
-        for name, held in base.layers().items():
-            layer = self.layers.get(name)
-            if layer is not None and None not in (layer.eps, held.eps) and layer.eps != held.eps:
+        for name, layer in self.layers.items():
+            held = base.layers.get(name)
+            if held is None or held.mean.shape != layer.mean.shape:
+                there = "none" if held is None else f"one of {held.mean.size}"
+                raise InputError(
+                    f"The pack has a batch norm '{name}' of {layer.mean.size} channels,"
+                    f" {base.label} has {there}."
+                )
+            if None not in (layer.eps, held.eps) and layer.eps != held.eps:
                 raise InputError(
                     f"The pack's '{name}' has eps {layer.eps:g}, that of {base.label} {held.eps:g}."
                 )

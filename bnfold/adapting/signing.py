@@ -65,7 +65,9 @@ def check(message: bytes, signature: Any, public_key: Path | str | bytes, what: 
     key = _public(public_key)
     ours = fingerprint(key)
     try:
-        made = bytes.fromhex(signature["ed25519"]) if isinstance(signature, Mapping) else b""
+        made = bytes.fromhex(signature["ed25519"])
+        if signature != {"key": ours, "ed25519": made.hex()}:
+            raise ValueError("of another key, or not as `sign` writes it")
         key.verify(made, message)
     except (InvalidSignature, ValueError, TypeError, KeyError):
         theirs = signature.get("key") if isinstance(signature, Mapping) else None

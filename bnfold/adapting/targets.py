@@ -51,13 +51,15 @@ class Target:
     """A network to measure, and what becomes of its statistics.
 
     source: the graph that was read, of a path that holds one. description: what a checkpoint says
-    of itself. notes: what was done to read it. warnings: what the result is not, a sentence each.
+    of itself. formats: suffixes of the files that can hold the result. notes: what was done to read
+    it. warnings: what the result is not, a sentence each.
     """
 
     network: Network
     finish: Callable[[Mapping[str, Statistics]], Adapted]
     source: Source | None = None
     description: Mapping[str, Any] = field(default_factory=dict)
+    formats: tuple[str, ...] = (".onnx",)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -78,6 +80,7 @@ class Options:
     freeze_inputs: bool = False
 
 
+_TORCH = (".onnx", ".pt", ".pth")
 _APPROXIMATE = (
     "The network has no batch norms and no fold record: the outputs of its {count} linear layers"
     " were brought to the moments that they had on the source samples, which is an approximation of"
@@ -185,7 +188,12 @@ def _of_checkpoint(path: Path, options: Options) -> Target:
 
         described = source.description
         return replace(
-            target, finish=finish, source=source, description=described, notes=source.notes
+            target,
+            finish=finish,
+            source=source,
+            description=described,
+            formats=_TORCH,
+            notes=source.notes,
         )
     module, notes = network_of(path, checkpoint, options.factory)
     described = checkpoint.description or {}
@@ -198,7 +206,7 @@ def _of_module(module: nn.Module, options: Options) -> Target:
     network = ModuleNetwork(
         module, choice=options.choice, forward=options.forward, device=options.device
     )
-    return Target(network, lambda found: Adapted(network.result(found)))
+    return Target(network, lambda found: Adapted(network.result(found)), formats=_TORCH)
 
 
 def _of_graph(model: ir.Model, options: Options, what: str) -> Target:
@@ -248,4 +256,5 @@ def _folded(back: UnfoldResult, options: Options) -> Target:
         done = fold_again(back, found)
         return Adapted(done.model, done.graph, done.state_dict, done)
 
-    return replace(target, finish=finish)
+    formats = (".onnx",) if back.state_dict is None else (*_TORCH, ".safetensors")
+    return replace(target, finish=finish, formats=formats)

@@ -9,6 +9,7 @@ from typing import Any
 from bnfold.commands.adapting import adapt
 from bnfold.commands.doctor import doctor
 from bnfold.commands.folding import fold, inspect, unfold
+from bnfold.commands.packs import pack
 from bnfold.commands.proving import export, verify
 from bnfold.commands.training import train
 
@@ -19,6 +20,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]] = {
     "export": export,
     "verify": verify,
     "adapt": adapt,
+    "pack": pack,
     "train": train,
     "doctor": doctor,
 }

@@ -13,6 +13,7 @@ from bnfold.commands.shared import (
     FORMATS,
     Report,
     add_proof,
+    counted,
     new_report,
     open_samples,
     percent,
@@ -52,6 +53,7 @@ def adapt(args: argparse.Namespace) -> Report | None:
         check_outputs([args.pack], args.model, args.overwrite, (".pack",))
     with group_from_environment() as ranks:
         target = _open_target(args)
+        check_outputs(outputs, args.model, args.overwrite, target.formats)
         data = _samples(args, args.data, target)
         source = _samples(args, args.source_data, target) if args.source_data else None
         tests = _samples(args, args.test_data, target) if args.test_data else None
@@ -161,7 +163,8 @@ def _report(
     if result.accuracy is not None:
         done["accuracy"] = _accuracy_table(result.accuracy)
     done["summary"] = (
-        f"{len(result.layers)} batch norms adapted to {result.images} images ({result.method})."
+        f"{counted(len(result.layers), 'batch norm')} adapted to {counted(result.images, 'image')}"
+        f" ({result.method})."
     )
     if result.fold is not None:
         done["summary"] += " The model is folded again."
@@ -205,9 +208,6 @@ def _write_graph(done: Report, outputs: list[Path], adapted: Any) -> None:
     from bnfold.graph import write_onnx
 
     for path in outputs:
-        if path.suffix.lower() != ".onnx":
-            raise InputError(f"{path}: an adapted ONNX model is written as .onnx.")
-    for path in outputs:
         write_onnx(adapted, path)
         add_file(done, "adapted", path)
 
@@ -245,8 +245,6 @@ def _write_checkpoint(
                 raise InputError(f"{path} cannot be written: {done['notes'][-1]}")
             _write_graph(done, [path], graph)
             continue
-        if path.suffix.lower() not in (".pt", ".pth"):
-            raise InputError(f"{path}: an adapted torch network is written as .pt or .onnx.")
         write_bytes(path, content)
         add_file(done, "adapted", path)
 

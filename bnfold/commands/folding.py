@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bnfold.commands.shared import FORMATS, Report, add_proof, new_report, open_model, timed
+from bnfold.commands.shared import (
+    FORMATS,
+    Report,
+    add_proof,
+    counted,
+    new_report,
+    open_model,
+    timed,
+)
 from bnfold.errors import UsageError
 from bnfold.outputs import (
     Writeback,
@@ -131,7 +139,7 @@ def inspect(args: argparse.Namespace) -> Report:
     done = new_report("inspect", args, result.notes)
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
-    done["summary"] = f"{len(result.folded)} of {_norms(found)} fold exactly."
+    done["summary"] = f"{len(result.folded)} of {counted(found, 'batch norm')} fold exactly."
     args.verbose = True
     return done
 
@@ -206,10 +214,6 @@ def _add_fold(done: Report, result: Any) -> None:
     }
 
 
-def _norms(count: int) -> str:
-    return f"{count} batch norm{'s' * (count != 1)}"
-
-
 def _fold_summary(found: int, result: Any) -> str:
     folded, producer = len(result.folded), result.original.producer_name
     others = len(result.absorbed)
@@ -222,9 +226,11 @@ def _fold_summary(found: int, result: Any) -> str:
         return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"
     if folded == found:
         return (
-            f"All {_norms(found)} folded.{more}" if found > 1 else f"The batch norm folded.{more}"
+            f"All {counted(found, 'batch norm')} folded.{more}"
+            if found > 1
+            else f"The batch norm folded.{more}"
         )
-    text = f"{folded} of {_norms(found)} folded; the reasons for the others are above.{more}"
+    text = f"{folded} of {counted(found, 'batch norm')} folded; the reasons for the others are above.{more}"
     if any("--freeze-inputs" in kept.reason for kept in result.kept):
         text += " Pass --freeze-inputs if nobody overrides the weights as inputs."
     return text

@@ -112,6 +112,11 @@ def new_report(command: str, args: argparse.Namespace, notes: Any) -> Report:
     }
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def timed(done: Report, started: float) -> Report:
     """The report with the time that it took."""
     done["seconds"] = round(time.perf_counter() - started, 3)

@@ -1,0 +1,319 @@
+"""`bnfold pack`: make, show, apply, diff, keygen; arguments in, a report out."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnfold import report
+from bnfold.adapting import signing
+from bnfold.adapting.base import Adapted, Base, open_base
+from bnfold.adapting.pack import LayerDiff, Pack, diff, load_pack
+from bnfold.adapting.statistics import Statistics
+from bnfold.commands.shared import add_proof, counted, new_report, timed
+from bnfold.errors import InputError, UsageError, VerificationError
+from bnfold.graph import parse_onnx, save_onnx, to_bytes, to_proto
+from bnfold.outputs import (
+    Report,
+    Writer,
+    add_file,
+    beside,
+    check_outputs,
+    record_path,
+    write_all,
+    writer_of,
+)
+
+_CHECKPOINTS = (".pt", ".pth", ".safetensors")
+
+
+def make(args: argparse.Namespace) -> Report:
+    """`pack make ADAPTED --base BASE`: the statistics in which the two differ."""
+    path = _only_output(args, args.adapted.with_suffix(".pack"))
+    check_outputs([path], args.adapted, args.overwrite, (path.suffix.lower() or ".pack",))
+    adapted = open_base(args.adapted, factory=args.factory)
+    base = open_base(args.base, args.record, factory=args.factory)
+    _check_same_weights(adapted, base)
+    said = adapted.description.get("metrics") or {}
+    made = Pack.of(
+        _differing(adapted, base),
+        base=base,
+        method=args.method or str(said.get("method", "")),
+        images=args.images if args.images is not None else said.get("images"),
+        data=args.data or str(said.get("data", "")),
+    )
+    made.save(path, sign=args.sign)
+    done = _report("make", args, adapted=args.adapted, base=args.base)
+    add_file(done, "pack", path)
+    done["layers"] = _layers(made)
+    size, whole = path.stat().st_size, args.base.stat().st_size
+    signed = "signed" if args.sign is not None else "not signed"
+    done["summary"] = (
+        f"The statistics of {counted(len(made.layers), 'batch norm')}: {size} bytes"
+        f" ({100 * size / whole:.2g} % of the base), {signed}."
+    )
+    return done
+
+
+def show(args: argparse.Namespace) -> Report:
+    """`pack show PACK`: what it holds, and that it is whole."""
+    pack = load_pack(args.pack, args.public_key)
+    done = _report("show", args, pack=args.pack)
+    signed = "no"
+    if pack.signed_by is not None:
+        checked = "checked" if args.public_key is not None else "not checked: give --public-key"
+        signed = f"by {pack.signed_by} ({checked})"
+    facts = {
+        "data": pack.data or "-",
+        "method": pack.method or "-",
+        "images": "-" if pack.images is None else pack.images,
+        **{f"option {name}": value for name, value in pack.options.items()},
+        **{f"base: {name}": digest for name, digest in pack.base.items()},
+        "signed": signed,
+        "sha256": pack.sha256,
+        "made with": pack.version,
+    }
+    done["diagnostics"] = {"head": ["", "found"], "rows": [[k, str(v)] for k, v in facts.items()]}
+    done["layers"] = _layers(pack)
+    channels = sum(layer.mean.size for layer in pack.layers.values())
+    done["summary"] = (
+        f"{counted(len(pack.layers), 'batch norm')}, {channels} channels; the pack is whole."
+    )
+    return done
+
+
+def apply(args: argparse.Namespace) -> Report:
+    """`pack apply BASE PACK`: the base with the pack's statistics; no file where a gate fails."""
+    outputs = args.outputs or beside(args.base, "adapted", [args.base.suffix])
+    check_outputs(outputs, args.base, args.overwrite, (".onnx", *_CHECKPOINTS))
+    started = time.perf_counter()
+    pack = load_pack(args.pack, args.public_key)
+    base = open_base(args.base, args.record, factory=args.factory)
+    record = record_path(outputs[0]) if base.back is not None else None
+    if record is not None:
+        check_outputs([record], args.base, args.overwrite, (".safetensors",))
+    adapted = pack.applied(base)
+    done = _report("apply", args, base=args.base, pack=args.pack)
+    done["summary"] = f"{counted(len(pack.layers), 'batch norm')} hold the statistics of the pack."
+    if adapted.fold is not None:
+        done["notes"] += adapted.fold.notes
+    writers = {path: _writer(path, args, base, adapted) for path in outputs}
+    if not args.no_verify:
+        _prove(done, args, pack, base, adapted)
+        if done["exit_code"]:
+            done["summary"] += " No file was written."
+            return timed(done, started)
+    original = None
+    if adapted.fold is not None:
+        original = hashlib.sha256(to_bytes(adapted.fold.original)).hexdigest()
+    held = None if record is None or adapted.fold is None else (record, adapted.fold.record)
+    write_all(done, writers, held, role="adapted", source=args.base, original=original)
+    return timed(done, started)
+
+
+def compare(args: argparse.Namespace) -> Report:
+    """`pack diff PACK OTHER`: per layer, how far the other's statistics are from the first's."""
+    a, b = (load_pack(path, args.public_key) for path in (args.pack, args.other))
+    rows = diff(a, b)
+    done = _report("diff", args, pack=args.pack, other=args.other)
+    head = ["layer", "channels", "KL", "W2", "largest move of a mean (sd)", "of a sd (relative)"]
+    done["layers"] = {"head": head, "rows": [_row(row) for row in rows]}
+    alone = [name for name in {**a.layers, **b.layers} if (name in a.layers) != (name in b.layers)]
+    if alone:
+        done["warnings"] = [f"{len(alone)} layers are in one pack alone, the first: {alone[0]}."]
+    done["summary"] = "The packs have no layer in common."
+    if rows:
+        farthest = max(rows, key=lambda row: row.w2)
+        mean = float(np.mean([row.w2 for row in rows]))
+        done["summary"] = (
+            f"{len(rows)} layers, mean W2 {mean:.3g}; '{farthest.name}' is farthest apart"
+            f" ({farthest.w2:.3g})."
+        )
+    return done
+
+
+def keygen(args: argparse.Namespace) -> Report:
+    """`pack keygen -o NAME`: NAME.pem, to be kept, and NAME.pub.pem, to be given away."""
+    path = args.output if args.output.suffix == ".pem" else Path(f"{args.output}.pem")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}.")
+    private, public = signing.generate(path)
+    done = _report("keygen", args)
+    done["files"] += [{"role": "private key", "path": str(private)}]
+    add_file(done, "public key", public)
+    done["summary"] = (
+        f"Sign with --sign {private}, which nobody else should have; check with --public-key"
+        f" {public}."
+    )
+    return done
+
+
+ACTIONS: dict[str, Callable[[argparse.Namespace], Report]] = {
+    "make": make,
+    "show": show,
+    "apply": apply,
+    "diff": compare,
+    "keygen": keygen,
+}
+
+
+# --- making ---------------------------------------------------------------------------------------
+
+
+def _check_same_weights(adapted: Base, base: Base) -> None:
+    """Raises InputError where more than statistics differs: a pack would not hold that."""
+    ours, theirs = base.weights(), adapted.weights()
+    if base.back is not None and base.back.state_dict is None and adapted.state_dict is not None:
+        theirs = {name: theirs[name] for name in theirs if name in ours}
+    stand = {
+        name
+        for network in (base, adapted)
+        for held in network.layers.values()
+        for name in held.stands
+    }
+    common = [name for name in ours if name in theirs and name not in stand]
+    other = [
+        name
+        for name in common
+        if not name.endswith("num_batches_tracked")
+        and (
+            ours[name].shape != theirs[name].shape or ours[name].tobytes() != theirs[name].tobytes()
+        )
+    ]
+    if other or not common:
+        what = f"the weight '{other[0]}' differs" if other else "they have no weight in common"
+        raise InputError(
+            f"{adapted.label} is not {base.label} with other statistics: {what}"
+            f" ({len(other)} in all). A pack holds statistics alone."
+        )
+
+
+def _differing(adapted: Base, base: Base) -> dict[str, Statistics]:
+    there = base.layers
+    found = {}
+    for name, held in adapted.layers.items():
+        if name not in there:
+            raise InputError(f"{base.label} has no batch norm '{name}', which {adapted.label} has.")
+        mean, var = held.mean.astype(np.float64), held.var.astype(np.float64)
+        if not (np.array_equal(mean, there[name].mean) and np.array_equal(var, there[name].var)):
+            found[name] = Statistics(mean, var)
+    if not found:
+        raise InputError(f"{adapted.label} has the statistics of {base.label}: nothing to pack.")
+    return found
+
+
+def _only_output(args: argparse.Namespace, default: Path) -> Path:
+    outputs: list[Path] = args.outputs or [default]
+    if len(outputs) > 1:
+        raise UsageError("A pack goes into one file; name one -o.")
+    return outputs[0]
+
+
+# --- applying -------------------------------------------------------------------------------------
+
+
+def _writer(path: Path, args: argparse.Namespace, base: Base, adapted: Adapted) -> Writer:
+    suffix = path.suffix.lower()
+    if adapted.fold is not None:
+        return writer_of(path, args, adapted.fold, adapted.fold.source)
+    model = adapted.graph
+    if suffix == ".onnx" and model is not None:
+        return lambda staged: save_onnx(model, staged)
+    if suffix == ".onnx":
+        raise UsageError(f"{path}: {base.label} carries no graph; write .pt or .safetensors.")
+    state = adapted.state_dict
+    if state is None:
+        raise UsageError(f"{path}: an ONNX model is written to .onnx; {suffix} needs torch.")
+    if suffix == ".safetensors":
+        from safetensors.torch import save
+
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        return lambda staged: _write(staged, save(tensors))
+    from bnfold.saving import checkpoint_bytes
+
+    said = base.description
+    data = checkpoint_bytes(
+        state,
+        model,
+        kind="adapt",
+        model=args.factory or said.get("model"),
+        shapes=said.get("input"),
+        metrics={"pack": str(args.pack)},
+        plain=said.get("plain"),
+    )
+    return lambda staged: _write(staged, data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _prove(
+    done: Report, args: argparse.Namespace, pack: Pack, base: Base, adapted: Adapted
+) -> None:
+    """The gates; of what is not folded also that the statistics alone are new, bit by bit."""
+    from bnfold.proof.verify import verify
+
+    providers = tuple(args.providers or ("cpu",))
+    if adapted.fold is not None:
+        add_proof(done, adapted.fold.verify(providers=providers))
+        return
+    _check_nothing_else(pack, base, adapted)
+    if adapted.graph is None:
+        done["warnings"] = ["The checkpoint carries no graph and was not run; --model names it."]
+        return
+    proto = to_proto(adapted.graph)
+    add_proof(done, verify(proto, proto, providers=providers), is_fold=False)
+
+
+def _check_nothing_else(pack: Pack, base: Base, adapted: Adapted) -> None:
+    """Raises VerificationError where a weight is neither the base's nor the pack's."""
+    if adapted.graph is not None:
+        written = Base("", {}, parse_onnx(to_bytes(adapted.graph)))
+        source = Base("", {}, base.graph)
+    else:
+        written, source = Base("", {}, state_dict=adapted.state_dict), base
+    before, after = source.weights(), written.weights()
+    expected = dict(before)
+    for name, layer in pack.layers.items():
+        expected.update(zip(source.layers[name].stands, (layer.mean, layer.var), strict=True))
+    wrong = [n for n in expected if expected[n].tobytes() != after[n].tobytes()]
+    if wrong or set(after) != set(before):
+        raise VerificationError(
+            f"'{(wrong or ['the list of weights'])[0]}' is neither the base's nor the pack's. No"
+            " file was written."
+        )
+
+
+# --- what they share ------------------------------------------------------------------------------
+
+
+def _report(action: str, args: argparse.Namespace, **files: Path) -> Report:
+    done = new_report(f"pack {action}", args, ())
+    for role, path in files.items():
+        done["files"].append({"role": role, "path": str(path), "sha256": report.sha256(path)})
+    return done
+
+
+def _layers(pack: Pack) -> dict[str, Any]:
+    rows = [
+        [name, layer.mean.size, layer.mean.dtype.name, "-" if layer.eps is None else layer.eps]
+        for name, layer in pack.layers.items()
+    ]
+    return {"head": ["layer", "channels", "type", "eps"], "rows": rows}
+
+
+def _row(row: LayerDiff) -> list[Any]:
+    figures = (row.kl, row.w2, row.mean_move, row.sd_move)
+    return [row.name, row.num_features, *(f"{figure:.3g}" for figure in figures)]
+
+
+def pack(args: argparse.Namespace) -> Report:
+    """`bnfold pack ACTION`: statistics of a domain in a file of their own."""
+    return ACTIONS[args.action](args)
