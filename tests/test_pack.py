@@ -10,6 +10,7 @@ import json
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import safetensors.numpy
 import torch
@@ -17,6 +18,8 @@ from nets import with_statistics
 from onnx import TensorProto
 
 import bnfold
+import bnfold.adapting.base
+import bnfold.adapting.folded
 from bnfold import graph
 from bnfold.adapting import norms, pack, signing
 from bnfold.adapting.base import open_base
@@ -451,3 +454,195 @@ def test_the_difference_of_two_packs(made, rain, statistics):
     elsewhere = Pack({"x": "0" * 64}, rain.layers)
     with pytest.raises(InputError, match="the other for x 000"):
         diff(rain, elsewhere)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def nets(made, statistics, tmp_path):
+    """The folder of networks, with an adapted ONNX file and an adapted checkpoint."""
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "adapted.onnx").write_bytes(adapted_bytes(made, statistics))
+    module = digits_cnn()
+    module.load_state_dict(torch.load(made / "net.pt"))
+    set_statistics(module, statistics)
+    torch.save(module.state_dict(), tmp_path / "adapted.pt")
+    return tmp_path
+
+
+def test_make_show_and_apply(nets, capsys):
+    arguments = ("--base", nets / "net.onnx", "-o", nets / "rain.pack", "--sign", nets / "key.pem")
+    noted = ("--data", "rain", "--images", "500", "--method", "exact")
+    code, out, err = run(capsys, "pack", "make", nets / "adapted.onnx", *arguments, *noted)
+    assert code == 0, err
+    assert "The statistics of 4 batch norms" in out
+    public = ("--public-key", nets / "key.pub.pem")
+    code, out, _ = run(capsys, "pack", "show", nets / "rain.pack", *public, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["command"] == "pack show"
+    facts = dict(document["diagnostics"]["rows"])
+    assert (facts["data"], facts["images"], facts["method"]) == ("rain", "500", "exact")
+    assert "(checked)" in facts["signed"]
+    assert "not checked" in run(capsys, "pack", "show", nets / "rain.pack")[1]
+    code, out, err = run(capsys, "pack", "apply", nets / "net.onnx", nets / "rain.pack", *public)
+    assert code == 0, err
+    assert "Proved by gates" in out
+    assert (nets / "net.adapted.onnx").read_bytes() == (nets / "adapted.onnx").read_bytes()
+
+
+def test_a_folded_base_is_folded_again_with_its_record(nets, capsys):
+    folded = nets / "net.folded.onnx"
+    assert run(capsys, "pack", "make", nets / "adapted.onnx", "--base", folded)[0] == 0
+    code, out, err = run(capsys, "pack", "apply", folded, nets / "adapted.pack")
+    assert code == 0, err
+    assert "Proved by gates A, B, C" in out
+    assert run(capsys, "fold", nets / "adapted.onnx", "--no-verify")[0] == 0
+    new = nets / "net.folded.adapted.onnx"
+    assert new.read_bytes() == (nets / "adapted.folded.onnx").read_bytes()
+    # its record undoes it: what comes out is the adapted network, byte for byte
+    code, out, _ = run(capsys, "unfold", new, "-o", nets / "back.onnx")
+    assert code == 0
+    assert "byte for byte" in out
+    assert (nets / "back.onnx").read_bytes() == (nets / "adapted.onnx").read_bytes()
+    code, out, _ = run(capsys, "verify", nets / "adapted.onnx", new)
+    assert code == 0
+    assert "Proved by gates A, B, C" in out
+
+
+def test_checkpoints(nets, capsys):
+    model = ("--model", SPEC)
+    pack_file = nets / "adapted.pack"
+    assert (
+        run(capsys, "pack", "make", nets / "adapted.pt", "--base", nets / "net.pt", *model)[0] == 0
+    )
+    code, out, err = run(capsys, "pack", "apply", nets / "net.pt", pack_file)
+    assert code == 0, err
+    assert "was not run" in out
+    expected = torch.load(nets / "adapted.pt")
+    assert same_state(torch.load(nets / "net.adapted.pt")["state_dict"], expected)
+    digits_cnn().load_state_dict(torch.load(nets / "net.adapted.pt")["state_dict"])
+    code, out, err = run(
+        capsys,
+        "pack",
+        "apply",
+        nets / "torch.folded.pt",
+        pack_file,
+        "-o",
+        nets / "x.pt",
+        "-o",
+        nets / "x.onnx",
+    )
+    assert code == 0, err
+    assert run(capsys, "unfold", nets / "x.pt", "-o", nets / "y.pt")[0] == 0
+    assert same_state(torch.load(nets / "y.pt")["state_dict"], expected)
+    assert run(capsys, "pack", "apply", nets / "net.pt", pack_file, "-o", nets / "n.onnx")[0] == 2
+
+
+def test_diff(nets, capsys, statistics):
+    for name, scale in (("a", 1.0), ("b", 1.5)):
+        new = {n: Statistics(s.mean, s.var * scale) for n, s in statistics.items()}
+        Pack.of(new, base=nets / "net.onnx").save(nets / f"{name}.pack")
+    code, out, _ = run(capsys, "pack", "diff", nets / "a.pack", nets / "b.pack")
+    assert code == 0
+    assert "4 layers, mean W2 0.0505" in out  # (sqrt(1.5) - 1)^2
+
+
+def test_keygen(tmp_path, capsys):
+    code, out, _ = run(capsys, "pack", "keygen", "-o", tmp_path / "mine")
+    assert code == 0
+    assert (tmp_path / "mine.pem").stat().st_mode & 0o777 == 0o600
+    assert "PRIVATE KEY" not in out
+    assert run(capsys, "pack", "keygen", "-o", tmp_path / "mine")[0] == 2
+    assert run(capsys, "pack", "keygen", "-o", tmp_path / "no" / "mine")[0] == 2
+
+
+def test_what_is_wrong_gets_a_sentence_and_no_file(nets, capsys, statistics):
+    good = nets / "good.pack"
+    Pack.of(statistics, base=nets / "net.onnx").save(good)
+    (nets / "cut.pack").write_bytes(good.read_bytes()[:-5])
+    other = with_statistics(digits_cnn(), seed=4)
+    bnfold.export(other, DIGIT, nets / "other.onnx")
+    before = sorted(path.name for path in nets.iterdir())
+    for code, word, *arguments in (
+        (2, "ACTION"),
+        (3, "is another network", "apply", nets / "other.onnx", good),
+        (3, "cut short", "apply", nets / "net.onnx", nets / "cut.pack"),
+        (
+            3,
+            "is not signed",
+            "apply",
+            nets / "net.onnx",
+            good,
+            "--public-key",
+            nets / "key.pub.pem",
+        ),
+        (3, "no pack at", "show", nets / "none.pack"),
+        (2, "the input itself", "apply", nets / "net.onnx", good, "-o", nets / "net.onnx"),
+        (2, "exists", "apply", nets / "net.onnx", good, "-o", nets / "adapted.onnx"),
+        (2, "needs torch", "apply", nets / "net.onnx", good, "-o", nets / "n.pt"),
+        (3, "nothing to pack", "make", nets / "net.pt", "--base", nets / "net.onnx"),
+        (
+            3,
+            "the weight 'conv1.weight' differs",
+            "make",
+            nets / "other.onnx",
+            "--base",
+            nets / "net.onnx",
+        ),
+        (2, "exists", "make", nets / "adapted.onnx", "--base", nets / "net.onnx", "-o", good),
+        (
+            3,
+            "no private key",
+            "make",
+            nets / "adapted.onnx",
+            "--base",
+            nets / "net.onnx",
+            "--sign",
+            nets / "key.pub.pem",
+        ),
+    ):
+        found, out, err = run(capsys, "pack", *arguments)
+        assert (found, out) == (code, ""), err
+        assert word in err
+        assert "Traceback" not in err
+        assert sorted(path.name for path in nets.iterdir()) == before
+
+
+def test_nothing_is_written_when_a_gate_fails(nets, capsys, statistics, monkeypatch):
+    """Shown by a fold that takes one mean wrong, and by a graph in which a weight changed."""
+    Pack.of(statistics, base=nets / "net.onnx").save(nets / "good.pack")
+    before = sorted(path.name for path in nets.iterdir())
+    real = bnfold.adapting.folded.apply
+
+    def wrong(chosen):
+        folded = real(chosen)
+        value = folded.model.graph.initializers["conv1.bias"]
+        array = value.const_value.numpy().copy()
+        array[2] += 0.05
+        value.const_value = ir.tensor(array, name="conv1.bias")
+        return folded
+
+    monkeypatch.setattr(bnfold.adapting.folded, "apply", wrong)
+    code, out, _ = run(capsys, "pack", "apply", nets / "net.folded.onnx", nets / "good.pack")
+    assert code == 1
+    assert "No file was written" in out
+    put = bnfold.adapting.base.graph_with
+
+    def swapped(model, new):
+        names = [n for n in new if new[n].mean.size == new["bn2"].mean.size]
+        return put(model, {**new, names[0]: new[names[1]], names[1]: new[names[0]]})
+
+    monkeypatch.setattr(bnfold.adapting.base, "graph_with", swapped)
+    code, _, err = run(capsys, "pack", "apply", nets / "net.onnx", nets / "good.pack")
+    assert code == 1
+    assert "neither the base's nor the pack's" in err
+    assert sorted(path.name for path in nets.iterdir()) == before

@@ -169,8 +169,6 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], Report]] = {
 def _check_same_weights(adapted: Base, base: Base) -> None:
     """Raises InputError where more than statistics differs: a pack would not hold that."""
     ours, theirs = base.weights(), adapted.weights()
-    if base.back is not None and base.back.state_dict is None and adapted.state_dict is not None:
-        theirs = {name: theirs[name] for name in theirs if name in ours}
     stand = {
         name
         for network in (base, adapted)
