@@ -1,106 +1,337 @@
-"""Accuracy before and after adapting real networks to real shifts, and the diagnostics.
+"""Accuracy before and after adapting real networks to real shifts, and how many images it takes.
 
-    .venv/bin/python scripts/measure_adaptation.py [FOLDER OF REAL DATA]
+    .venv/bin/python scripts/measure_adaptation.py [--data FOLDER] [--rows FILE] [--only TEXT...]
 
-Needs the real checkpoints (default ../shared/data). Statistics come from the target's own
-unlabelled training images where there are any. "plain" is the usual AdaBN: statistics reset,
-cumulative average over training-mode batches of 250, as torch.optim.swa_utils.update_bn does it.
+Needs the real checkpoints (default ../shared/data). Each figure is appended to the file of rows
+(default build/adaptation.jsonl) as soon as it is there, and what is there is not measured again; at
+the end the page docs/results/adaptation.md is printed from it, to standard output. All of it takes
+some hours of one core. --only: cases whose name starts so, such as `resnet20 fog`.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import dataclasses
+import json
+import platform
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import realdata  # noqa: E402
+from adaptation_page import page  # noqa: E402
 
 import bnfold  # noqa: E402
-from bnfold.data import shifted  # noqa: E402
+from bnfold.data.corruptions import CORRUPTIONS, SEVERITIES, corrupted  # noqa: E402
+from bnfold.version import VERSION  # noqa: E402
 
-MEAN = np.float32(realdata.CIFAR_MEAN).reshape(1, 3, 1, 1)
-STD = np.float32(realdata.CIFAR_STD).reshape(1, 3, 1, 1)
+MEAN = np.array(realdata.CIFAR_MEAN, np.float32).reshape(1, 3, 1, 1)
+STD = np.array(realdata.CIFAR_STD, np.float32).reshape(1, 3, 1, 1)
+DIGITS = ("mnist_lenet5", "mnist_cnn", "mnist_mlp", "mnist_resnet")
+BATCH = 250
+COUNTS = (4, 8, 16, 32, 64, 128, 512, 2048)
+DRAWS = 3
+
+Images = np.ndarray[Any, Any]
 
 
-def cifar(x: np.ndarray, name: str, amount: float) -> np.ndarray:
-    """Normalised CIFAR images, shifted in [0, 1] and normalised again."""
-    return (shifted(x * STD + MEAN, name, amount) - MEAN) / STD
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A network and a shift: unlabelled target images, labelled test images, source images."""
+
+    network: str
+    shift: str
+    severity: int
+    module: nn.Module
+    target: Images
+    test: tuple[Images, Images]
+    source: Images
+
+    @property
+    def name(self) -> str:
+        """As rows are known by."""
+        return f"{self.network} {self.shift} {self.severity}".removesuffix(" 0")
+
+    def head(self, count: int, draw: int) -> Case:
+        """With so many target images, one draw of them."""
+        rows = np.random.default_rng((7, draw)).permutation(len(self.target))[:count]
+        target = self.target[rows]
+        return Case(
+            self.network, self.shift, self.severity, self.module, target, self.test, self.source
+        )
 
 
-def plain(module: torch.nn.Module, x: np.ndarray) -> torch.nn.Module:
-    """The usual AdaBN, by torch's own update_bn."""
-    twin = copy.deepcopy(module)
-    batches = torch.from_numpy(x).split(250)
-    torch.optim.swa_utils.update_bn(list(batches), twin)
+# --- ways to adapt --------------------------------------------------------------------------------
+
+
+def batches(x: Images, size: int = BATCH) -> list[Images]:
+    """In pieces; exact takes smaller ones, which lie in the cache: its result is the same."""
+    return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+def update_bn(case: Case) -> nn.Module:
+    """Plain AdaBN: reset, cumulative average over training-mode batches, by torch's own function."""
+    twin = copy.deepcopy(case.module)
+    torch.optim.swa_utils.update_bn(list(torch.from_numpy(case.target).split(BATCH)), twin)
     return twin.eval()
 
 
-def row(name: str, module: torch.nn.Module, x: np.ndarray, test: tuple) -> None:
-    """One line of the table."""
-    batches = [x[i : i + 250] for i in range(0, len(x), 250)]
-    exact = bnfold.adapt(module, batches, method="exact")
-    order = np.random.default_rng(0).permutation(len(x))
-    mixed = x[order]
-    fast = bnfold.adapt(
-        module, [mixed[i : i + 250] for i in range(0, len(x), 250)], method="fast", diagnose=False
-    )
-    figures = [
-        realdata.accuracy(network, *test)
-        for network in (module, plain(module, x), fast.module, exact.module)
+def moving_average(case: Case) -> nn.Module:
+    """A pass in training mode as it is, momentum .1, without reset: what much AdaBN code does."""
+    twin = copy.deepcopy(case.module)
+    for layer in twin.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.train().momentum = 0.1
+    realdata.predict(twin, case.target, BATCH)
+    return twin.eval()
+
+
+def exact(case: Case, **options: Any) -> nn.Module:
+    """`bnfold.adapt`, method exact."""
+    made: nn.Module = bnfold.adapt(
+        case.module, batches(case.target, 50), diagnose=False, **options
+    ).model
+    return made
+
+
+def fast(case: Case) -> nn.Module:
+    """`bnfold.adapt`, method fast."""
+    made: nn.Module = bnfold.adapt(
+        case.module, batches(case.target), method="fast", diagnose=False
+    ).model
+    return made
+
+
+def calibrated(case: Case, **options: Any) -> nn.Module:
+    """`bnfold.adapt` with images of the source."""
+    return exact(case, source_data=batches(case.source, 50), **options)
+
+
+METHODS: Mapping[str, Callable[[Case], nn.Module]] = {
+    "source": lambda case: case.module,
+    "update_bn": update_bn,
+    "ema": moving_average,
+    "fast": fast,
+    "exact": exact,  # with its diagnosis: see `diagnosed`
+    "auto": lambda case: exact(case, prior="auto"),
+    "half": lambda case: exact(case, weight=0.5),
+    "calibrated": calibrated,
+}
+SMALL: Mapping[str, Callable[[Case], nn.Module]] = {
+    "exact": exact,
+    "prior 16": lambda case: exact(case, prior=16),
+    "auto": METHODS["auto"],
+    "calibrated": calibrated,
+    "calibrated, prior 16": lambda case: calibrated(case, prior=16),
+}
+
+
+def diagnosed(case: Case) -> tuple[nn.Module, dict[str, Any]]:
+    """Exact, and what it says without labels."""
+    result = bnfold.adapt(case.module, batches(case.target, 50))
+    layers = [
+        {
+            key: getattr(layer, key)
+            for key in ("kl_before", "kl_after", "w2_before", "w2_after", "mean_error")
+            + ("scale_error", "images_needed")
+        }
+        for layer in result.layers
     ]
-    kl = [(layer.kl_before, layer.kl_after) for layer in exact.layers]
-    before, after = np.mean([k[0] for k in kl]), np.mean([k[1] for k in kl])
-    seen = exact.outputs
-    print(
-        f"| {name} | "
-        + " | ".join(f"{figure:.2f}" for figure in figures)
-        + f" | {before:.3f} -> {after:.3g} | {seen.entropy_before:.2f} -> {seen.entropy_after:.2f}"
-        f" | {100 * seen.agreement:.0f} % | {100 * seen.histogram_change:.0f} % |"
-    )
-    if figures[3] < figures[0]:
-        for warning in exact.warnings:
-            print(f"|  | {warning} |")
-    sys.stdout.flush()
+    assert result.outputs is not None
+    outputs = dataclasses.asdict(result.outputs)
+    return result.model, {
+        "layers": layers,
+        "outputs": outputs,
+        "warnings": result.warnings,
+    }
 
 
-def cifar_rows(shared: Path, name: str) -> None:
-    """A CIFAR network under noise and loss of contrast, and on clean images."""
-    module = realdata.load_model(shared, name)
+# --- cases ----------------------------------------------------------------------------------------
+
+
+@cache
+def cifar_images(shared: Path) -> tuple[Images, Images, Images]:
+    """Target and test images in [0, 1], labels of the latter."""
     x, _ = realdata.cifar_train_part(shared)
     test, y = realdata.cifar_test761(shared)
-    for shift, amount in (
-        ("gaussian_noise", 0.06),
-        ("gaussian_noise", 0.10),
-        ("contrast", 0.4),
-        ("contrast", 0.15),
-        ("contrast", 1.0),
-    ):
-        label = f"{name}, {shift} {amount}" if amount != 1 else f"{name}, clean"
-        row(label, module, cifar(x, shift, amount), (cifar(test, shift, amount), y))
+    x = x[np.random.default_rng(0).permutation(len(x))]
+    return np.clip(x * STD + MEAN, 0, 1), np.clip(test * STD + MEAN, 0, 1), y
+
+
+def normalised(x: Images) -> Images:
+    """As the CIFAR networks take them."""
+    return np.ascontiguousarray((x - MEAN) / STD)
+
+
+def cifar(shared: Path, network: str, shift: str, severity: int) -> Case:
+    """A CIFAR network under a corruption; severity 0 is none."""
+    x, test, y = cifar_images(shared)
+    target = corrupted(x, shift, severity, seed=1) if severity else x
+    shown = corrupted(test, shift, severity, seed=2) if severity else test
+    module = realdata.load_model(shared, network)
+    tested = (normalised(shown), y)
+    return Case(network, shift, severity, module, normalised(target), tested, normalised(x))
+
+
+def digits(shared: Path, network: str, shift: str) -> Case:
+    """An MNIST network on other digits."""
+    source, _ = realdata.mnist_train10k(shared)
+    source = source[np.random.default_rng(0).permutation(len(source))]
+    module = realdata.load_model(shared, network)
+    if shift == "MNIST":
+        x, test = source, realdata.mnist_test(shared)
+    elif shift == "MNIST-M":
+        x, y = realdata.mnistm(shared)
+        test = (x, y)
+    else:
+        layout = "pad" if shift == "USPS pad" else "stretch"
+        x, _ = realdata.usps(shared, "train", layout)
+        test = realdata.usps(shared, "test", layout)
+    x = x[np.random.default_rng(0).permutation(len(x))]
+    return Case(network, shift, 0, module, x, test, source)
+
+
+def cases(shared: Path) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Name and maker of each; the heavy ones last."""
+    for network in DIGITS:
+        for shift in ("MNIST", "USPS pad", "USPS stretch", "MNIST-M"):
+            yield f"{network} {shift}", lambda n=network, s=shift: digits(shared, n, s)
+    for network in ("resnet20", "resnet56"):
+        yield f"{network} clean", lambda n=network: cifar(shared, n, "clean", 0)
+        for severity in (5, 3, 1, 4, 2):
+            assert severity in SEVERITIES
+            for shift in CORRUPTIONS:
+                yield (
+                    f"{network} {shift} {severity}",
+                    lambda n=network, s=shift, v=severity: cifar(shared, n, s, v),
+                )
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Figures by (case, method, images, draw), each written down as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[tuple[str, str, int, int], dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                self.found[row["case"], row["method"], row["images"], row["draw"]] = row
+
+    def measure(
+        self,
+        name: str,
+        make: Callable[[], Case],
+        methods: Mapping[str, Any],
+        images: int,
+        draw: int,
+    ) -> None:
+        """What is missing of a case, with so many target images (0: all of them)."""
+        missing = [m for m in methods if (name, m, images, draw) not in self.found]
+        if not missing:
+            return
+        case = make()
+        if images:
+            case = case.head(images, draw)
+        for method in missing:
+            figures: dict[str, Any] = {}
+            if method == "exact" and not images:
+                module, figures = diagnosed(case)
+            else:
+                module = methods[method](case)
+            accuracy = realdata.accuracy(module, *case.test)
+            self.add(name, method, images, draw, accuracy=accuracy, **figures)
+
+    def add(self, name: str, method: str, images: int, draw: int, **figures: Any) -> None:
+        """One row, into memory and the file."""
+        row = {"case": name, "method": method, "images": images, "draw": draw, **figures}
+        self.found[name, method, images, draw] = row
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{name}, {method}, {images or 'all'}: {figures}", file=sys.stderr, flush=True)
+
+
+SIZE_CASES = (
+    "resnet20 clean",
+    "resnet20 gaussian_noise 3",
+    "resnet20 fog 5",
+    "mnist_lenet5 USPS stretch",
+    "mnist_lenet5 MNIST-M",
+)
+SOURCE_COUNTS = (16, 64, 256, 1024)
+
+
+def needed(rows: Rows, name: str, make: Callable[[], Case]) -> None:
+    """What the standard errors say of the images that are needed, measured on all of them."""
+    if (name, "errors", 0, 0) in rows.found:
+        return
+    case = make()
+    layers = bnfold.adapt(case.module, batches(case.target, 50), diagnose=False).layers
+    rows.add(
+        name,
+        "errors",
+        0,
+        0,
+        available=len(case.target),
+        needed=[layer.images_needed or 0 for layer in layers],
+        mean_error=[layer.mean_error for layer in layers],
+        scale_error=[layer.scale_error for layer in layers],
+    )
+
+
+def with_source(count: int) -> Callable[[Case], nn.Module]:
+    """Calibrated on so many source images."""
+    return lambda case: exact(case, source_data=batches(case.source[:count], 50))
 
 
 def main() -> None:
-    """Print the table."""
-    shared = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "shared" / "data"
-    print(
-        "| network, shift | source | plain | fast | exact | KL | entropy | agree | histogram |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    """Measure what is missing, print the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--rows", type=Path, default=ROOT / "build" / "adaptation.jsonl")
+    parser.add_argument("--only", nargs="*", default=[""])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--sizes", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--print", action="store_true", help="print only, measure nothing")
+    chosen = parser.parse_args()
+    rows = Rows(chosen.rows)
+    makers = dict(cases(chosen.data))
+    if not chosen.print:
+        for name in [n for n in makers if n.startswith(tuple(chosen.only))]:
+            methods = {method: METHODS[method] for method in chosen.methods}
+            rows.measure(name, makers[name], methods, 0, 0)
+        for name in SIZE_CASES if chosen.sizes else ():
+            needed(rows, name, makers[name])
+            for count in COUNTS:
+                for draw in range(DRAWS):
+                    rows.measure(name, makers[name], SMALL, count, draw)
+            sources = {f"calibrated on {count}": with_source(count) for count in SOURCE_COUNTS}
+            rows.measure(name, makers[name], sources, 0, 0)
+    print(page(rows.found, list(makers), versions()))
+
+
+def versions() -> str:
+    """What it ran on."""
+    return (
+        f"bnfold {VERSION}, torch {torch.__version__}, numpy {np.__version__},"
+        f" Python {platform.python_version()}, {platform.machine()}"
     )
-    cifar_rows(shared, "resnet20")
-    for name in ("mnist_lenet5", "mnist_cnn", "mnist_mlp", "mnist_resnet"):
-        module = realdata.load_model(shared, name)
-        for layout in ("pad", "stretch"):
-            x, _ = realdata.usps(shared, "train", layout)
-            row(f"{name}, USPS {layout}", module, x, realdata.usps(shared, "test", layout))
-        x, y = realdata.mnistm(shared)
-        row(f"{name}, MNIST-M", module, x, (x, y))
-    cifar_rows(shared, "resnet56")
 
 
 if __name__ == "__main__":
