@@ -230,7 +230,10 @@ def _fold_summary(found: int, result: Any) -> str:
             if found > 1
             else f"The batch norm folded.{more}"
         )
-    text = f"{folded} of {counted(found, 'batch norm')} folded; the reasons for the others are above.{more}"
+    text = (
+        f"{folded} of {counted(found, 'batch norm')} folded; the reasons for the others are above."
+        f"{more}"
+    )
     if any("--freeze-inputs" in kept.reason for kept in result.kept):
         text += " Pass --freeze-inputs if nobody overrides the weights as inputs."
     return text
