@@ -211,6 +211,9 @@ def adapt_target(
             on_settled=on_settled,
         )
         found = network.exact(feed, run) if method == "exact" else network.fast(feed, run)
+        images, batches = (sum(ranks.share(n)) for n in (feed.images, feed.batches))
+        if not images:  # each share alone may be empty
+            raise InputError("The target data holds no image; nothing can be estimated from it.")
         if not found.moments:
             raise InputError(
                 f"The forward passed none of the {len(network.layers)} batch norms to adapt; if it"
@@ -225,7 +228,6 @@ def adapt_target(
             accuracy = _accuracy(network.observe(opened(tests), run, found.statistics), labels)
         seen = seen and seen.merged(ranks)
         run.progress.finish()
-        images, batches = (sum(ranks.share(n)) for n in (feed.images, feed.batches))
         left_out = sum(ranks.share(getattr(feed, "left_out", 0)))
     shifts = diagnosis.layer_shifts(network.layers, found, seen, precision)
     outputs = seen.outputs if seen else None

@@ -79,6 +79,13 @@ class OutputShift:
     agreement: float
     predictions: tuple[Classes, Classes] = field(repr=False, compare=False)
 
+    @classmethod
+    def none(cls, classes: int) -> OutputShift:
+        """Of no image."""
+        nothing = (0.0,) * classes
+        predictions = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return cls(classes, nothing, nothing, 0.0, 0.0, 0.0, predictions)
+
     def accuracy(self, labels: Classes) -> tuple[float, float] | None:
         """Share of right predictions, before and after; None where there are not as many labels."""
         before, after = self.predictions
@@ -128,10 +135,15 @@ class Observed:
             {name: w.moments for name, w in ranks.together(_waiting(side)).items()}
             for side in (self.before, self.after)
         )
-        classes = ranks.share(self.outputs.classes if self.outputs else 0)
-        alike = self.outputs is not None and set(classes) == {self.outputs.classes}
-        outputs = self.outputs.merged(ranks) if alike and self.outputs is not None else None
-        return Observed(before, after, outputs)
+        return Observed(before, after, self._merged_outputs(ranks))
+
+    def _merged_outputs(self, ranks: Ranks) -> OutputShift | None:
+        """Those of all processes, where all that saw something saw scores of as many classes."""
+        saw = bool(self.before)
+        classes = {k for k in ranks.share(self.outputs.classes if self.outputs else -saw) if k}
+        if len(classes) != 1 or -1 in classes:
+            return None
+        return (self.outputs or OutputShift.none(classes.pop())).merged(ranks)
 
 
 def _waiting(side: Mapping[str, ImageMoments]) -> dict[str, Waiting]:

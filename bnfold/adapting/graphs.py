@@ -21,9 +21,9 @@ from bnfold.adapting import diagnosis
 from bnfold.adapting.arrays import ArrayFeed, Arrays
 from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
 from bnfold.adapting.meter import Found, Meter, Tally, pooled
-from bnfold.adapting.moments import Float64, ImageMoments, Moments, batch_excess
+from bnfold.adapting.moments import Float64, ImageMoments, Moments
 from bnfold.adapting.norms import Norm, norms_of, stored, with_statistics
-from bnfold.adapting.ranks import Alone, Ranks, Waiting
+from bnfold.adapting.ranks import Alone, Ranks, Waiting, excess_of_all
 from bnfold.adapting.segments import Cut, Use
 from bnfold.adapting.shelf import AnyArray, Bundle, Shelf
 from bnfold.adapting.statistics import Layer, Rule, Statistics
@@ -134,7 +134,7 @@ def fast(
         if on_settled is not None:
             on_settled(name, moments_of[name])
     moments_of = {name: moments_of[name] for name in statistics_of}
-    return Estimate(moments_of, statistics_of, batch_excess(first))
+    return Estimate(moments_of, statistics_of, excess_of_all(ranks, first))
 
 
 def _of_batch(rule: Rule, layer: Layer, batch: ImageMoments, images: int | None) -> Statistics:
@@ -206,6 +206,7 @@ class _Exact:
     on_settled: OnSettled
     moments: dict[str, ImageMoments] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
+    first: list[ImageMoments] = field(default_factory=list)  # of each batch, at the first layer
     excess: float | None = None
     rounds: int = 0
     residual: float = 0.0
@@ -222,6 +223,7 @@ class _Exact:
             self.residual = self._settle_reused()
             if self.residual <= TOLERANCE or self.rounds >= MAX_ROUNDS:
                 break
+        self.excess = excess_of_all(self.ranks, self.first)
         if self.reused:
             for name in self.norms:
                 self._tell(name)
@@ -244,17 +246,14 @@ class _Exact:
             for use in self.cut.segments[index].uses
         }
         waiting = deque[Bundle]()
-        first: list[ImageMoments] = []
         for number, held in enumerate(batches):
             found, held = self.walker.walk(index, held, given, number)
             waiting.append(shelf.put(held))
             for value, seen in found.items():
                 self.tallies[value].add(seen)
                 self.progress.step()
-                if value == self.cut.uses[0].value:
-                    first.append(pooled([seen], self.cut.uses[0].layer))
-        if first and self.excess is None:
-            self.excess = batch_excess(first)
+                if value == self.cut.uses[0].value and not self.rounds:
+                    self.first.append(pooled([seen], self.cut.uses[0].layer))
         self.walker.close(index)
         return waiting
 

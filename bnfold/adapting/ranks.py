@@ -12,12 +12,15 @@ its next message, and all of them end with its error.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
+
 from bnfold import errors
+from bnfold.adapting.moments import Float64, ImageMoments, excess_between
 from bnfold.adapting.stored import Waiting as Waiting
 from bnfold.adapting.stored import from_bytes, to_bytes
 from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
@@ -75,6 +78,18 @@ class Alone:
         trace: TracebackType | None,
     ) -> None:
         """Nothing is held."""
+
+
+def excess_of_all(ranks: Ranks, batches: Sequence[ImageMoments]) -> float | None:
+    """The `batch_excess` of the batches of all processes; each one calls it, with its own."""
+    own = {}
+    if batches:
+        within: Float64 = np.sum([batch.m2 for batch in batches], axis=0)
+        own["all"] = Waiting(len(batches), ImageMoments.pooled(batches), within)
+    found = ranks.together(own).get("all")
+    if found is None or found.within is None:
+        return None
+    return excess_between(found.moments, found.within, found.batches)
 
 
 def group_from_environment(*, backend: str = "gloo", timeout: float = TIMEOUT) -> Ranks:
