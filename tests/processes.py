@@ -9,14 +9,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_in(size, code, *arguments, timeout=60):
+def run_in(size, code, *arguments, timeout=60, joined=False):
     """Run `code` in `size` processes that find each other; (exit code, stdout) of each.
 
-    What they print on stderr goes to the test's own, where pytest shows it after a failure.
+    joined: they have found each other before the code begins, and may form groups of bnfold's more
+    than once. What they print on stderr goes to the test's own, where pytest shows it after a
+    failure.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    if joined:
+        join = "import torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        code = f"{join}{code}\ndist.destroy_process_group()\n"
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
