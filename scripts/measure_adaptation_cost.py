@@ -1,22 +1,25 @@
 """What re-estimating statistics costs, over a plain eval forward of the same batches.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/measure_adaptation_cost.py [--repeats N] [NAME ...]
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/measure_adaptation_cost.py --memory
 
 In one process, interleaved, after a warm-up: the plain forward, `fast`, `exact` and torch's own
 update_bn, each once per repeat; medians. Processor time, all threads of the process together, is
 what the ratios are of: on a machine that does other work too, the wall clock says little (it is
-printed beside). With memory: the peak of each, in a process of its own, for 1, 4 and 16 times as
-many images.
+printed beside). `--memory`: the peak of a plain forward and of `exact` that spills, each in a
+process of its own, for 1, 4 and 16 times as many images.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import resource
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,31 +42,33 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # size, image
     "mobilenet_v2": (mobilenet_v2, 96, 128),
 }
 SIZES = (16, 32)
-AIMS = {"fast": 1.15, "exact": 1.4}
+ROOM = 1 << 40  # bytes that the time of `exact` is measured with
+MEMORY = ("resnet18", 16, 32 << 20)  # network, batch size, room of `exact`
+IMAGES = (64, 256, 1024)
 
 
-def plain(net: nn.Module, batches: list[torch.Tensor]) -> None:
+def plain(net: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     """A forward in eval mode: what everything is measured against."""
     for batch in batches:
         net(batch)
 
 
-def estimate(method: str) -> Callable[[nn.Module, list[torch.Tensor]], None]:
+def estimate(method: str) -> Callable[[nn.Module, Iterable[torch.Tensor]], None]:
     """`fast` or `exact`, without the copies and checks that `adapt` makes around it."""
 
-    def run(net: nn.Module, batches: list[torch.Tensor]) -> None:
+    def run(net: nn.Module, batches: Iterable[torch.Tensor]) -> None:
         layers = {name: layer for name, layer in net.named_modules() if is_batch_norm(layer)}
         feed = Feed(net, batches, forward=None, max_bytes=0)
         progress = Progress(None, feed, len(layers), diagnose=False)
         if method == "fast":
             modules.fast(net, layers, feed, progress)
         else:
-            modules.exact(net, layers, feed, progress, max_bytes=1 << 40)
+            modules.exact(net, layers, feed, progress, max_bytes=ROOM)
 
     return run
 
 
-def update_bn(net: nn.Module, batches: list[torch.Tensor]) -> None:
+def update_bn(net: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     """torch.optim.swa_utils.update_bn, as its documentation calls it."""
     torch.optim.swa_utils.update_bn(batches, net)
 
@@ -98,12 +103,63 @@ def measure(name: str, size: int, repeats: int) -> dict[str, tuple[float, float]
     }
 
 
+class Images:
+    """Batches that are made as they are asked for, so that none is held by whoever made it."""
+
+    def __init__(self, count: int, size: int, width: int) -> None:
+        self.count, self.size, self.width = count, size, width
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        rng = torch.Generator().manual_seed(0)
+        for _ in range(0, self.count, self.size):
+            yield torch.randn(self.size, 3, self.width, self.width, generator=rng)
+
+
+def peak(method: str, images: int) -> None:
+    """Print how much memory a way takes at most, in a process of its own."""
+    name, size, room = MEMORY
+    make, width, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    net, batches = make().eval(), Images(images, size, width)
+    with torch.no_grad():
+        net(next(iter(batches)))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds = time.perf_counter()
+        if method == "plain":
+            plain(net, batches)
+            told = ""
+        else:
+            layers = {name: layer for name, layer in net.named_modules() if is_batch_norm(layer)}
+            feed = Feed(net, batches, forward=None, max_bytes=0)
+            progress = Progress(None, feed, len(layers), diagnose=False)
+            found = modules.exact(net, layers, feed, progress, max_bytes=room)
+            told = f", {found.spilled >> 20} MiB on disk, {found.passes} passes"
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"{method}, {images} images: peak {now >> 10} MiB, {now - before >> 10} MiB more than one"
+        f" forward{told}, {time.perf_counter() - seconds:.1f} s",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("names", nargs="*", default=list(NETWORKS), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--peak", nargs=2, metavar=("WAY", "IMAGES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak:
+        peak(options.peak[0], int(options.peak[1]))
+        return
+    if options.memory:
+        print(f"{MEMORY[0]}, batches of {MEMORY[1]}; exact may hold {MEMORY[2] >> 20} MiB")
+        for method in ("plain", "exact"):
+            for images in IMAGES:
+                command = [sys.executable, __file__, "--peak", method, str(images)]
+                subprocess.run(command, check=True)
+        return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; plain forward = 1,")
     print("processor time (wall clock); aims: fast 1.15, exact 1.4, both below update_bn")
     for name in options.names:

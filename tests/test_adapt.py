@@ -134,15 +134,15 @@ def test_both_kinds_of_tasks_give_the_same_bits(net, monkeypatch):
 
 
 @pytest.mark.usefixtures("tasks")
-@pytest.mark.parametrize("max_bytes", [0, 20_000, 40_000])
-def test_passes_take_over_where_memory_and_disk_give_out(net, max_bytes, monkeypatch):
+@pytest.mark.parametrize(("max_bytes", "passes"), [(0, 4), (20_000, 4), (40_000, 3)])
+def test_passes_take_over_where_memory_and_disk_give_out(net, max_bytes, passes, monkeypatch):
     """At the first batch norm, or in the middle: what is settled stays settled."""
     monkeypatch.setattr(shelf, "_LEFT_FREE", 1 << 62)
     x = target()
     result = adapt(net, x.split(7), max_bytes=max_bytes, diagnose=False)
     assert_exact(result.model, layer_by_layer(net, x))
-    assert result.passes == 4
-    assert "4 passes were made" in result.warnings[-1]
+    assert result.passes == passes
+    assert f"{passes} passes were made" in result.warnings[-1]
 
 
 def test_memory_may_give_out_in_a_later_layer(monkeypatch):

@@ -395,12 +395,11 @@ class _Round:
             yield partial(self._forward, [batch], number)
 
     def _forward(self, given: list[Any], number: int) -> None:
-        batch = given.pop()  # nobody else holds it
         if self.spill is None:
-            self.feed.call(self.net, batch, number)
+            self.feed.call(self.net, given.pop(), number)
         else:
-            with self.spill.running(number):
-                self.feed.call(self.net, copied(batch), number)
+            with self.spill.running(number):  # a copy, which can go to disk; nobody holds the other
+                self.feed.call(self.net, copied(given.pop()), number)
         self.progress.step()
 
     def _visit_in_step(self, name: str, x: Tensor) -> None:

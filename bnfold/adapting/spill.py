@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnfold.adapting.shelf import Shelf
 
 Bytes = NDArray[np.uint8]
+
+_GIVE_BACK = 64 << 20  # bytes freed, after which the allocator is told to give pages back
 
 
 class Mixed(BaseException):
@@ -150,7 +153,7 @@ class Spill:
     def __init__(self, net: nn.Module, max_bytes: int) -> None:
         self.ledger = Ledger(net)
         self.most = 0
-        self._room = max_bytes
+        self._room, self._freed = max_bytes, 0
         self._shelf = Shelf(0)
 
     @contextlib.contextmanager
@@ -192,6 +195,7 @@ class Spill:
         self.most = max(self.most, self._shelf.on_disk)
         for storage in held:
             storage.resize_(0)
+        self._give_back(sum(sizes))
         try:
             yield
         finally:  # also where it is unwound: no tensor is left without memory
@@ -199,6 +203,14 @@ class Spill:
                 storage.resize_(size)
         for storage, array in zip(held, self._shelf.take(bundle).values(), strict=True):
             _fill(storage, array)
+
+    def _give_back(self, size: int) -> None:
+        """What was freed, from time to time, to the system: glibc keeps it in pieces otherwise."""
+        self._freed += size
+        if self._freed > _GIVE_BACK:
+            self._freed = 0
+            if sys.platform == "linux":
+                getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # int: another libc, no-op
 
     def close(self) -> None:
         """Remove what lies on disk."""
