@@ -139,8 +139,8 @@ def _digits(found: Found, cases: Sequence[str]) -> str:
             "## Digits: networks trained on MNIST",
             "",
             "The target's statistics come from USPS train (7291 images) and are tested on USPS test"
-            " (2007); for MNIST-M the 5000 test images serve for both, without labels; MNIST itself:"
-            " 10,000 training images, tested on the 10,000 test images.",
+            " (2007); for MNIST-M the 5000 test images serve for both, without labels; for MNIST"
+            " itself 10,000 training images, tested on the 10,000 test images.",
             "",
             _table(("network, target", *COLUMNS.values()), rows),
             "",
@@ -189,7 +189,7 @@ def _sizes(found: Found) -> str:
         if sources:
             said = ", ".join(f"{count}: {accuracy:.2f}" for count, accuracy in sorted(sources))
             every = _shown(_accuracy(found, case, "calibrated"))
-            parts += [f"Calibrated on so many source images: {said}; all: {every}.", ""]
+            parts += [f"Calibrated on so many source images: {said}; 1000: {every}.", ""]
     return "\n".join(parts)
 
 
@@ -199,18 +199,22 @@ HEAD = """# Adapting real networks to real shifts
 
 Printed by `scripts/measure_adaptation.py` ({versions}). Accuracies in percent.
 
-The CIFAR networks are published ones, tested on 761 lossless test images: a difference of one point between
-two columns is within chance. Corruptions: `bnfold.data.corruptions`, our own code after Hendrycks & Dietterich
-(frost is ours in kind: procedural ice), with other draws for target and test images. Statistics come from 2283 unlabelled
-training images under the same corruption, in random order, batches of 250.
+The CIFAR networks are published ones, tested on 761 lossless test images: a difference of one
+point between two columns is within chance. Corruptions: `bnfold.data.corruptions`, our own code
+after Hendrycks & Dietterich (frost is ours in kind: procedural ice), with other draws for target
+and test images. Statistics come from 2283 unlabelled training images under the same corruption,
+in random order, batches of 250.
 
-- `update_bn`: plain AdaBN: statistics reset, the cumulative average of training-mode batches. torch's function *is* that.
-- EMA .1: one pass in training mode without reset, momentum .1, as much AdaBN code has it. After 10 batches a
-  share of .9^10 = .35 of the source's statistics is left, so that it is an accidental blend with the source; its result depends on the number and order of the batches.
+- `update_bn`: plain AdaBN: statistics reset, the cumulative average of training-mode batches.
+  torch's function *is* that.
+- EMA .1: one pass in training mode without reset, momentum .1, as much AdaBN code has it. After
+  10 batches a share of .9^10 = .35 of the source's statistics is left, so that it is an
+  accidental blend with the source; its result depends on the number and order of the batches.
 - fast, exact: `bnfold.adapt`. exact does not depend on batches.
-- prior auto: exact, blended with the source as far as chance explains the difference. weight .5: exact, half source.
-- calibrated: exact with `source_data`: 2283 clean training images (digits: 10,000 of MNIST). Each layer is brought to the mean and
-  deviation that it had on these.
+- prior auto: exact, blended with the source as far as chance explains the difference. weight .5:
+  exact, half source.
+- calibrated: exact with `source_data`: 1000 clean training images (digits: of MNIST). Each layer
+  is brought to the mean and deviation that it had on these.
 """
 
 
@@ -234,20 +238,24 @@ def _conclusions(found: Found) -> str:
             continue
         lost = sum(gain < -1 for gain in gains)
         lines.append(
-            f"- {COLUMNS[method]}: {len(gains)} CIFAR cases, {np.mean(gains):+.2f} points on average,"
-            f" worst {min(gains):+.2f}; {lost} lose more than a point."
+            f"- {COLUMNS[method]}: {len(gains)} CIFAR cases, {np.mean(gains):+.2f} points on"
+            f" average, worst {min(gains):+.2f}; {lost} lose more than a point."
         )
     return "\n".join([*lines, TAIL])
 
 
 TAIL = """
-- fast, exact and plain AdaBN agree within chance at this size and batch: the case for exact is that it does not depend on how
-  the set is cut or ordered, and small batches; it is not accuracy.
-- Source images are worth more than any rule without them. These CIFAR networks were trained on augmented images, and
-  their stored statistics are not those of plain ones: re-estimating costs 3 points on clean images before any shift comes in ([why](clean_loss.md)).
-  Calibrated leaves that out of the adaptation, so that clean images lose nothing. Where the stored statistics are those of plain source images (the digit
-  networks) it has nothing to correct, and can cost a little.
-- Blending hedges: it wins where the shift is mild, and loses where it is strong. No label-free rule here says which weight is best.
-- Nothing here proves a gain without labels. What the warnings catch and miss is in [warnings.md](warnings.md).
-- The published CIFAR-10-C files were not at hand: figures are comparable in kind with those of others, not digit by digit.
+- fast, exact and plain AdaBN agree within chance at this size and batch: the case for exact is
+  that it does not depend on how the set is cut or ordered, and small batches; it is not accuracy.
+- Source images are worth more than any rule without them. These CIFAR networks were trained on
+  augmented images, and their stored statistics are not those of plain ones: re-estimating costs 3
+  points on clean images before any shift comes in ([why](clean_loss.md)). Calibrated leaves that
+  out of the adaptation, so that clean images lose nothing. Where the stored statistics are those
+  of plain source images (the digit networks) it has nothing to correct, and can cost a little.
+- Blending hedges: it wins where the shift is mild, and loses where it is strong. No label-free
+  rule here says which weight is best.
+- Nothing here proves a gain without labels. What the warnings catch and miss is in
+  [warnings.md](warnings.md).
+- The published CIFAR-10-C files were not at hand: figures are comparable in kind with those of
+  others, not digit by digit.
 """
