@@ -90,7 +90,7 @@ class OutputShift:
         """Of no image."""
         nothing = (0.0,) * classes
         predictions = (np.zeros(0, np.int64), np.zeros(0, np.int64))
-        return cls(classes, *[nothing] * 4, 0.0, 0.0, 0.0, predictions)
+        return cls(classes, nothing, nothing, nothing, nothing, 0.0, 0.0, 0.0, predictions)
 
     def accuracy(self, labels: Classes) -> tuple[float, float] | None:
         """Share of right predictions, before and after; None where there are not as many labels."""

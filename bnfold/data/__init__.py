@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnfold.data.corruptions import CORRUPTIONS as CORRUPTIONS
+from bnfold.data.corruptions import corrupted as corrupted
 from bnfold.data.hub import is_saved, open_dataset
 from bnfold.data.images import FolderReader
 from bnfold.data.readers import (
