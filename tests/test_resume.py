@@ -170,3 +170,63 @@ def test_tallies_of_other_processes_are_refused(path):
     )
     with pytest.raises(UsageError, match="the state of 2 processes; there are 1"):
         reopened(path)
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+RUN_ALONE = """
+import os, signal, sys
+import numpy as np
+from bnfold.adapting.adapt import adapt_target
+from bnfold.adapting.ranks import Alone
+from bnfold.adapting.resume import State
+from bnfold.adapting.targets import Options, target_of
+from test_distributed import batches, model_of
+
+kind, model, path, after, out = sys.argv[1:]
+state = State.open(path, {"kind": kind}, Alone())
+
+def settled(name, moments):
+    state.add(name, moments)
+    if len(state.settled) == int(after):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+result = adapt_target(target_of(model_of(kind, model), Options()), batches(7),
+                      resumed=dict(state.settled), on_settled=settled)
+state.finish()
+np.savez(out, **{f"{n}.{p}": getattr(s, p) for n, s in result.statistics.items()
+                 for p in ("mean", "var")})
+"""
+
+
+@pytest.mark.parametrize("kind", ["module", "graph"])
+def test_a_run_killed_after_each_layer_ends_with_the_bits_of_a_whole_one(kind, tmp_path):
+    import torch
+    from test_distributed import ready
+
+    import bnfold
+
+    model = tmp_path / "net.onnx"
+    bnfold.export(ready(), (torch.zeros(2, 3, 9, 9),), path=model)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(path, after, out):
+        call = [sys.executable, "-c", RUN_ALONE, kind, model, path, str(after), tmp_path / out]
+        return subprocess.run(call, env=environment, check=False).returncode
+
+    assert run(tmp_path / "other.state", 0, "whole.npz") == 0
+    path = tmp_path / "run.state"
+    for layer in (1, 2, 3):  # each run gets one layer further than the one before
+        assert run(path, layer, "none.npz") == -signal.SIGKILL
+        facts, layers = from_bytes(path.read_bytes(), "it")
+        assert len(layers) == layer
+    assert run(path, 0, "resumed.npz") == 0
+    assert not path.exists()
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:
+        assert len(whole.files) == 6
+        for name in whole.files:
+            np.testing.assert_array_equal(whole[name], resumed[name])

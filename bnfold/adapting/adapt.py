@@ -206,12 +206,12 @@ def adapt_target(
         run = replace(
             run,
             progress=Progress(progress, feed, stretches, diagnose),
-            images=_counted(feed, ranks) if method == "fast" and run.rule.prior else None,
+            images=_counted(feed, ranks)[0] if method == "fast" and run.rule.prior else None,
             resumed=resumed or {},
             on_settled=on_settled,
         )
         found = network.exact(feed, run) if method == "exact" else network.fast(feed, run)
-        images, batches = (sum(ranks.share(n)) for n in (feed.images, feed.batches))
+        images, batches = _counted(feed, ranks)
         if not images:  # each share alone may be empty
             raise InputError("The target data holds no image; nothing can be estimated from it.")
         if not found.moments:
@@ -266,11 +266,12 @@ def _check(method: str, precision: float, stop: float | None, max_bytes: int | N
         raise UsageError(f"max_bytes is {max_bytes}; it must not be negative.")
 
 
-def _counted(feed: Any, ranks: Ranks) -> int:
-    """The images of all processes, the data read once for it."""
-    for _ in feed:
-        pass
-    return sum(ranks.share(feed.images))
+def _counted(feed: Any, ranks: Ranks) -> tuple[int, int]:
+    """The images and batches of all processes, the data read for it where they were not yet."""
+    if feed.images is None:
+        for _ in feed:
+            pass
+    return sum(ranks.share(feed.images)), sum(ranks.share(feed.batches))
 
 
 def _about_rest(left_out: int) -> tuple[str, ...]:
