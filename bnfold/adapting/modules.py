@@ -16,6 +16,7 @@ the same layers in the same order from their merged moments.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.adapting import diagnosis
+from bnfold.adapting.convergence import Convergence, movement
 from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
 from bnfold.adapting.feed import Feed, byte_count, copied
 from bnfold.adapting.lockstep import Steps, task_maker
@@ -157,11 +159,14 @@ def fast(
     ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
     images: int | None = None,
     on_settled: OnSettled | None = None,
+    stop: float | None = None,
 ) -> Estimate:
     """One pass; each layer normalises by its batch, the moments of all batches are pooled.
 
     Exact for the first layer; deeper, a batch of B images leaves an error of the order 1 / B.
     images: of all processes, if known: what the rule weighs the source against.
+    stop: end where the statistics are known to +-stop standard deviations (convergence.py); the
+    feed then gives no more than was read, on later passes too.
     """
     writer, meter, tallies = Writer(layers, rule, on_settled), Meter(), dict[str, Tally]()
     number = 0
@@ -174,17 +179,56 @@ def fast(
                 tallies[name] = Tally(name, compare=not tallies)
             tallies[name].add(found)
 
+    def so_far() -> dict[str, Waiting]:
+        return ranks.together({name: tally.waiting() for name, tally in tallies.items()})
+
+    eps = {name: layer.eps for name, layer in writer.described.items()}
+    convergence = None if stop is None else Convergence(eps, stop)
     with watching(layers, visit):
-        for number, batch in enumerate(feed):
-            feed.call(net, batch, number)
-            progress.step()
+        batches = iter(feed)
+        for number in itertools.count():
+            if (batch := next(batches, None)) is not None:
+                feed.call(net, batch, number)
+                progress.step()
+            goes_on = batch is not None
+            if convergence is not None:  # in all processes, as long as one of them has batches
+                goes_on = any(ranks.share(goes_on))
+                if goes_on and convergence.enough(so_far()):
+                    feed.stop()
+                    goes_on = next(batches, None) is not None
+            if not goes_on:
+                break
     firsts = set(ranks.share(next(iter(tallies), None))) - {None}
-    merged = ranks.together({name: tally.waiting() for name, tally in tallies.items()})
+    merged = so_far()
     moments = {name: waiting.moments for name, waiting in merged.items()}
     for name, found in moments.items():
         writer.settle(name, found)
     excess = excess_of(merged[firsts.pop()]) if len(firsts) == 1 else None
     return writer.estimate(moments, excess)
+
+
+def read_until_enough(
+    net: nn.Module,
+    layers: Layers,
+    feed: Feed,
+    progress: Progress,
+    *,
+    stop: float,
+    rule: Rule = Rule(),  # noqa: B008  # frozen
+    ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
+    images: int | None = None,
+) -> None:
+    """Ends the feed where `fast` would stop; the network keeps its statistics.
+
+    `exact` must have all of its batches before it knows anything of the last layer; so it is
+    found beforehand how many are enough.
+    """
+    source = {name: statistics_of(layer) for name, layer in layers.items()}
+    try:
+        fast(net, layers, feed, progress, rule=rule, ranks=ranks, images=images, stop=stop)
+    finally:
+        for name, statistics in source.items():
+            write(layers[name], name, statistics)
 
 
 # --- exact ----------------------------------------------------------------------------------------
@@ -249,7 +293,9 @@ def exact(
         for name, waiting in extra.items():
             settled = run.settled.pop(name, None)
             now = waiting.moments if settled is None else settled.merge(waiting.moments)
-            change = max(change, _change(reused.get(name), now, writer.described[name].eps))
+            before, eps = reused.get(name), writer.described[name].eps
+            moved = float("inf") if before is None else float(movement(before, now, eps).max())
+            change = max(change, moved)
             writer.settle(name, now)
             reused[name] = now
     found = writer.estimate({**run.settled, **reused}, run.excess)
@@ -261,16 +307,6 @@ def exact(
         reused=tuple(reused),
         residual=change,
     )
-
-
-def _change(before: ImageMoments | None, now: ImageMoments, eps: float) -> float:
-    """How far mean and standard deviation moved, in standard deviations, the worst channel."""
-    if before is None:
-        return float("inf")
-    unit = now.pixels.var + eps
-    mean = np.abs(now.pixels.mean - before.pixels.mean) / np.sqrt(unit)
-    sd = np.abs(np.log(unit / (before.pixels.var + eps))) / 2
-    return float(np.maximum(mean, sd).max())
 
 
 @dataclass
