@@ -1,4 +1,4 @@
-"""An interrupted run goes on from its last merged state, and ends with the bits of a whole one.
+"""An interrupted run goes on from its last merged state, and ends as a whole one does.
 
 The state is a file of what was settled (exact) or tallied (fast) so far, of all processes together,
 and of the run's identity. It is rewritten whole, or not at all, each time; it is gone when the run

@@ -20,7 +20,7 @@ from bnfold.commands.shared import (
     progress_bar,
     unread,
 )
-from bnfold.errors import InputError
+from bnfold.errors import InputError, UsageError
 from bnfold.outputs import (
     add_file,
     beside,
@@ -137,7 +137,7 @@ def _state(args: argparse.Namespace, data: Any, ranks: Ranks) -> Iterator[tuple[
     from bnfold.adapting.resume import State
 
     if args.method != "exact":
-        raise InputError("--state is of the exact method; the fast one is a single pass.")
+        raise UsageError("--state is of the exact method; the fast one is a single pass.")
     asked = ("data", "batch_size", "samples", "seed", "mean", "std", "resize", "input_scale")
     how = ("source_data", "layers", "up_to", "part", "prior", "source_weight", "mixture", "stop")
     identity = {name: getattr(args, name) for name in (*asked, *how, "preprocess", "factory")}
