@@ -10,9 +10,10 @@ from test_adapt import Failing, Net, Twice, assert_exact, layer_by_layer, seeded
 from test_modules import Hall, Seat, assert_bits, assert_same_moments, estimated, state
 from torch import nn
 
-from bnfold.adapting import lockstep, modules
+from bnfold.adapting import lockstep, rounds
 from bnfold.adapting import shelf as shelves
 from bnfold.adapting.spill import Ledger, Mixed, Spill
+from bnfold.errors import InputError
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def disk(tmp_path, monkeypatch):
 @pytest.fixture(params=["greenlet", "thread"])
 def tasks(request, monkeypatch):
     before = threading.active_count()
-    monkeypatch.setattr(modules, "task_maker", lambda _: lockstep.task_maker(request.param))
+    monkeypatch.setattr(rounds, "task_maker", lambda _: lockstep.task_maker(request.param))
     yield request.param
     assert threading.active_count() == before
 
@@ -139,7 +140,7 @@ def test_nothing_is_left_after_a_failure(error):
     net = seeded(Failing(error))
     x = target(32)
     x[16, 0, 0, 0] = 1e4
-    with pytest.raises((modules.InputError, KeyboardInterrupt)):
+    with pytest.raises((InputError, KeyboardInterrupt)):
         estimated(net, x.split(8), max_bytes=0)
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
@@ -165,7 +166,7 @@ class Careful(Net):
 @pytest.mark.usefixtures("disk", "tasks")
 def test_tensors_have_memory_while_a_batch_is_unwound():
     Careful.seen = 0
-    with pytest.raises(modules.InputError, match="the last batch"):
+    with pytest.raises(InputError, match="the last batch"):
         estimated(seeded(Careful()), target(61).split(7), max_bytes=0)
     assert Careful.seen == 2 + 9  # the first two also before memory gave out
 

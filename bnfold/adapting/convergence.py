@@ -64,8 +64,13 @@ class Convergence:
         return bool(np.median(needed) <= moments.images)
 
 
-def _is_sorted(found: Waiting) -> bool:
+def excess_of(found: Waiting) -> float | None:
+    """How much the batches differ, see `batch_excess`; None where it was not looked at."""
     if found.within is None:
-        return False
-    excess = excess_between(found.moments, found.within, found.batches)
+        return None
+    return excess_between(found.moments, found.within, found.batches)
+
+
+def _is_sorted(found: Waiting) -> bool:
+    excess = excess_of(found)
     return excess is not None and excess > chance_limit(found.batches)
