@@ -38,7 +38,17 @@ from bnfold.adapting.ranks import Alone, Ranks, Waiting
 from bnfold.adapting.rounds import IN_MEMORY, ON_DISK, Round
 from bnfold.adapting.statistics import Rule
 
-__all__ = ["Layers", "exact", "fast", "layer_of", "observe", "read_until_enough"]
+__all__ = [
+    "Layers",
+    "exact",
+    "fast",
+    "layer_of",
+    "observe",
+    "read_until_enough",
+    "statistics_of",
+    "watching",
+    "write",
+]
 
 MAX_ROUNDS = 30  # where a batch norm is used twice
 
