@@ -22,7 +22,7 @@ from bnfold.adapting.arrays import ArrayFeed, Arrays
 from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
 from bnfold.adapting.meter import Found, Meter, Tally, pooled
 from bnfold.adapting.moments import Float64, ImageMoments, Moments
-from bnfold.adapting.norms import Norm, norms_of, stored, with_statistics
+from bnfold.adapting.norms import Norm, stored
 from bnfold.adapting.ranks import Alone, Ranks, Waiting, excess_of_all
 from bnfold.adapting.segments import Cut, Use
 from bnfold.adapting.shelf import AnyArray, Bundle, Shelf
@@ -170,21 +170,17 @@ def exact(
     """Each layer measured over the whole set with all layers before it adapted.
 
     A layer that is used more than once gets the statistics of all its uses together, found as a
-    fixed point; see modules.exact. resumed: layers that an earlier run has settled.
+    fixed point; see modules.exact. resumed: layers that an earlier run has settled; the graph is
+    cut and run as it was then, so that the others get the same bits.
     max_bytes: what the batches may hold in memory between two segments; the rest goes to disk.
     """
     rule, ranks = rule or Rule(), ranks or Alone()
-    known = dict(resumed or {})
-    settled = {name: stored(norms[name], rule(norms[name].layer, known[name])) for name in known}
-    model = with_statistics(model, settled) if settled else model
-    norms = {name: norm for name, norm in norms_of(model).items() if name in norms}
-    left = {name: norm for name, norm in norms.items() if name not in known}
-    run = _Exact(model, left, feed, progress, rule, ranks, max_bytes, on_settled)
-    if left:
-        run.run(provider, threads)
+    run = _Exact(model, norms, feed, progress, rule, ranks, max_bytes, on_settled)
+    run.known = dict(resumed or {})
+    run.run(provider, threads)
     return Estimate(
-        {name: known.get(name) or run.moments[name] for name in norms},
-        {name: settled.get(name) or run.statistics[name] for name in norms},
+        {name: run.moments[name] for name in norms},
+        {name: run.statistics[name] for name in norms},
         run.excess,
         run.rounds,
         reused=tuple(run.reused),
@@ -204,6 +200,7 @@ class _Exact:
     ranks: Ranks
     max_bytes: int
     on_settled: OnSettled
+    known: Mapping[str, ImageMoments] = field(default_factory=dict)
     moments: dict[str, ImageMoments] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     first: list[ImageMoments] = field(default_factory=list)  # of each batch, at the first layer
@@ -215,6 +212,12 @@ class _Exact:
         self.reused = [name for name, norm in self.norms.items() if len(norm.nodes) > 1]
 
     def run(self, provider: str, threads: int | None) -> None:
+        if self.known.keys() >= self.norms.keys():
+            for name in self.norms:
+                self._set(name, self.known[name])
+            return
+        if self.reused:
+            self.known = {}  # told when all was done, and not before
         self.cut = Cut(self.model, self.norms)
         self.walker = _Walker(self.cut, self.norms, provider, threads)
         while True:
@@ -264,10 +267,13 @@ class _Exact:
             for use in self.cut.wave(wave)
             if use.first and not (self.rounds and use.layer in self.reused)
         ]
-        own = {use.layer: [self.tallies[use.value]] for use in fresh}
+        own = {use.layer: [self.tallies[use.value]] for use in fresh if use.layer not in self.known}
         together = self._together(own)
         for use in fresh:
-            self._set(use.layer, together)
+            if use.layer in self.known:
+                self._set(use.layer, self.known[use.layer])
+                continue
+            self._set(use.layer, _found(use.layer, together))
             if not self.reused:
                 self._tell(use.layer)
 
@@ -282,7 +288,7 @@ class _Exact:
                 own.setdefault(use.layer, []).append(self.tallies[use.value])
         together = self._together(own)
         for name in self.reused:
-            self._set(name, together)
+            self._set(name, _found(name, together))
         return max(
             _moved(before.get(name), self.moments[name], self.norms[name].layer.eps)
             for name in self.reused
@@ -294,16 +300,20 @@ class _Exact:
             {name: _waiting(tallies) for name, tallies in own.items() if tallies[0].batches}
         )
 
-    def _set(self, name: str, together: Mapping[str, Waiting]) -> None:
-        if name not in together:
-            raise InputError("The target data holds no image; nothing can be estimated from it.")
+    def _set(self, name: str, moments: ImageMoments) -> None:
         layer = self.norms[name].layer
-        self.moments[name] = together[name].moments
-        self.statistics[name] = stored(self.norms[name], self.rule(layer, self.moments[name]))
+        self.moments[name] = moments
+        self.statistics[name] = stored(self.norms[name], self.rule(layer, moments))
 
     def _tell(self, name: str) -> None:
         if self.on_settled is not None:
             self.on_settled(name, self.moments[name])
+
+
+def _found(name: str, together: Mapping[str, Waiting]) -> ImageMoments:
+    if name not in together:
+        raise InputError("The target data holds no image; nothing can be estimated from it.")
+    return together[name].moments
 
 
 def _moved(before: ImageMoments | None, now: ImageMoments, eps: float) -> float:
