@@ -380,7 +380,11 @@ def _prior(text: str) -> float | str:
 
 def _add_pack(pack: argparse.ArgumentParser) -> None:
     actions = pack.add_subparsers(
-        dest="action", metavar="ACTION", required=True, parser_class=_Parser
+        dest="action",
+        metavar="ACTION",
+        required=True,
+        parser_class=_Parser,
+        help="each has a --help of its own",
     )
     make = actions.add_parser("make", help="pack the statistics of an adapted model")
     make.add_argument("adapted", type=Path, metavar="ADAPTED", help="the adapted model")
@@ -399,11 +403,11 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
     apply.add_argument("--no-verify", action="store_true", help="write without proof")
     diff = actions.add_parser("diff", help="how far two packs of one base are apart")
     for parser in (show, apply, diff):
-        parser.add_argument("pack", type=Path, metavar="PACK")
+        parser.add_argument("pack", type=Path, metavar="PACK", help="a file of `pack make`")
         parser.add_argument(
             "--public-key", type=Path, metavar="KEY", help="refuse a pack that it did not sign"
         )
-    diff.add_argument("other", type=Path, metavar="OTHER")
+    diff.add_argument("other", type=Path, metavar="OTHER", help="another one")
     keygen = actions.add_parser("keygen", help="a pair of keys to sign packs with")
     _add_output(make, "the pack (default ADAPTED.pack beside the adapted model)")
     _add_output(apply, "the adapted model (default BASE.adapted beside the base, same suffix)")

@@ -270,3 +270,15 @@ def test_a_session_holds_the_memory_that_it_reads(net):
     junk = [np.full(10_000, np.nan, np.float32) for _ in range(200)]
     assert same(session.run(inputs), expected.values())
     del junk
+
+
+@pytest.mark.gpu
+def test_packs_are_swapped_on_cuda(net):
+    inputs, path = feeds(net / "net.onnx"), net / "net.folded.onnx"
+    there, here = (load(path, provider=provider) for provider in ("cuda", "cpu"))
+    for name in ("sun", "rain"):
+        for service in (there, here):
+            service.swap(net / f"{name}.pack")
+        assert there.session.providers[0] == "CUDAExecutionProvider"
+        for a, b in zip(there.run(inputs).values(), here.run(inputs).values(), strict=True):
+            assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
