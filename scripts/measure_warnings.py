@@ -22,15 +22,12 @@ from measure_adaptation import DIGITS, ROOT, Case, batches, cifar, digits, versi
 
 import realdata  # isort: skip  # measure_adaptation puts its folder on the path
 
+from warnings_page import CLASSES, FEW, IMAGES, page
+
 import bnfold
 from bnfold.data.corruptions import CORRUPTIONS
 
 TARGETS = ("MNIST", "USPS pad", "USPS stretch", "MNIST-M")
-IMAGES = 761  # of the target, as many as there are CIFAR images to test on
-CLASSES = (1, 2, 3, 5)
-FEW = (4, 8, 16, 32, 64, 128)
-CHANCE = 1.0  # points of accuracy that count as no change
-SAID = ("looks like the source", "is near the source", "says less", "few classes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +148,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print only, measure nothing")
     chosen = parser.parse_args()
     rows = rows_of(chosen.rows, chosen.data, measure=not chosen.print)
-    print(len(rows), versions())
+    print(page(rows, versions()))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from bnfold.adapting.statistics import Layer, Statistics
 Classes = NDArray[np.int64]
 
 FAST_BATCH = 32  # images in a batch, below which `fast` is off by some percent and more
-# Warnings of harm: chosen on one half of the networks and shifts in docs/results/warnings.md, and
-# tried on the other. A mean shift (W2^2 / sigma^2 over the layers) below which a target is the
-# source, and beyond which a sure network is not to be believed; a gain of information and an
-# entropy, as shares of log(classes); a share of the classes.
+# Warnings of harm: chosen on one half of the networks and shifts in docs/results/warnings.md, tried
+# on the other. Of the mean W2^2 / sigma^2 over the layers: where a target is the source; where it
+# is so near that the source network is to be believed; where it is too far even for a sure one. As
+# shares of log(classes): a gain of information; an entropy. As a share of the classes: few.
 SAME = 0.01
+NEAR = 0.05
 FAR = 1.0
 INFORMED = 0.01
 SURE = 0.05
@@ -392,13 +393,13 @@ def likely_harm(shift: float, outputs: OutputShift | None) -> Iterator[str]:
             f" images than before ({gained:+.2g} nats of {np.log(outputs.classes):.2g}): adapting"
             " may cost accuracy. Compare on labelled images."
         )
-    effective = np.exp(outputs.information_before + outputs.entropy_before)
+    effective = np.exp(outputs.information_before)
     sure = outputs.entropy_before < SURE * np.log(outputs.classes)
-    if sure and shift < FAR and effective < FEW_CLASSES * outputs.classes:
+    if effective < FEW_CLASSES * outputs.classes and (shift < NEAR or (sure and shift < FAR)):
         yield (
-            f"The source network is sure of its predictions, and they are few classes (about"
-            f" {effective:.1f} of {outputs.classes}): if the target holds few classes, or other"
-            " proportions than the source, adapted statistics hurt."
+            f"The source network tells few classes apart in the target (about {effective:.1f} of"
+            f" {outputs.classes}), and is {'sure of them' if sure else 'near its source'}: if they"
+            " are few, or in other proportions than in the source, adapted statistics hurt."
         )
     share = max(outputs.histogram_after)
     if share > ONE_CLASS:
