@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bnfold.adapting import diagnosis
+from bnfold.adapting.base import Adapted, Reading
 from bnfold.adapting.diagnosis import LayerShift, Observed, OutputShift
 from bnfold.adapting.enough import First, enough
 from bnfold.adapting.estimate import Progress
@@ -26,7 +27,7 @@ from bnfold.adapting.moments import ImageMoments
 from bnfold.adapting.networks import LayerChoice, Run, Settled, SkippedLayer, first_ones
 from bnfold.adapting.ranks import Alone, Ranks, Waiting
 from bnfold.adapting.statistics import Part, Rule, Statistics
-from bnfold.adapting.targets import Adapted, Options, Target, target_of
+from bnfold.adapting.targets import Options, Target, target_of
 from bnfold.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ def adapt(
     for arguments that mean nothing; RuntimeUnavailableError for a device that is not there.
     """
     rule = Rule(part, prior, weight, mixture)
-    options = Options(source_data is not None, layers, forward, device, provider, factory)
-    target = target_of(model, options, record)
+    options = Options(source_data is not None, layers, forward, device, provider)
+    target = target_of(model, options, record, Reading(factory))
     return adapt_target(
         target,
         data,

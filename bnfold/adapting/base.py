@@ -1,4 +1,4 @@
-"""The network that a domain pack is made for and put into, in whichever form it is at hand.
+"""The network that gets other statistics, in whichever form it is at hand.
 
 An ONNX file or graph, a torch checkpoint or module, or one of these folded, with its fold record.
 Which network it is, is told by SHA-256 sums: of its files, and over its weights (`undo.digest_of`),
@@ -8,7 +8,7 @@ so that a pack for the original is one for what was folded of it, and the other 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,14 @@ from bnfold.folding.told import AnyArray
 from bnfold.folding.undo import digest_of
 from bnfold.outputs import record_path
 from bnfold.reading.sniff import Kind, sniff
-from bnfold.unfolding import UnfoldResult, unfold
+from bnfold.reading.source import Shapes
+from bnfold.unfolding import (
+    UnfoldResult,
+    check_belongs,
+    open_folded,
+    unfold,
+    unfold_source,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -55,18 +62,41 @@ class Held:
 class Base:
     """A network, unfolded.
 
-    label: how to name it. digests: which one it is, by file name, GRAPH and STATE. graph,
-    state_dict, module: as far as they are at hand. back: how it was unfolded, where it came folded.
+    label: how to name it. files: SHA-256 sums by name. graph, state_dict, module: as far as they
+    are at hand. back: how it was unfolded, where it came folded. description: what a checkpoint
+    says of itself. notes: what was done to read it.
     """
 
     label: str
-    digests: Mapping[str, str]
+    files: Mapping[str, str]
     graph: ir.Model | None = field(default=None, repr=False)
     state_dict: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     module: nn.Module | None = field(default=None, repr=False)
     back: UnfoldResult | None = field(default=None, repr=False)
     as_proto: bool = False
     description: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The suffixes of files that can hold it with other statistics."""
+        if self.state_dict is None:
+            return (".onnx",)
+        return (".onnx", ".pt", ".pth", ".safetensors")
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Which network it is: the sums of its files, and those over its weights."""
+        found = dict(self.files)
+        if self.back is not None:  # the record knows them
+            undo = self.back.record.undo
+            named = {GRAPH: undo.digests.get("graph"), STATE: undo.digests.get("state")}
+            return found | {name: digest for name, digest in named.items() if digest}
+        if self.graph is not None:
+            found[GRAPH] = digest_of(bare.take_out(self.graph)[1])
+        if self.state_dict is not None:
+            found[STATE] = digest_of(self.weights())
+        return found
 
     def is_one_of(self, digests: Mapping[str, str]) -> bool:
         """True if a file or the weights of this network have one of these sums."""
@@ -144,43 +174,48 @@ class Adapted:
     fold: FoldResult | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read: see `reading.source.open_source`."""
+
+    factory: str | None = None
+    shapes: Shapes = ()
+    opset: int | None = None
+    trust_pickle: bool = False
+    freeze_inputs: bool = False
+
+
 def open_base(
     model: nn.Module | ir.Model | onnx.ModelProto | Path | str,
     record: FoldRecord | Path | str | None = None,
-    *,
-    factory: str | None = None,
-    trust_pickle: bool = False,
+    reading: Reading | None = None,
 ) -> Base:
     """A network of any kind; nothing is run.
 
     record: of one that is folded; for a path the default is the one beside it, if it is of that
-    file. factory: the network of a checkpoint path.
-    Raises InputError for what cannot be read, or a record that is another file's.
+    file. Raises InputError for what cannot be read, or a record that is another file's.
     """
+    reading = reading or Reading()
     if isinstance(model, str | Path):
         path = Path(model)
         held = _record_of(path, record)
-        if held is not None:
-            back = unfold(path, held, factory=factory)
-            files = {**held.files, path.name: report.sha256(path)}
-            return _unfolded(str(path), back, files)
-        return _open_file(path, factory, trust_pickle)
+        return _open_folded(path, held, reading) if held is not None else _open_file(path, reading)
+    label = f"the {type(model).__name__}"
     if record is not None:
         held = record if isinstance(record, FoldRecord) else load_record(record)
-        return _unfolded(f"the {type(model).__name__}", unfold(model, held), dict(held.files))
-    label = f"the {type(model).__name__}"
+        return _unfolded(label, unfold(model, held), held.files)
     if isinstance(model, onnx.ModelProto):
-        return _of_graph(label, graph.parse_onnx(model.SerializeToString()), {}, as_proto=True)
+        return Base(label, {}, graph.parse_onnx(model.SerializeToString()), as_proto=True)
     if isinstance(model, ir.Model):
-        return _of_graph(label, graph.prepare(model.clone()), {})
+        return Base(label, {}, graph.prepare(model.clone()))
     from torch import nn
 
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"A pack is for an nn.Module, an ONNX model or a path; this is a"
+            "Statistics belong to an nn.Module, an ONNX model or a path; this is a"
             f" {type(model).__name__}."
         )
-    return _of_state(label, model.state_dict(), {}, module=model)
+    return Base(label, {}, state_dict=model.state_dict(), module=model)
 
 
 def _record_of(path: Path, record: FoldRecord | Path | str | None) -> FoldRecord | None:
@@ -196,65 +231,48 @@ def _record_of(path: Path, record: FoldRecord | Path | str | None) -> FoldRecord
     return held if digest in held.files.values() and digest != held.files.get("original") else None
 
 
-def _open_file(path: Path, factory: str | None, trust_pickle: bool) -> Base:
-    kind = sniff(path)
-    files = {path.name: report.sha256(path)}
-    if kind is Kind.ONNX:
-        return _of_graph(str(path), graph.read_onnx(path), files)
-    if kind is Kind.EXPORTED_PROGRAM:
-        raise InputError(f"{path} is {kind.label}; take the checkpoint or the .onnx beside it.")
-    from bnfold.reading.checkpoint import load_checkpoint
-    from bnfold.reading.source import network_of
-
-    checkpoint = load_checkpoint(path, trust_pickle=trust_pickle)
-    described = checkpoint.description or {}
-    module = checkpoint.module
-    if factory is not None:
-        module, _ = network_of(path, checkpoint, factory)
-    carried = described.get("graph")
-    model = None
-    if carried is not None:
-        model = graph.attach_weights(bytes(carried.numpy().tobytes()), checkpoint.state_dict)
-    return _of_state(
-        str(path), checkpoint.state_dict, files, model=model, module=module, description=described
+def _open_folded(path: Path, record: FoldRecord, reading: Reading) -> Base:
+    check_belongs(path, record)
+    source, own = open_folded(
+        path,
+        factory=reading.factory,
+        shapes=reading.shapes,
+        opset=reading.opset,
+        trust_pickle=reading.trust_pickle,
     )
-
-
-def _of_graph(
-    label: str, model: ir.Model, files: Mapping[str, str], *, as_proto: bool = False
-) -> Base:
-    digests = {**files, GRAPH: _graph_digest(model)}
-    return Base(label, digests, model, as_proto=as_proto)
-
-
-def _of_state(
-    label: str,
-    state: Mapping[str, torch.Tensor],
-    files: Mapping[str, str],
-    *,
-    model: ir.Model | None = None,
-    module: nn.Module | None = None,
-    description: Mapping[str, Any] | None = None,
-) -> Base:
-    from bnfold.folding.torch_undo import arrays_of
-
-    digests = {**files, STATE: digest_of(arrays_of(state))}
-    if model is not None:
-        digests[GRAPH] = _graph_digest(model)
-    return Base(label, digests, model, state, module, description=description or {})
+    back = unfold_source(source, record, own_graph=own, factory=reading.factory)
+    found = _unfolded(str(path), back, {**record.files, path.name: report.sha256(path)})
+    return replace(found, description=source.description, notes=source.notes)
 
 
 def _unfolded(label: str, back: UnfoldResult, files: Mapping[str, str]) -> Base:
-    """What a folded network was; the record knows the sums of its weights."""
-    undo = back.record.undo
-    named = {GRAPH: undo.digests.get("graph"), STATE: undo.digests.get("state")}
-    digests = {**files, **{name: digest for name, digest in named.items() if digest}}
     module = back.modules[0] if back.modules is not None else None
-    return Base(label, digests, back.graph, back.state_dict, module, back)
+    return Base(label, files, back.graph, back.state_dict, module, back)
 
 
-def _graph_digest(model: ir.Model) -> str:
-    return digest_of(bare.take_out(model)[1])
+def _open_file(path: Path, reading: Reading) -> Base:
+    kind = sniff(path)
+    files = {path.name: report.sha256(path)}
+    if kind is Kind.EXPORTED_PROGRAM:
+        raise InputError(f"{path} is {kind.label}; take the checkpoint or the .onnx beside it.")
+    if kind is Kind.ONNX:
+        if reading.factory is not None:
+            raise UsageError(f"{path} is {kind.label}, which needs no factory: leave --model out.")
+        read = graph.read_onnx(path)
+        return Base(str(path), files, graph.freeze_inputs(read) if reading.freeze_inputs else read)
+    from bnfold.reading.checkpoint import load_checkpoint
+    from bnfold.reading.source import network_of
+
+    checkpoint = load_checkpoint(path, trust_pickle=reading.trust_pickle)
+    described, notes = checkpoint.description or {}, checkpoint.notes
+    module, state = checkpoint.module, checkpoint.state_dict
+    if reading.factory is not None or module is not None:
+        module, notes = network_of(path, checkpoint, reading.factory)
+        state = module.eval().state_dict()
+    carried, model = described.get("graph"), None
+    if carried is not None and reading.factory is None:
+        model = graph.attach_weights(bytes(carried.numpy().tobytes()), checkpoint.state_dict)
+    return Base(str(path), files, model, state, module, description=described, notes=notes)
 
 
 def _type_of(tensor: ir.TensorProtocol | None) -> np.dtype[Any]:

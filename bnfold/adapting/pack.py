@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.adapting import signing
-from bnfold.adapting.base import Adapted, Base, open_base
+from bnfold.adapting.base import Adapted, Base, Reading, open_base
 from bnfold.adapting.diagnosis import symmetric_kl, wasserstein
 from bnfold.adapting.statistics import Statistics
 from bnfold.errors import InputError
@@ -106,7 +106,7 @@ class Pack:
         Raises InputError for statistics that the base has no place for.
         """
         found = statistics if isinstance(statistics, Mapping) else statistics.statistics
-        network = base if isinstance(base, Base) else open_base(base, record, factory=factory)
+        network = base if isinstance(base, Base) else open_base(base, record, Reading(factory))
         held = network.layers
         if not found:
             raise InputError("There are no statistics to pack.")
@@ -165,7 +165,7 @@ class Pack:
         A folded base is unfolded by its record (beside a path, or given), and folded again.
         Raises InputError for another network than the pack was made for.
         """
-        return self.applied(open_base(base, record, factory=factory)).model
+        return self.applied(open_base(base, record, Reading(factory))).model
 
     def applied(self, base: Base) -> Adapted:
         """`apply` to a base that was opened, and all there is to know of the result."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold import report
+from bnfold.commands.adapted import check_adapted_outputs, write_adapted
 from bnfold.commands.shared import (
-    FORMATS,
     Report,
     add_proof,
     counted,
@@ -21,14 +22,7 @@ from bnfold.commands.shared import (
     unread,
 )
 from bnfold.errors import InputError, UsageError
-from bnfold.outputs import (
-    add_file,
-    beside,
-    check_outputs,
-    record_path,
-    write_all,
-    writer_of,
-)
+from bnfold.outputs import add_file, beside, check_outputs
 
 if TYPE_CHECKING:
     from bnfold.adapting.adapt import AdaptResult
@@ -48,12 +42,11 @@ def adapt(args: argparse.Namespace) -> Report | None:
     from bnfold.data import shard
 
     outputs = args.outputs or beside(args.model, "adapted", [_suffix(args.model)])
-    check_outputs(outputs, args.model, args.overwrite, FORMATS)
     if args.pack is not None:
         check_outputs([args.pack], args.model, args.overwrite, (".pack",))
     with group_from_environment() as ranks:
         target = _open_target(args)
-        check_outputs(outputs, args.model, args.overwrite, target.formats)
+        check_adapted_outputs(args, outputs, target.base)
         data = _samples(args, args.data, target)
         source = _samples(args, args.source_data, target) if args.source_data else None
         tests = _samples(args, args.test_data, target) if args.test_data else None
@@ -86,21 +79,20 @@ def adapt(args: argparse.Namespace) -> Report | None:
 
 
 def _open_target(args: argparse.Namespace) -> Target:
+    from bnfold.adapting.base import Reading
     from bnfold.adapting.ranks import own_device
     from bnfold.adapting.targets import Options, target_of
 
+    reading = Reading(
+        args.factory, args.shapes or (), args.opset, args.trust_pickle, args.freeze_inputs
+    )
     options = Options(
         matched=args.source_data is not None,
         choice=args.layers,
         device=own_device(args.device),
         provider=(args.providers or ["cpu"])[0],
-        factory=args.factory,
-        shapes=args.shapes or (),
-        opset=args.opset,
-        trust_pickle=args.trust_pickle,
-        freeze_inputs=args.freeze_inputs,
     )
-    return target_of(args.model, options, args.record)
+    return target_of(args.model, options, args.record, reading)
 
 
 def _suffix(model: Path) -> str:
@@ -114,8 +106,9 @@ def _samples(args: argparse.Namespace, spec: str, target: Target) -> Any:
     """Batches of the shape that the network's one input has, where that is known."""
     from bnfold.graph import graph_inputs
 
-    inputs = list(graph_inputs(target.source.graph).values()) if target.source else []
-    described = list((target.description.get("input") or {}).values())
+    model = target.base.graph
+    inputs = list(graph_inputs(model).values()) if model is not None else []
+    described = list((target.base.description.get("input") or {}).values())
     shape: Sequence[Any] | None = None
     if len(inputs) == 1 and inputs[0].shape is not None:
         shape = [size if isinstance(size, int) else None for size in inputs[0].shape]
@@ -154,7 +147,7 @@ def _report(
     args: argparse.Namespace, outputs: list[Path], target: Target, result: AdaptResult, data: Any
 ) -> Report:
     """The files, once they are proved, and what is said about them."""
-    done = new_report("adapt", args, target.notes)
+    done = new_report("adapt", args, target.base.notes)
     done["layers"] = _layer_table(result.layers)
     done["skipped"] = [vars(layer) for layer in result.skipped]
     done["warnings"] = [*result.warnings, *unread(data)]
@@ -186,67 +179,19 @@ def _write(
     result: AdaptResult,
     data: Any,
 ) -> None:
+    """The network, with its graph where it can be exported, and the pack that was asked for."""
+    base, adapted = target.base, result.adapted
+    if adapted.graph is None and adapted.fold is None:
+        graph, shapes, plain = _exported(done, adapted.model, data, args)
+        base = replace(base, description={**base.description, "input": shapes, "plain": plain})
+        adapted = replace(adapted, graph=graph)
     facts = {"method": result.method, "images": result.images, "data": args.data}
-    if result.fold is not None:
-        fold = result.fold
-        writers = {path: writer_of(path, args, fold, target.source) for path in outputs}
-        record = (record_path(outputs[0]), fold.record)
-        write_all(done, writers, record, role="adapted", source=args.model)
-    elif result.adapted.state_dict is not None or result.adapted.graph is None:
-        _write_checkpoint(done, outputs, target, result, data, facts, args)
-    else:
-        _write_graph(done, outputs, result.adapted.graph)
+    write_adapted(done, args, outputs, base, adapted, facts)
     if args.pack is not None:
         from bnfold.adapting.pack import Pack
 
-        pack = Pack.of(result, base=args.model, data=args.data, factory=args.factory)
-        pack.save(args.pack)
+        Pack.of(result, base=target.base, data=args.data).save(args.pack)
         add_file(done, "pack", args.pack)
-
-
-def _write_graph(done: Report, outputs: list[Path], adapted: Any) -> None:
-    from bnfold.graph import write_onnx
-
-    for path in outputs:
-        write_onnx(adapted, path)
-        add_file(done, "adapted", path)
-
-
-def _write_checkpoint(
-    done: Report,
-    outputs: list[Path],
-    target: Target,
-    result: AdaptResult,
-    data: Any,
-    facts: Mapping[str, Any],
-    args: argparse.Namespace,
-) -> None:
-    """An adapted torch network as a checkpoint that describes itself, or as its ONNX graph."""
-    from bnfold.saving import checkpoint_bytes, write_bytes
-
-    described = target.description
-    graph, shapes = result.adapted.graph, described.get("input") or {}
-    plain = described.get("plain") or {}
-    if graph is None:
-        graph, shapes, plain = _exported(done, result.model, data, args)
-    state = result.adapted.state_dict
-    content = checkpoint_bytes(
-        result.model.state_dict() if state is None else state,
-        graph,
-        kind="adapt",
-        model=args.factory or described.get("model"),
-        shapes=shapes,
-        metrics=facts,
-        plain=plain,
-    )
-    for path in outputs:
-        if path.suffix.lower() == ".onnx":
-            if graph is None:
-                raise InputError(f"{path} cannot be written: {done['notes'][-1]}")
-            _write_graph(done, [path], graph)
-            continue
-        write_bytes(path, content)
-        add_file(done, "adapted", path)
 
 
 def _exported(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,32 +12,27 @@ import numpy as np
 
 from bnfold import report
 from bnfold.adapting import signing
-from bnfold.adapting.base import Adapted, Base, open_base
+from bnfold.adapting.base import Adapted, Base, Reading, open_base
 from bnfold.adapting.pack import LayerDiff, Pack, diff, load_pack
 from bnfold.adapting.statistics import Statistics
+from bnfold.commands.adapted import check_adapted_outputs, write_adapted
 from bnfold.commands.shared import add_proof, counted, new_report, timed
 from bnfold.errors import InputError, UsageError, VerificationError
-from bnfold.graph import parse_onnx, save_onnx, to_bytes, to_proto
+from bnfold.graph import parse_onnx, to_bytes, to_proto
 from bnfold.outputs import (
     Report,
-    Writer,
     add_file,
     beside,
     check_outputs,
-    record_path,
-    write_all,
-    writer_of,
 )
-
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
 
 def make(args: argparse.Namespace) -> Report:
     """`pack make ADAPTED --base BASE`: the statistics in which the two differ."""
     path = _only_output(args, args.adapted.with_suffix(".pack"))
     check_outputs([path], args.adapted, args.overwrite, (path.suffix.lower() or ".pack",))
-    adapted = open_base(args.adapted, factory=args.factory)
-    base = open_base(args.base, args.record, factory=args.factory)
+    adapted = open_base(args.adapted, reading=Reading(args.factory))
+    base = open_base(args.base, args.record, Reading(args.factory))
     _check_same_weights(adapted, base)
     said = adapted.description.get("metrics") or {}
     made = Pack.of(
@@ -91,29 +85,21 @@ def show(args: argparse.Namespace) -> Report:
 def apply(args: argparse.Namespace) -> Report:
     """`pack apply BASE PACK`: the base with the pack's statistics; no file where a gate fails."""
     outputs = args.outputs or beside(args.base, "adapted", [args.base.suffix])
-    check_outputs(outputs, args.base, args.overwrite, (".onnx", *_CHECKPOINTS))
     started = time.perf_counter()
     pack = load_pack(args.pack, args.public_key)
-    base = open_base(args.base, args.record, factory=args.factory)
-    record = record_path(outputs[0]) if base.back is not None else None
-    if record is not None:
-        check_outputs([record], args.base, args.overwrite, (".safetensors",))
+    base = open_base(args.base, args.record, Reading(args.factory))
+    check_adapted_outputs(args, outputs, base)
     adapted = pack.applied(base)
     done = _report("apply", args, base=args.base, pack=args.pack)
     done["summary"] = f"{counted(len(pack.layers), 'batch norm')} hold the statistics of the pack."
     if adapted.fold is not None:
         done["notes"] += adapted.fold.notes
-    writers = {path: _writer(path, args, base, adapted) for path in outputs}
     if not args.no_verify:
         _prove(done, args, pack, base, adapted)
         if done["exit_code"]:
             done["summary"] += " No file was written."
             return timed(done, started)
-    original = None
-    if adapted.fold is not None:
-        original = hashlib.sha256(to_bytes(adapted.fold.original)).hexdigest()
-    held = None if record is None or adapted.fold is None else (record, adapted.fold.record)
-    write_all(done, writers, held, role="adapted", source=args.base, original=original)
+    write_adapted(done, args, outputs, base, adapted, {"pack": str(args.pack)})
     return timed(done, started)
 
 
@@ -214,42 +200,6 @@ def _only_output(args: argparse.Namespace, default: Path) -> Path:
 
 
 # --- applying -------------------------------------------------------------------------------------
-
-
-def _writer(path: Path, args: argparse.Namespace, base: Base, adapted: Adapted) -> Writer:
-    suffix = path.suffix.lower()
-    if adapted.fold is not None:
-        return writer_of(path, args, adapted.fold, adapted.fold.source)
-    model = adapted.graph
-    if suffix == ".onnx" and model is not None:
-        return lambda staged: save_onnx(model, staged)
-    if suffix == ".onnx":
-        raise UsageError(f"{path}: {base.label} carries no graph; write .pt or .safetensors.")
-    state = adapted.state_dict
-    if state is None:
-        raise UsageError(f"{path}: an ONNX model is written to .onnx; {suffix} needs torch.")
-    if suffix == ".safetensors":
-        from safetensors.torch import save
-
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        return lambda staged: _write(staged, save(tensors))
-    from bnfold.saving import checkpoint_bytes
-
-    said = base.description
-    data = checkpoint_bytes(
-        state,
-        model,
-        kind="adapt",
-        model=args.factory or said.get("model"),
-        shapes=said.get("input"),
-        metrics={"pack": str(args.pack)},
-        plain=said.get("plain"),
-    )
-    return lambda staged: _write(staged, data)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _prove(
