@@ -1,4 +1,4 @@
-"""`bnfold adapt` on files: what holds the network decides what is written, and bad input nothing."""
+"""`bnfold adapt` on files: what holds the network decides what is written."""
 
 import json
 import os

@@ -19,8 +19,8 @@ import numpy as np
 
 from bnfold.adapting import diagnosis
 from bnfold.adapting.base import Adapted, Reading
+from bnfold.adapting.convergence import First, enough
 from bnfold.adapting.diagnosis import LayerShift, Observed, OutputShift
-from bnfold.adapting.enough import First, enough
 from bnfold.adapting.estimate import Progress
 from bnfold.adapting.feed import Replay
 from bnfold.adapting.moments import ImageMoments

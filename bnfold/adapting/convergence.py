@@ -1,6 +1,6 @@
-"""When enough images were seen: a stop rule for statistics that are estimated batch by batch.
+"""How many batches are enough: the first ones, twice as many each time, until nothing moves.
 
-Three things must hold. The last batches moved no channel by more than the tolerance, mean and
+Three things must hold. Twice as many batches moved no channel by more than the tolerance, mean and
 deviation, in standard deviations. The standard errors, by image, say that endless images would not
 move the median channel of any layer by more, 19 times in 20. And the batches differ no more than
 chance explains: in sorted data the next class is still to come, however still the estimate stands.
@@ -10,67 +10,59 @@ so far are of one class; shuffled data needs neither.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from bnfold.adapting.moments import Float64, ImageMoments, chance_limit, excess_between
-from bnfold.adapting.ranks import Waiting
-from bnfold.errors import UsageError
-
-STILL = 3  # batches in a row that moved nothing
+from bnfold.adapting.estimate import Estimate
+from bnfold.adapting.moments import chance_limit, movement
+from bnfold.adapting.networks import Network, Run
 
 
-def movement(before: ImageMoments, now: ImageMoments, eps: float) -> Float64:
-    """How far mean and standard deviation moved, in standard deviations, the larger; (C,)."""
-    unit = now.pixels.var + eps
-    mean = np.abs(now.pixels.mean - before.pixels.mean) / np.sqrt(unit)
-    sd = np.abs(np.log(unit / (before.pixels.var + eps))) / 2
-    larger: Float64 = np.maximum(mean, sd)
-    return larger
+@dataclass(frozen=True)
+class First(Iterable[Any]):
+    """The first `count` batches of what can be read again."""
+
+    batches: Iterable[Any]
+    count: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.batches), self.count)
 
 
-class Convergence:
-    """Asked after each batch.
+def enough(
+    network: Network, data: Iterable[Any], run: Run, tolerance: float, max_bytes: int
+) -> int:
+    """The number of batches of each process after which more change nothing that matters.
 
-    eps: of each layer.  tolerance: what the statistics may be off, in standard deviations.
+    Estimated by the fast method, which costs two passes over what is taken. The whole set, where
+    that is never so.
     """
-
-    def __init__(self, eps: Mapping[str, float], tolerance: float) -> None:
-        if not 0 < tolerance < 1:
-            raise UsageError(f"stop is {tolerance:g}; it must lie between 0 and 1.")
-        self._eps, self._tolerance = eps, tolerance
-        self._before: dict[str, ImageMoments] = {}
-        self._still = 0
-
-    def enough(self, seen: Mapping[str, Waiting]) -> bool:
-        """Whether what was seen so far will do; all layers, all processes."""
-        now = {name: found.moments for name, found in seen.items()}
-        is_still = now.keys() == self._before.keys() and all(
-            movement(self._before[name], moments, self._eps[name]).max() < self._tolerance
-            for name, moments in now.items()
-        )
-        self._still = self._still + 1 if is_still else 0
-        self._before = now
-        return (
-            bool(now)
-            and self._still >= STILL
-            and all(self._is_known(name, moments) for name, moments in now.items())
-            and not any(map(_is_sorted, seen.values()))
-        )
-
-    def _is_known(self, name: str, moments: ImageMoments) -> bool:
-        needed = moments.images_needed(self._tolerance, self._eps[name])
-        return bool(np.median(needed) <= moments.images)
+    before: Estimate | None = None
+    count = 1
+    while True:
+        feed = network.feed(First(data, count), max_bytes, is_share=run.ranks.size > 1)
+        try:
+            now = network.fast(feed, run)
+        finally:
+            feed.close()
+        batches, images = (run.ranks.share(n) for n in (feed.batches, feed.images))
+        is_all = all(n < count for n in batches)
+        limit = chance_limit(sum(batches), sum(images))
+        is_mixed = now.excess is None or now.excess <= limit
+        if is_all or (is_mixed and before and _is_settled(network, before, now, tolerance)):
+            return count
+        before, count = now, 2 * count
 
 
-def excess_of(found: Waiting) -> float | None:
-    """How much the batches differ, see `batch_excess`; None where it was not looked at."""
-    if found.within is None:
-        return None
-    return excess_between(found.moments, found.within, found.batches)
-
-
-def _is_sorted(found: Waiting) -> bool:
-    excess = excess_of(found)
-    return excess is not None and excess > chance_limit(found.batches)
+def _is_settled(network: Network, before: Estimate, now: Estimate, tolerance: float) -> bool:
+    for name, moments in now.moments.items():
+        earlier, eps = before.moments.get(name), network.layers[name].eps
+        if earlier is None or movement(earlier, moments, eps) > tolerance:
+            return False
+        if np.median(moments.images_needed(tolerance, eps)) > moments.images:
+            return False
+    return True

@@ -52,7 +52,6 @@ class Feed:
         floats = [p for p in module.parameters() if p.is_floating_point()]
         self.device = floats[0].device if floats else torch.device("cpu")
         self.dtype = floats[0].dtype if floats else torch.float32
-        self._at, self._last = 0, -1
         self.images: int | None = None
         self.batches: int | None = None
 
@@ -65,10 +64,7 @@ class Feed:
         for count, batch in enumerate(_told(self._batches), start=1):
             ready = self._ready(batch, count - 1)
             images += image_count(ready)
-            self._at = count
             yield ready
-            if count == self._last:
-                break
         if not images and self.images is None and not self._is_share:
             raise InputError("The target data holds no image; nothing can be estimated from it.")
         if self.images not in (None, images):
@@ -92,10 +88,6 @@ class Feed:
                 f"The network failed on batch {number} ({describe(batch)}) with"
                 f" {type(error).__name__}: {what or 'no message'}."
             ) from error
-
-    def stop(self) -> None:
-        """The batch that came last is the last one, on later passes too."""
-        self._last = self._at
 
     def close(self) -> None:
         """Remove what was kept on disk."""

@@ -21,7 +21,7 @@ from bnfold.adapting import diagnosis
 from bnfold.adapting.arrays import ArrayFeed, Arrays
 from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
 from bnfold.adapting.meter import Found, Meter, Tally, pooled
-from bnfold.adapting.moments import Float64, ImageMoments, Moments
+from bnfold.adapting.moments import Float64, ImageMoments, Moments, movement
 from bnfold.adapting.norms import Norm, stored
 from bnfold.adapting.ranks import Alone, Ranks, Waiting, excess_of_all
 from bnfold.adapting.segments import Cut, Use
@@ -290,7 +290,9 @@ class _Exact:
         for name in self.reused:
             self._set(name, _found(name, together))
         return max(
-            _moved(before.get(name), self.moments[name], self.norms[name].layer.eps)
+            movement(before[name], self.moments[name], self.norms[name].layer.eps)
+            if name in before
+            else float("inf")
             for name in self.reused
         )
 
@@ -314,16 +316,6 @@ def _found(name: str, together: Mapping[str, Waiting]) -> ImageMoments:
     if name not in together:
         raise InputError("The target data holds no image; nothing can be estimated from it.")
     return together[name].moments
-
-
-def _moved(before: ImageMoments | None, now: ImageMoments, eps: float) -> float:
-    """How far mean and standard deviation moved, in standard deviations, the worst channel."""
-    if before is None:
-        return float("inf")
-    unit = now.pixels.var + eps
-    mean = np.abs(now.pixels.mean - before.pixels.mean) / np.sqrt(unit)
-    sd = np.abs(np.log(unit / (before.pixels.var + eps))) / 2
-    return float(np.maximum(mean, sd).max())
 
 
 def _taken(waiting: deque[Bundle], shelf: Shelf) -> Iterator[Arrays]:

@@ -12,7 +12,6 @@ batches of its own, settle the same layers in the same order from their merged m
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnfold.adapting import diagnosis
-from bnfold.adapting.convergence import Convergence, excess_of, movement
 from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
 from bnfold.adapting.feed import Feed
 from bnfold.adapting.layers import (
@@ -33,8 +31,8 @@ from bnfold.adapting.layers import (
     write,
 )
 from bnfold.adapting.meter import Meter, Tally
-from bnfold.adapting.moments import Float64, ImageMoments
-from bnfold.adapting.ranks import Alone, Ranks, Waiting
+from bnfold.adapting.moments import Float64, ImageMoments, movement
+from bnfold.adapting.ranks import Alone, Ranks
 from bnfold.adapting.rounds import IN_MEMORY, ON_DISK, Round
 from bnfold.adapting.statistics import Rule
 
@@ -44,7 +42,6 @@ __all__ = [
     "fast",
     "layer_of",
     "observe",
-    "read_until_enough",
     "statistics_of",
     "watching",
     "write",
@@ -66,14 +63,11 @@ def fast(
     ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
     images: int | None = None,
     on_settled: OnSettled | None = None,
-    stop: float | None = None,
 ) -> Estimate:
     """One pass; each layer normalises by its batch, the moments of all batches are pooled.
 
     Exact for the first layer; deeper, a batch of B images leaves an error of the order 1 / B.
     images: of all processes, if known: what the rule weighs the source against.
-    stop: end where the statistics are known to +-stop standard deviations (convergence.py); the
-    feed then gives no more than was read, on later passes too.
     """
     writer, meter, tallies = Writer(layers, rule, on_settled), Meter(), dict[str, Tally]()
     number = 0
@@ -86,56 +80,17 @@ def fast(
                 tallies[name] = Tally(name, compare=not tallies)
             tallies[name].add(found)
 
-    def so_far() -> dict[str, Waiting]:
-        return ranks.together({name: tally.waiting() for name, tally in tallies.items()})
-
-    eps = {name: layer.eps for name, layer in writer.described.items()}
-    convergence = None if stop is None else Convergence(eps, stop)
     with watching(layers, visit):
-        batches = iter(feed)
-        for number in itertools.count():
-            if (batch := next(batches, None)) is not None:
-                feed.call(net, batch, number)
-                progress.step()
-            goes_on = batch is not None
-            if convergence is not None:  # in all processes, as long as one of them has batches
-                goes_on = any(ranks.share(goes_on))
-                if goes_on and convergence.enough(so_far()):
-                    feed.stop()
-                    goes_on = next(batches, None) is not None
-            if not goes_on:
-                break
+        for number, batch in enumerate(feed):
+            feed.call(net, batch, number)
+            progress.step()
     firsts = set(ranks.share(next(iter(tallies), None))) - {None}
-    merged = so_far()
+    merged = ranks.together({name: tally.waiting() for name, tally in tallies.items()})
     moments = {name: waiting.moments for name, waiting in merged.items()}
     for name, found in moments.items():
         writer.settle(name, found)
-    excess = excess_of(merged[firsts.pop()]) if len(firsts) == 1 else None
+    excess = merged[firsts.pop()].excess if len(firsts) == 1 else None
     return writer.estimate(moments, excess)
-
-
-def read_until_enough(
-    net: nn.Module,
-    layers: Layers,
-    feed: Feed,
-    progress: Progress,
-    *,
-    stop: float,
-    rule: Rule = Rule(),  # noqa: B008  # frozen
-    ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
-    images: int | None = None,
-) -> None:
-    """Ends the feed where `fast` would stop; the network keeps its statistics.
-
-    `exact` must have all of its batches before it knows anything of the last layer; so it is
-    found beforehand how many are enough.
-    """
-    source = {name: statistics_of(layer) for name, layer in layers.items()}
-    try:
-        fast(net, layers, feed, progress, rule=rule, ranks=ranks, images=images, stop=stop)
-    finally:
-        for name, statistics in source.items():
-            write(layers[name], name, statistics)
 
 
 # --- exact ----------------------------------------------------------------------------------------
@@ -189,7 +144,7 @@ def exact(
             settled = run.settled.pop(name, None)
             now = waiting.moments if settled is None else settled.merge(waiting.moments)
             before, eps = reused.get(name), writer.described[name].eps
-            moved = float("inf") if before is None else float(movement(before, now, eps).max())
+            moved = float("inf") if before is None else movement(before, now, eps)
             change = max(change, moved)
             writer.settle(name, now)
             reused[name] = now

@@ -254,6 +254,14 @@ class ImageMoments:
         return error
 
 
+def movement(before: ImageMoments, now: ImageMoments, eps: float) -> float:
+    """How far mean and standard deviation moved, in standard deviations, the worst channel."""
+    unit = now.pixels.var + eps
+    mean = np.abs(now.pixels.mean - before.pixels.mean) / np.sqrt(unit)
+    sd = np.abs(np.log(unit / (before.pixels.var + eps))) / 2
+    return float(np.maximum(mean, sd).max())
+
+
 def batch_excess(batches: Sequence[ImageMoments]) -> float | None:
     """How much more the means of batches differ than chance explains: about 1 for shuffled images.
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from bnfold import errors
-from bnfold.adapting.moments import Float64, ImageMoments, excess_between
+from bnfold.adapting.moments import Float64, ImageMoments
 from bnfold.adapting.stored import Waiting as Waiting
 from bnfold.adapting.stored import from_bytes, to_bytes
 from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
@@ -87,9 +87,7 @@ def excess_of_all(ranks: Ranks, batches: Sequence[ImageMoments]) -> float | None
         within: Float64 = np.sum([batch.m2 for batch in batches], axis=0)
         own["all"] = Waiting(len(batches), ImageMoments.pooled(batches), within)
     found = ranks.together(own).get("all")
-    if found is None or found.within is None:
-        return None
-    return excess_between(found.moments, found.within, found.batches)
+    return None if found is None else found.excess
 
 
 def group_from_environment(*, backend: str = "gloo", timeout: float = TIMEOUT) -> Ranks:

@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfold.adapting.convergence import excess_of
 from bnfold.adapting.estimate import Progress
 from bnfold.adapting.feed import Feed, byte_count, copied
 from bnfold.adapting.layers import Layers, Writer, watching
@@ -130,7 +129,7 @@ class Round:
         name = max(together, key=lambda name: (together[name].batches, -order.index(name)))
         found = together[name]
         if not self.settled:
-            self.excess = excess_of(found)
+            self.excess = found.excess
         self.writer.settle(name, found.moments)
         self.settled[name] = found.moments
         self.visitors[name] = waiting[name].batches if name in waiting else set()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from bnfold.adapting.moments import Float64, ImageMoments, Moments
+from bnfold.adapting.moments import Float64, ImageMoments, Moments, excess_between
 from bnfold.errors import InputError
 
 _ROWS = ("centre", "within", "m2", "m3", "m4", "v2", "mv", "mmv")  # behind the pixels' mean and m2
@@ -33,6 +33,13 @@ class Waiting:
     batches: int
     moments: ImageMoments
     within: Float64 | None = None
+
+    @property
+    def excess(self) -> float | None:
+        """How much the batches differ, see `batch_excess`; None where it was not looked at."""
+        if self.within is None:
+            return None
+        return excess_between(self.moments, self.within, self.batches)
 
     def merge(self, other: Waiting) -> Waiting:
         """Both together."""
