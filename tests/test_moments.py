@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,10 +197,10 @@ def test_sorted_batches_stand_out_and_shuffled_ones_do_not():
     rng = np.random.default_rng(6)
     level = np.sort(rng.standard_normal((640, 4)), axis=0)
     parts = [ImageMoments.of(m, np.ones_like(m), 9) for m in np.split(level, 20)]
-    assert batch_excess(parts) > 100 > chance_limit(20)
+    assert batch_excess(parts) > 100 > chance_limit(20, 640)
     shuffled = rng.permutation(level)
     parts = [ImageMoments.of(m, np.ones_like(m), 9) for m in np.split(shuffled, 20)]
-    assert batch_excess(parts) < chance_limit(20)
+    assert batch_excess(parts) < chance_limit(20, 640)
 
 
 def test_excess_of_batches_is_not_told_where_nothing_is_known():
@@ -208,3 +209,73 @@ def test_excess_of_batches_is_not_told_where_nothing_is_known():
     assert batch_excess([ImageMoments.of(row[None], row[None] ** 2, 1) for row in m]) is None
     constant = ImageMoments.of(np.ones((5, 2)), np.ones((5, 2)), 1)
     assert batch_excess([constant, constant]) is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "images"), [(2, 20), (2, 500), (3, 30), (7, 200), (25, 50), (25, 200), (50, 400)]
+)
+def test_the_limit_is_the_quantile_of_f(batches, images):
+    """Never below it, so that shuffled images stay below 999 times in 1000."""
+    stats = pytest.importorskip("scipy.stats")
+    exact = stats.f.ppf(0.999, batches - 1, images - batches)
+    assert exact <= chance_limit(batches, images) < 1.04 * exact
+
+
+def test_the_limit_where_counts_are_small_or_large():
+    assert chance_limit(1, 8) == chance_limit(2, 3) == np.inf
+    assert chance_limit(1250, 10_000) == 1.5  # chance alone explains 1.14
+    assert chance_limit(20) <= chance_limit(20, 640) < chance_limit(20, 60)
+
+
+@pytest.mark.parametrize("size", [8, 40, 100])
+def test_shuffled_images_hardly_ever_pass_the_limit(size):
+    """In less than one of 200 draws, of one channel whose means have a heavy tail."""
+    rng = np.random.default_rng(size)
+    alarms = 0
+    for _ in range(1000):
+        level = rng.lognormal(sigma=0.7, size=(200, 1))
+        parts = [
+            ImageMoments.of(level[i : i + size], np.ones_like(level[i : i + size]), 9)
+            for i in range(0, 200, size)
+        ]
+        alarms += batch_excess(parts) > chance_limit(len(parts), 200)
+    assert alarms < 5
+
+
+def first_means(shared, name):
+    """Per image what the first batch norm of a real network sees, and the labels, as in the file."""
+    import realdata
+
+    model, read = {
+        "MNIST": ("mnist_cnn", realdata.mnist_train10k),
+        "CIFAR": ("resnet20", realdata.cifar_jpeg),
+    }[name]
+    x, y = read(shared)
+    seen = []
+
+    def keep(_module, arguments):
+        seen.append(arguments[0].double().mean((2, 3)))
+
+    net = realdata.load_model(shared, model)
+    layer = next(m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    layer.register_forward_pre_hook(keep)
+    realdata.predict(net, x[::5])
+    return torch.cat(seen).numpy(), y[::5]
+
+
+@pytest.mark.parametrize("name", ["MNIST", "CIFAR"])
+def test_real_images_sorted_by_class_are_told_and_shuffled_ones_are_not(shared_data, name):
+    """2000 images, in batches of 8 to 250; 100 shuffles."""
+    means, labels = first_means(shared_data, name)
+    assert (np.diff(labels) >= 0).all()
+    rng = np.random.default_rng(0)
+
+    def excess(order, size):
+        rows = [means[order[i : i + size]] for i in range(0, len(order), size)]
+        return batch_excess([ImageMoments.of(m, np.ones_like(m), 9) for m in rows])
+
+    for size in (8, 32, 100, 250):
+        limit = chance_limit(-(-len(means) // size), len(means))
+        assert excess(np.arange(len(means)), size) > 1.2 * limit
+        alarms = sum(excess(rng.permutation(len(means)), size) > limit for _ in range(100))
+        assert alarms <= 1

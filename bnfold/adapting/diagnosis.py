@@ -334,7 +334,7 @@ def warnings(
             f"The batches hold {images / batches:.3g} images; below {FAST_BATCH} the fast method is"
             " off by some percent. Use larger batches or method 'exact'."
         )
-    if estimate.excess is not None and estimate.excess > chance_limit(batches):
+    if estimate.excess is not None and estimate.excess > chance_limit(batches, images):
         yield (
             f"The batches differ {estimate.excess:.1f} times as much as chance explains: the data"
             " seems to be sorted."
