@@ -100,9 +100,7 @@ class Writer:
 
     def normalise(self, name: str, batch: Found, images: int | None) -> None:
         """For one batch: with its own variance, as in training, the divisor being the count."""
-        mean = batch.means.mean(axis=0)
-        var = batch.variances.mean(axis=0) + np.square(batch.means - mean).mean(axis=0)
-        given = Statistics(mean, var)
+        given = Statistics(batch.mean, batch.var)
         if self._is_blended:
             moments = pooled([batch], name)
             pixels = moments.pixels

@@ -38,12 +38,17 @@ class _Near:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Per image and channel of one batch: mean and population variance, (N, C), over `pixels`."""
+    """Per image and channel of one batch: mean and population variance, (N, C), over `pixels`.
+
+    mean, var: of all pixels of the batch together, (C,), the variance that of the population.
+    """
 
     means: Float64
     variances: Float64
     pixels: int
     batch: int
+    mean: Float64
+    var: Float64
 
 
 class Meter:
@@ -66,15 +71,17 @@ class Meter:
         if x.dtype not in (torch.float32, torch.float64):
             x = x.float()
         if not x.numel():
-            empty = np.zeros((0, x.shape[1]))
-            return Found(empty, empty, max(math.prod(x.shape[2:]), 1), batch)
+            none, nothing = np.zeros((0, x.shape[1])), np.zeros(x.shape[1])
+            return Found(none, none, max(math.prod(x.shape[2:]), 1), batch, nothing, nothing)
         if x.dim() == 2:
             means = x.to("cpu", torch.float64, copy=True).numpy()
-            found = Found(means, np.zeros_like(means), 1, batch)
+            found = Found(
+                means, np.zeros_like(means), 1, batch, means.mean(axis=0), means.var(axis=0)
+            )
         else:
             found = self._of_images(name, x, batch)
         # infinities of either sign, and an overflow of the squares, end up here too
-        if not np.isfinite(found.means.sum() + found.variances.sum()):
+        if not np.isfinite(found.mean + found.var).all():
             raise InputError(
                 f"The input of '{name}' holds NaN or infinity in batch {batch}: its statistics"
                 " would be NaN. Look for them in the data, or for an overflow in the layers before."
@@ -86,30 +93,38 @@ class Meter:
         near = self._near.get(name)
         if near is None:
             near = _Near.of(y[0].mean(axis - 1), axis)
-        means, variances, is_near = self._about(near, y, axis)
+        found, is_near = self._about(near, y, axis, batch)
         if not is_near:
-            near = _Near.of(torch.from_numpy(means.mean(axis=0)).to(y), axis)
-            means, variances, _ = self._about(near, y, axis)
+            near = _Near.of(torch.from_numpy(found.mean).to(y), axis)
+            found, _ = self._about(near, y, axis, batch)
         self._near[name] = near
-        return Found(means, variances, y.shape[axis], batch)
+        return found
 
-    def _about(self, near: _Near, y: Tensor, axis: int) -> tuple[Float64, Float64, bool]:
-        """Means, variances, (N, C) each, and whether `near` was near enough to trust them."""
-        count = len(y)
-        sums = torch.empty((2, count, len(near.exact)), dtype=y.dtype, device=y.device)
-        step = max(_STRETCH * count // y.numel(), 1)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            part = y[start:stop]
-            deviation = torch.sub(part, near.value, out=self._buffer(part))
-            torch.sum(deviation, axis, out=sums[0, start:stop])
-            torch.sum(deviation.square_(), axis, out=sums[1, start:stop])
-        offsets, squares = sums.cpu().numpy().astype(np.float64) / y.shape[axis]
-        variances = squares - np.square(offsets)
-        offset, square = offsets.mean(axis=0), squares.mean(axis=0)
-        is_near = bool((np.square(offset) <= _NEAR**2 * (square - np.square(offset))).all())
+    def _about(self, near: _Near, y: Tensor, axis: int, batch: int) -> tuple[Found, bool]:
+        """What is found, and whether `near` was near enough to trust it."""
+        first, second = self._sums(near.value, y, axis)
+        count, pixels = len(y), y.shape[axis]
+        offsets, variances = first / pixels, second / pixels
+        offset = np.add.reduce(offsets) / count
+        var = np.add.reduce(variances) / count - offset * offset
+        is_near = bool((offset * offset <= _NEAR**2 * var).all())
+        variances -= offsets * offsets
+        np.maximum(variances, 0.0, out=variances)
         offsets += near.exact
-        return offsets, np.maximum(variances, 0.0, out=variances), is_near
+        return Found(offsets, variances, pixels, batch, offset + near.exact, var.clip(0)), is_near
+
+    def _sums(self, value: Tensor, y: Tensor, axis: int) -> tuple[Float64, Float64]:
+        """Sums over the pixels of an image: of deviations from `value`, and of their squares."""
+        step = max(_STRETCH * len(y) // y.numel(), 1)
+        sums = []
+        for part in y.split(step) if step < len(y) else (y,):
+            deviation = torch.sub(part, value, out=self._buffer(part))
+            sums.append((deviation.sum(axis), deviation.square_().sum(axis)))
+        first, second = (
+            (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy().astype(np.float64)
+            for parts in zip(*sums, strict=True)
+        )
+        return first, second
 
     def _buffer(self, like: Tensor) -> Tensor:
         key = (like.dtype, like.device)
