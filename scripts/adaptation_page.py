@@ -181,6 +181,16 @@ def _sizes(found: Found) -> str:
             ),
             "",
         ]
+        if (case, "halves", 0, 0) in found:
+            half = found[case, "halves", 0, 0]
+            first, *rest = half["ratios"].values()
+            mean, scale = np.median(rest, axis=0)
+            parts += [
+                f"Two halves of {half['each']} images differ, in standard errors: first layer"
+                f" {first[0]:.2f} (means) and {first[1]:.2f} (scales), the others {mean:.2f} and"
+                f" {scale:.2f} in the middle.",
+                "",
+            ]
         sources = [
             (int(method.split()[-1]), row["accuracy"])
             for (name, method, _, _), row in found.items()

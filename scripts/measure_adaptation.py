@@ -281,6 +281,34 @@ def needed(rows: Rows, name: str, make: Callable[[], Case]) -> None:
     )
 
 
+def halves(rows: Rows, name: str, make: Callable[[], Case]) -> None:
+    """How two halves of the target differ, over what their standard errors say: 1 if they are right.
+
+    Root mean square over channels and draws, by layer, of the means and of the folded scales.
+    """
+    if (name, "halves", 0, 0) in rows.found:
+        return
+    case = make()
+    count = min(len(case.target) // 2, 1000)
+    squares: dict[str, list[tuple[float, float]]] = {}
+    for draw in range(DRAWS):
+        order = np.random.default_rng((5, draw)).permutation(len(case.target))
+        one, other = (
+            bnfold.adapt(case.module, batches(case.target[part], 50), diagnose=False).layers
+            for part in (order[:count], order[count : 2 * count])
+        )
+        for first, second in zip(one, other, strict=True):
+            a, b, eps = first.moments, second.moments, 1e-5
+            mean = (a.pixels.mean - b.pixels.mean) ** 2 / (a.mean_error**2 + b.mean_error**2)
+            log_ratio = np.log((a.pixels.var + eps) / (b.pixels.var + eps)) / 2
+            scale = log_ratio**2 / (a.scale_error(eps) ** 2 + b.scale_error(eps) ** 2)
+            squares.setdefault(first.name, []).append(
+                (float(np.nanmean(mean)), float(np.nanmean(scale)))
+            )
+    ratios = {name: np.sqrt(np.mean(found, axis=0)).tolist() for name, found in squares.items()}
+    rows.add(name, "halves", 0, 0, each=count, ratios=ratios)
+
+
 def with_source(count: int) -> Callable[[Case], nn.Module]:
     """Calibrated on so many source images."""
     return lambda case: exact(case, source_data=batches(case.source[:count], 50))
@@ -304,6 +332,7 @@ def main() -> None:
             rows.measure(name, makers[name], methods, 0, 0)
         for name in SIZE_CASES if chosen.sizes else ():
             needed(rows, name, makers[name])
+            halves(rows, name, makers[name])
             for count in COUNTS:
                 for draw in range(DRAWS):
                     rows.measure(name, makers[name], SMALL, count, draw)
