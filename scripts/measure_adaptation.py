@@ -282,7 +282,7 @@ def needed(rows: Rows, name: str, make: Callable[[], Case]) -> None:
 
 
 def halves(rows: Rows, name: str, make: Callable[[], Case]) -> None:
-    """How two halves of the target differ, over what their standard errors say: 1 if they are right.
+    """How two halves of the target differ, over what their standard errors say (1: as they say).
 
     Root mean square over channels and draws, by layer, of the means and of the folded scales.
     """
