@@ -117,7 +117,7 @@ class Meter:
         """Sums over the pixels of an image: of deviations from `value`, and of their squares."""
         step = max(_STRETCH * len(y) // y.numel(), 1)
         sums = []
-        for part in y.split(step) if step < len(y) else (y,):
+        for part in torch.split(y, step) if step < len(y) else (y,):
             deviation = torch.sub(part, value, out=self._buffer(part))
             sums.append((deviation.sum(axis), deviation.square_().sum(axis)))
         first, second = (
