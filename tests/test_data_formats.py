@@ -62,6 +62,17 @@ def test_an_npz_whose_header_lies_about_its_shape_is_refused(tmp_path):
         open_data(tmp_path / "x.npz")
 
 
+def test_a_mapped_array_with_a_wrong_checksum_is_refused(tmp_path):
+    """Of more than zipfile reads ahead."""
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.tile(FLOATS, (20, 1, 1, 1)))
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match="Bad CRC-32"):
+        open_data(path)
+
+
 def test_an_encrypted_npz_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x=FLOATS)
@@ -190,6 +201,7 @@ def test_a_pickle_in_a_tar_is_not_opened_and_links_are_not_followed(tars):
         tar.addfile(link)
     data = open_data(path)
     assert everything(data).shape == (1, 3, 6, 5)
+    assert not data.skipped
     assert not (tars.parent / "ran").exists()
 
 

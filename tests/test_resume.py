@@ -86,6 +86,24 @@ def test_a_file_that_cannot_be_written_shows_at_once(tmp_path):
         reopened(tmp_path)
 
 
+def test_what_breaks_off_a_write_leaves_the_state_before_it(path, monkeypatch):
+    state = reopened(path)
+    state.add("a", batch(1))
+    before = path.read_bytes()
+
+    def broken_off(self, data):
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        state.add("b", batch(2))
+    assert path.read_bytes() == before
+    assert list(reopened(path).settled) == ["a"]
+    assert [file.name for file in path.parent.iterdir()] == ["run.state"]
+
+
 KILLED = """
 import sys
 from bnfold.adapting.ranks import Alone
