@@ -1,5 +1,6 @@
 """Files as they come: mapped arrays, tars, Hugging Face data sets, images that are odd or bad."""
 
+import importlib
 import io
 import json
 import os
@@ -20,6 +21,14 @@ from bnfold.data import open_data, shard
 from bnfold.errors import InputError, RuntimeUnavailableError, UnsafeInputError, UsageError
 
 LABELS = np.arange(10) % 3
+
+
+def library(name):
+    """An optional library, or a skip; where BNFOLD_REQUIRE_DATA=1, as in CI, it must be there."""
+    if os.environ.get("BNFOLD_REQUIRE_DATA") == "1":
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
 
 # --- arrays that stay in their file ---------------------------------------------------------------
 
@@ -158,7 +167,7 @@ def samples(indices):
 
 @pytest.fixture
 def tars(tmp_path):
-    pytest.importorskip("webdataset")
+    library("webdataset")
     for number, indices in enumerate(np.split(np.arange(10), [4, 7])):
         write_tar(tmp_path / f"shard-{number:03}.tar", samples(indices))
     return tmp_path / "shard-{000..002}.tar"
@@ -258,7 +267,7 @@ def test_without_webdataset_tars_are_refused(tmp_path, monkeypatch):
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     """Saves columns as a data set, and fails the test where the network is asked."""
-    datasets = pytest.importorskip("datasets")
+    datasets = library("datasets")
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     datasets.disable_progress_bars()
 
