@@ -194,6 +194,17 @@ class Keeping(Net):
         return self.head(self.bn3(self.fc(x.mean((2, 3)))))
 
 
+class Late(Net):
+    """Keeps something behind the first batch norm; batches of two sizes cannot be mixed up."""
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        self.kept = [x]
+        x = self.bn2(self.conv2(x)).relu()
+        x = (x + self.kept.pop()).relu()
+        return self.head(self.bn3(self.fc(x.mean((2, 3)))))
+
+
 class Lazy(Net):
     """Builds a constant when it first runs."""
 
@@ -227,7 +238,7 @@ class Hooked(Net):
 
 @pytest.mark.usefixtures("disk", "tasks")
 @pytest.mark.parametrize("max_bytes", [1 << 30, 0])
-@pytest.mark.parametrize("kind", [Keeping, Hooked])
+@pytest.mark.parametrize("kind", [Keeping, Hooked, Late])
 def test_batches_do_not_mix_in_a_network_that_keeps_activations(kind, max_bytes):
     net, x = seeded(kind()), target()
     found, work = estimated(net, x.split(7), max_bytes=max_bytes)
@@ -297,7 +308,7 @@ def test_memory_is_taken_before_the_disk():
 
 
 @pytest.mark.usefixtures("disk")
-@pytest.mark.parametrize("kind", [Keeping, Hooked, Lazy, Net])
+@pytest.mark.parametrize("kind", [Keeping, Hooked, Late, Lazy, Net])
 def test_processes_that_keep_activations_go_another_way_together(kind):
     """One process with memory enough and one without; whoever sees it first tells the others."""
     net, x = seeded(kind()).double(), target(61).double()
@@ -310,3 +321,13 @@ def test_processes_that_keep_activations_go_another_way_together(kind):
     alone, _ = estimated(net, x.split(61))
     for run in runs:
         assert_same_moments(alone, run.result()[0])
+
+
+@pytest.mark.parametrize("kind", [Keeping, Hooked])
+def test_batches_that_mix_are_caught_by_the_exactness_test(kind, monkeypatch):
+    monkeypatch.setattr("bnfold.adapting.spill.Kept.has_changed", lambda _: False)
+    net, x = seeded(kind()), target(60)
+    found, work = estimated(net, x.split(10))
+    assert found.passes == 0
+    with pytest.raises(AssertionError):
+        assert_exact(work, layer_by_layer(net, x))

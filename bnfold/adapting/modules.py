@@ -33,7 +33,7 @@ from bnfold.adapting.layers import (
 from bnfold.adapting.meter import Meter, Tally
 from bnfold.adapting.moments import Float64, ImageMoments, movement
 from bnfold.adapting.ranks import Alone, Ranks
-from bnfold.adapting.rounds import IN_MEMORY, ON_DISK, Round
+from bnfold.adapting.rounds import IN_MEMORY, Round
 from bnfold.adapting.statistics import Rule
 
 __all__ = [
@@ -131,9 +131,6 @@ def exact(
         run.run()
         passes, spilled = passes + run.passes, max(spilled, run.spilled)
         way = run.way
-        if any(ranks.share(run.may_be_mixed())):
-            way, passes = max(way, ON_DISK), passes + 1
-            continue
         complete = run.saw_all_of(known)
         known = {}
         if not complete:

@@ -24,7 +24,7 @@ from bnfold.adapting.lockstep import Steps, task_maker
 from bnfold.adapting.meter import Found, Meter, Tally
 from bnfold.adapting.moments import ImageMoments
 from bnfold.adapting.ranks import Ranks
-from bnfold.adapting.spill import Mixed, Spill, kept_by
+from bnfold.adapting.spill import Kept, Mixed, Spill
 from bnfold.errors import RuntimeUnavailableError
 
 # What a paused batch holds besides the input of the batch norm it waits at: about as much again,
@@ -74,7 +74,7 @@ class Round:
 
     def run(self) -> None:
         """In step, or for the rest in another way where that does not do."""
-        self._kept = kept_by(self.net)
+        self._kept = Kept(self.net)
         while self.way != BY_PASSES:
             settled = len(self.settled)
             try:
@@ -88,9 +88,15 @@ class Round:
                 self.way = ON_DISK if again else BY_PASSES
         self._run_by_passes()
 
-    def may_be_mixed(self) -> bool:
-        """Whether the network keeps something of the batches, and nobody saw what became of it."""
-        return self.way == IN_MEMORY and [*map(id, self._kept)] != [*map(id, kept_by(self.net))]
+    def _may_be_mixed(self) -> bool:
+        """Whether the network keeps something of the batches, and nobody sees what becomes of it.
+
+        What it keeps is kept since the last layer was settled: it has not been read yet where it
+        no longer is the batch's own.
+        """
+        if self.way != IN_MEMORY or self.steps.started == 1:
+            return False
+        return self._kept.has_changed()
 
     def resume(self, known: Mapping[str, ImageMoments]) -> None:
         """Layers that are settled already."""
@@ -119,8 +125,8 @@ class Round:
 
         None where no process has any left.
         """
-        while not self.settled and any(self.ranks.share(self.may_be_mixed())):
-            if self.way == IN_MEMORY:
+        while any(self.ranks.share(bool(waiting) and self._may_be_mixed())):
+            if self.way == IN_MEMORY:  # else until these processes are here again
                 raise Mixed
         together = self.ranks.together({name: tally.waiting() for name, tally in waiting.items()})
         if not together:

@@ -8,7 +8,7 @@ in the frames never notice. Only a storage that an operator made from nothing co
 buffers and what the caller holds stay where they are.
 
 A storage that one batch made and another one reads was kept in the network between two forwards,
-and the batches would mix. It is seen here too; `kept_by` says where to look for that.
+and the batches would mix. It is seen here too; `Kept` says where to look for that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -109,25 +110,51 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return held
 
 
-def kept_by(net: nn.Module) -> list[Tensor]:
-    """The tensors that the network holds besides parameters and buffers, also in its hooks."""
-    own = {"_parameters", "_buffers", "_modules"}
-    values = [v for module in net.modules() for k, v in vars(module).items() if k not in own]
-    return list(_reached(values, 3))
+class Kept:
+    """What a network holds besides parameters and buffers, its hooks included, as it is now."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        self._holders = list(_holders(map(vars, net.modules())))
+        self._before = self._values()
+        self._tensors = self._kept()
+
+    def has_changed(self) -> bool:
+        """Whether it holds other tensors than then."""
+        if self._values() == self._before:  # a tenth of a millisecond, for what is asked often
+            return False
+        return [*map(id, self._tensors)] != [*map(id, self._kept())]
+
+    def _values(self) -> list[int]:
+        values = (h.values() if isinstance(h, Mapping) else h for h in self._holders)
+        return [*map(id, chain.from_iterable(values))]
+
+    def _kept(self) -> list[Tensor]:
+        holders = _holders(map(vars, self._net.modules()))
+        values = (h.values() if isinstance(h, Mapping) else h for h in holders)
+        return [v for v in chain.from_iterable(values) if isinstance(v, Tensor)]
 
 
-def _reached(values: Iterable[Any], depth: int) -> Iterator[Tensor]:
+_OWN = {"_parameters", "_buffers", "_modules"}
+_EMPTY = set(vars(nn.Module()))  # its many mappings of hooks, as a rule
+_HOLDING = (Mapping, list, tuple, set)
+
+
+def _holders(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
+    """The containers among values, and what lies in them, objects by their attributes."""
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | nn.Module | type | ModuleType):
+            continue
+        if not isinstance(value, _HOLDING):
+            value = getattr(getattr(value, "__self__", value), "__dict__", None)  # of a method too
+            if not value:
+                continue
+        if depth:
             yield value
-        elif depth and isinstance(value, Mapping):
-            yield from _reached(value.values(), depth - 1)
-        elif depth and isinstance(value, list | tuple | set):
-            yield from _reached(value, depth - 1)
-        elif depth and not isinstance(value, nn.Module | type | ModuleType):
-            value = getattr(value, "__self__", value)  # of a method, its object
-            if not isinstance(value, nn.Module):
-                yield from _reached(getattr(value, "__dict__", {}).values(), depth - 1)
+            inside = value
+            if isinstance(value, Mapping):
+                inside = [v for k, v in value.items() if k not in _OWN and (k not in _EMPTY or v)]
+            yield from _holders(inside, depth - 1)
 
 
 def _weak(storage: UntypedStorage) -> StorageWeakRef:
