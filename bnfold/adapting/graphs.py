@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
 from bnfold.adapting.meter import Found, Meter, Tally, pooled
 from bnfold.adapting.moments import Float64, ImageMoments, Moments, movement
 from bnfold.adapting.norms import Norm, stored
-from bnfold.adapting.ranks import Alone, Ranks, Waiting, excess_of_all
+from bnfold.adapting.ranks import Alone, Ranks, Waiting
 from bnfold.adapting.segments import Cut, Use
 from bnfold.adapting.shelf import AnyArray, Bundle, Shelf
 from bnfold.adapting.statistics import Layer, Rule, Statistics
@@ -74,7 +75,7 @@ class _Walker:
         if index not in self._sessions:
             model = self.cut.model_of(self.cut.segments[index], feeds)
             self._sessions[index] = open_session(
-                model, self._provider, optimize=True, threads=self._threads
+                model, self._provider, optimize=True, threads=self._threads, part=True
             )
         return self._sessions[index]
 
@@ -110,8 +111,7 @@ def fast(
     rule, ranks = rule or Rule(), ranks or Alone()
     cut = Cut(model, norms)
     walker = _Walker(cut, norms, provider, threads)
-    tallies = {name: Tally(name) for name in norms}
-    first: list[ImageMoments] = []
+    tallies: dict[str, Tally] = {}
     for number, batch in enumerate(feed):
         held, given, found = batch, dict[Use, Arrays](), dict[str, Found]()
         for index in range(cut.waves + 1):
@@ -119,35 +119,35 @@ def fast(
             found |= now
             for use in cut.wave(index + 1):
                 norm, seen = norms[use.layer], found[use.value]
-                moments = pooled([seen], use.layer)
-                statistics = stored(norm, _of_batch(rule, norm.layer, moments, images))
+                statistics = stored(norm, _of_batch(rule, norm.layer, seen, images))
                 given[use] = cut.feeds(use, statistics)
+                if use.layer not in tallies:
+                    tallies[use.layer] = Tally(use.layer, compare=not tallies)
                 tallies[use.layer].add(seen)
-                if use is cut.uses[0]:
-                    first.append(moments)
         progress.step()
-    own = {name: _waiting([tally]) for name, tally in tallies.items() if tally.batches}
-    moments_of = {name: waiting.moments for name, waiting in ranks.together(own).items()}
+    together = ranks.together({name: tally.waiting() for name, tally in tallies.items()})
+    moments = {name: together[name].moments for name in norms if name in together}
     statistics_of = {}
-    for name in (name for name in norms if name in moments_of):
-        statistics_of[name] = stored(norms[name], rule(norms[name].layer, moments_of[name]))
+    for name, whole in moments.items():
+        statistics_of[name] = stored(norms[name], rule(norms[name].layer, whole))
         if on_settled is not None:
-            on_settled(name, moments_of[name])
-    moments_of = {name: moments_of[name] for name in statistics_of}
-    return Estimate(moments_of, statistics_of, excess_of_all(ranks, first))
+            on_settled(name, whole)
+    first = cut.uses[0].layer
+    once = first in together and len(norms[first].nodes) == 1
+    excess = together[first].excess if once else None
+    return Estimate(moments, statistics_of, excess)
 
 
-def _of_batch(rule: Rule, layer: Layer, batch: ImageMoments, images: int | None) -> Statistics:
+def _of_batch(rule: Rule, layer: Layer, batch: Found, images: int | None) -> Statistics:
     """What a layer normalises a batch by: as in training, the variance divided by the count."""
-    pixels = batch.pixels
+    if rule == Rule():
+        mean = batch.means.mean(axis=0)
+        within = batch.variances.mean(axis=0)
+        return Statistics(mean, within + np.square(batch.means - mean).mean(axis=0))
+    moments = pooled([batch], layer.name)
+    pixels = moments.pixels
     own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
-    return rule(layer, replace(batch, pixels=own), images)
-
-
-def _waiting(tallies: list[Tally]) -> Waiting:
-    """What all uses of a layer saw."""
-    moments = ImageMoments.pooled([tally.total() for tally in tallies])
-    return Waiting(len(tallies[0].batches), moments)
+    return rule(layer, replace(moments, pixels=own), images)
 
 
 # --- exact ----------------------------------------------------------------------------------------
@@ -203,7 +203,6 @@ class _Exact:
     known: Mapping[str, ImageMoments] = field(default_factory=dict)
     moments: dict[str, ImageMoments] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
-    first: list[ImageMoments] = field(default_factory=list)  # of each batch, at the first layer
     excess: float | None = None
     rounds: int = 0
     residual: float = 0.0
@@ -226,14 +225,17 @@ class _Exact:
             self.residual = self._settle_reused()
             if self.residual <= TOLERANCE or self.rounds >= MAX_ROUNDS:
                 break
-        self.excess = excess_of_all(self.ranks, self.first)
         if self.reused:
             for name in self.norms:
                 self._tell(name)
 
     def _round(self) -> None:
         """Segment after segment, each for all batches."""
-        self.tallies = {use.value: Tally(use.layer) for use in reversed(self.cut.uses)}
+        first = self.cut.uses[0]
+        self.tallies = {
+            use.value: Tally(use.layer, compare=use.value == first.value)
+            for use in reversed(self.cut.uses)
+        }
         shelf = Shelf(self.max_bytes)
         try:
             waiting = self._walk(0, self.feed, shelf)
@@ -255,8 +257,6 @@ class _Exact:
             for value, seen in found.items():
                 self.tallies[value].add(seen)
                 self.progress.step()
-                if value == self.cut.uses[0].value and not self.rounds:
-                    self.first.append(pooled([seen], self.cut.uses[0].layer))
         self.walker.close(index)
         return waiting
 
@@ -269,6 +269,9 @@ class _Exact:
         ]
         own = {use.layer: [self.tallies[use.value]] for use in fresh if use.layer not in self.known}
         together = self._together(own)
+        first = together.get(self.cut.uses[0].layer)
+        if self.excess is None and first is not None:
+            self.excess = first.excess
         for use in fresh:
             if use.layer in self.known:
                 self._set(use.layer, self.known[use.layer])
@@ -299,7 +302,11 @@ class _Exact:
     def _together(self, own: Mapping[str, list[Tally]]) -> Mapping[str, Waiting]:
         """What the layers saw in all processes."""
         return self.ranks.together(
-            {name: _waiting(tallies) for name, tallies in own.items() if tallies[0].batches}
+            {
+                name: reduce(Waiting.merge, [tally.waiting() for tally in tallies])
+                for name, tallies in own.items()
+                if tallies[0].batches
+            }
         )
 
     def _set(self, name: str, moments: ImageMoments) -> None:

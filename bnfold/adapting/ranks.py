@@ -12,15 +12,12 @@ its next message, and all of them end with its error.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
-
 from bnfold import errors
-from bnfold.adapting.moments import Float64, ImageMoments
 from bnfold.adapting.stored import Waiting as Waiting
 from bnfold.adapting.stored import from_bytes, to_bytes
 from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
@@ -78,16 +75,6 @@ class Alone:
         trace: TracebackType | None,
     ) -> None:
         """Nothing is held."""
-
-
-def excess_of_all(ranks: Ranks, batches: Sequence[ImageMoments]) -> float | None:
-    """The `batch_excess` of the batches of all processes; each one calls it, with its own."""
-    own = {}
-    if batches:
-        within: Float64 = np.sum([batch.m2 for batch in batches], axis=0)
-        own["all"] = Waiting(len(batches), ImageMoments.pooled(batches), within)
-    found = ranks.together(own).get("all")
-    return None if found is None else found.excess
 
 
 def group_from_environment(*, backend: str = "gloo", timeout: float = TIMEOUT) -> Ranks:

@@ -155,12 +155,14 @@ def open_session(
     *,
     optimize: bool,
     threads: int | None = None,
+    part: bool = False,
 ) -> Session:
     """An onnxruntime session of `model` on `provider` ("cpu" or "cuda"), and only there.
 
     model: a file's path, the bytes of a file, or a ModelProto (beyond 2 GiB: a path, or a proto
     that is written to a temporary folder with its tensors beside it). optimize: onnxruntime's
     default graph optimization, which folds batch normalization itself; False turns all of it off.
+    part: of a model that is cut into many, so that nothing of it need be placed on the provider.
 
     Raises RuntimeUnavailableError when the provider cannot run here or did not take the model's
     convolutions and products, and InputError when onnxruntime refuses the model.
@@ -188,7 +190,7 @@ def open_session(
             if provider == "cuda" and _looks_like_cuda(f"{error} {noise.text()}"):
                 raise RuntimeUnavailableError(_cuda_failure(f"{error}\n{noise.text()}")) from error
             raise InputError(f"onnxruntime cannot load the model: {_sentence(error)}") from error
-    return _proved(session, provider, optimize, noise.text())
+    return _proved(session, provider, optimize, noise.text(), part)
 
 
 def open_with_weights(
@@ -275,7 +277,7 @@ def _loadable(model: Model) -> Iterator[bytes | str]:
             yield str(path)
 
 
-def _proved(session: Any, provider: str, optimize: bool, noise: str) -> Session:
+def _proved(session: Any, provider: str, optimize: bool, noise: str, part: bool = False) -> Session:
     """The session with its evidence, or RuntimeUnavailableError where it runs elsewhere."""
     wanted = PROVIDERS[provider]
     providers = tuple(session.get_providers())
@@ -283,7 +285,7 @@ def _proved(session: Any, provider: str, optimize: bool, noise: str) -> Session:
         raise RuntimeUnavailableError(_cuda_failure(noise) if provider == "cuda" else noise)
     assignment = _assignment(session)
     if provider != "cpu":
-        _require_placement(assignment, wanted)
+        _require_placement(assignment, wanted, part)
     return Session(
         provider=provider,
         optimized=optimize,
@@ -307,7 +309,9 @@ def _assignment(session: Any) -> dict[str, dict[str, int]]:
     return {name: dict(sorted(placed.items())) for name, placed in counts.items()}
 
 
-def _require_placement(assignment: Mapping[str, Mapping[str, int]], wanted: str) -> None:
+def _require_placement(
+    assignment: Mapping[str, Mapping[str, int]], wanted: str, part: bool = False
+) -> None:
     """Shape arithmetic may stay on the CPU; a convolution or a product may not.
 
     Raises RuntimeUnavailableError naming what was placed elsewhere, or that nothing is known.
@@ -329,7 +333,7 @@ def _require_placement(assignment: Mapping[str, Mapping[str, int]], wanted: str)
             f"{wanted} was asked for, but onnxruntime placed {', '.join(strays)}; "
             f"a comparison would not be about {wanted}."
         )
-    if wanted not in assignment:
+    if wanted not in assignment and not part:
         raise RuntimeUnavailableError(f"onnxruntime placed no node of the model on {wanted}.")
 
 
