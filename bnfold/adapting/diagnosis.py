@@ -21,14 +21,14 @@ from bnfold.adapting.statistics import Layer, Statistics
 Classes = NDArray[np.int64]
 
 FAST_BATCH = 32  # images in a batch, below which `fast` is off by some percent and more
-# Warnings of harm: chosen on one half of the networks and shifts in docs/results/warnings.md, tried
-# on the other. Of the mean W2^2 / sigma^2 over the layers: where a target is the source; where it
-# is so near that the source network is to be believed; where it is too far even for a sure one. As
-# shares of log(classes): a gain of information; an entropy. As a share of the classes: few.
+# Warnings of harm, tried in docs/results/warnings.md. Of the mean W2^2 / sigma^2 over the layers:
+# where a target is the source; where it is so near that the source network is to be believed; where
+# it is too far even for a sure one. As shares of log(classes): a gain of information; an entropy.
+# As a share of the classes: few.
 SAME = 0.01
 NEAR = 0.05
 FAR = 1.0
-INFORMED = 0.01
+INFORMED = 0.005
 SURE = 0.05
 FEW_CLASSES = 0.75
 ONE_CLASS = 0.5  # share of a single predicted class, of three or more
