@@ -243,7 +243,7 @@ def test_shuffled_images_hardly_ever_pass_the_limit(size):
 
 
 def first_means(shared, name):
-    """What the first batch norm of a real network sees of each image, and the labels; file order."""
+    """What the first batch norm of a real network sees of each image, and the labels."""
     import realdata
 
     model, read = {

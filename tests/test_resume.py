@@ -1,6 +1,5 @@
 """A state is there whole or not at all, belongs to one run, and gives back every bit of it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,12 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from processes import ROOT, run_in
-from test_ranks import batch, numbers, waiting
+from processes import ROOT
+from test_ranks import batch, numbers
 
 from bnfold.adapting.ranks import Alone
 from bnfold.adapting.resume import State
-from bnfold.adapting.stored import Waiting, from_bytes, to_bytes
+from bnfold.adapting.stored import from_bytes, to_bytes
 from bnfold.errors import InputError, UsageError
 
 RUN = {"model": "ab12", "method": "exact", "layers": ("a*", "b"), "images": 100, "prior": 0.5}
@@ -30,7 +29,7 @@ def reopened(path, run=RUN):
 
 def test_settled_layers_come_back_in_their_order_with_every_bit(path):
     state = reopened(path)
-    assert (state.settled, state.read, state.tallies) == ({}, 0, {})
+    assert state.settled == {}
     for name, seed in (("z", 1), ("a", 2), ("m", 3)):
         state.add(name, batch(seed, 2 + seed))
         again = reopened(path)
@@ -41,17 +40,6 @@ def test_settled_layers_come_back_in_their_order_with_every_bit(path):
     assert not path.exists()
     assert reopened(path).settled == {}
     assert [file.name for file in path.parent.iterdir()] == ["run.state"]
-
-
-def test_tallies_come_back_with_what_was_read(path):
-    first = {"a": waiting([batch(1), batch(2)]), "b": Waiting(2, batch(3))}
-    reopened(path).save_tallies(2, first)
-    state = reopened(path)
-    assert (state.read, list(state.tallies)) == (2, ["a", "b"])
-    for name, found in state.tallies.items():
-        assert numbers(found.moments) == numbers(first[name].moments)
-    np.testing.assert_array_equal(state.tallies["a"].within, first["a"].within)
-    assert state.tallies["b"].within is None
 
 
 @pytest.mark.parametrize(
@@ -135,59 +123,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_state(path):
             assert numbers(moments) == numbers(batch(seed % 50, 4096))
         before = len(settled)
     assert before >= 3
-
-
-TALLIED = """
-import json, sys
-from bnfold.adapting.ranks import Waiting, group_from_environment
-from bnfold.adapting.resume import State
-from test_ranks import batch, numbers, waiting
-
-def run(ranks, path, stop):
-    state = State.open(path, {"method": "fast"}, ranks)
-    mine = [batch(seed) for seed in range(7)][ranks.rank :: ranks.size]
-    read, tallies = state.read, dict(state.tallies)
-    for number, found in enumerate(mine[read:], start=read + 1):
-        here = waiting([found])
-        tallies["a"] = tallies["a"].merge(here) if tallies else here
-        if number % 2 == 0:
-            state.save_tallies(number, tallies)
-        if number == stop:
-            return
-    state.save_tallies(len(mine), tallies, last=True)
-    print(json.dumps([read, numbers(ranks.together(tallies)["a"].moments)]), flush=True)
-    state.finish()
-
-with group_from_environment() as ranks:
-    run(ranks, sys.argv[1] + "/whole", None)
-    run(ranks, sys.argv[1] + "/stopped", 3)
-    with open(sys.argv[1] + "/stopped", "rb") as file, open(sys.argv[1] + "/copy", "wb") as copy:
-        copy.write(file.read())
-    run(ranks, sys.argv[1] + "/stopped", None)
-"""
-
-
-def test_processes_with_more_and_with_fewer_batches_resume_with_the_same_bits(tmp_path):
-    """Of 7 batches, one process has 4 and the other 3; saved after 2 each, stopped after 3."""
-    for code, said in run_in(2, TALLIED, tmp_path):
-        assert code == 0
-        whole, resumed = map(json.loads, said.splitlines())
-        assert (whole[0], resumed[0]) == (0, 2)
-        assert whole[1] == resumed[1]
-    facts, layers = from_bytes((tmp_path / "copy").read_bytes(), "it")
-    assert facts["read"] == [2, 2]
-    assert list(layers) == ["0/a", "1/a"]
-    assert [file.name for file in tmp_path.iterdir()] == ["copy"]
-
-
-def test_tallies_of_other_processes_are_refused(path):
-    path.write_bytes(
-        to_bytes(
-            {"format": "bnfold-state-1", "identity": RUN, "kind": "tallies", "read": [2, 2]}, {}
-        )
-    )
-    with pytest.raises(UsageError, match="the state of 2 processes; there are 1"):
-        reopened(path)
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """An interrupted run goes on from its last merged state, and ends as a whole one does.
 
-The state is a file of what was settled (exact) or tallied (fast) so far, of all processes together,
-and of the run's identity. It is rewritten whole, or not at all, each time; it is gone when the run
-is complete. Another run's state is refused.
+The state is a file of the layers that were settled so far, of all processes together, and of the
+run's identity. It is rewritten whole, or not at all, each time; it is gone when the run is
+complete. Another run's state is refused.
 """
 
 from __future__ import annotations
@@ -27,16 +27,13 @@ Identity = Mapping[str, Any]
 class State:
     """What a run has so far, in a file that the first process alone reads and writes.
 
-    settled: moments by layer, in the order in which they were settled.  read: batches that each
-    process has read, and `tallies` what the layers of this one saw in its own of them.
+    settled: moments by layer, in the order in which they were settled.
     """
 
     def __init__(self, path: Path, identity: Identity, ranks: Ranks) -> None:
         self._path, self._ranks = path, ranks
         self._identity = json.loads(json.dumps(dict(identity)))  # as it comes back from the file
         self.settled: dict[str, ImageMoments] = {}
-        self.read = 0
-        self.tallies: dict[str, Waiting] = {}
 
     @classmethod
     def open(cls, path: Path | str, identity: Identity, ranks: Ranks) -> State:
@@ -49,74 +46,40 @@ class State:
         written; InputError where it is no state.
         """
         state = cls(Path(path), identity, ranks)
-        facts, layers = state._found() if ranks.rank == 0 else ({}, {})
-        facts = ranks.share(facts)[0]
-        layers = ranks.together(layers)
-        if not facts:
-            state._write({}, {})  # that it cannot be written shows now, not hours later
-        elif facts["kind"] == "settled":
-            state.settled = {name: found.moments for name, found in layers.items()}
-        else:
-            if len(facts["read"]) != ranks.size:
-                raise UsageError(
-                    f"{path} is the state of {len(facts['read'])} processes; there are"
-                    f" {ranks.size}. Start as many, or remove it to begin anew."
-                )
-            own = f"{ranks.rank}/"
-            state.read = facts["read"][ranks.rank]
-            state.tallies = {
-                name.removeprefix(own): found
-                for name, found in layers.items()
-                if name.startswith(own)
-            }
+        layers = ranks.together(state._found() if ranks.rank == 0 else {})
+        if not layers:
+            state._write({})  # that it cannot be written shows now, not hours later
+        state.settled = {name: found.moments for name, found in layers.items()}
         return state
 
     def add(self, name: str, moments: ImageMoments) -> None:
         """A layer is settled, in all processes."""
         self.settled[name] = moments
         layers = {name: Waiting(0, found) for name, found in self.settled.items()}
-        self._write({"kind": "settled"}, layers)
-
-    def save_tallies(
-        self, read: int, tallies: Mapping[str, Waiting], *, last: bool = False
-    ) -> None:
-        """What this process saw in the `read` batches that it has read so far.
-
-        Every process calls it after the same numbers of batches, and with `last` after its last
-        one, when it waits for those that have more. The tallies are kept apart, so that each goes
-        on with its own and is rounded as it would have been.
-        """
-        while True:
-            every = self._ranks.share([read, last])
-            layers = self._ranks.together(
-                {f"{self._ranks.rank}/{name}": found for name, found in tallies.items()}
-            )
-            self._write({"kind": "tallies", "read": [count for count, _ in every]}, layers)
-            if not last or all(ended for _, ended in every):
-                return
+        self._write(layers)
 
     def finish(self) -> None:
         """The run is complete and its results are written: the state is not needed any more."""
         if self._ranks.rank == 0:
             self._path.unlink(missing_ok=True)
 
-    def _write(self, facts: Mapping[str, Any], layers: Mapping[str, Waiting]) -> None:
+    def _write(self, layers: Mapping[str, Waiting]) -> None:
         if self._ranks.rank == 0:
-            told = {"format": FORMAT, "identity": self._identity, **facts}
+            told = {"format": FORMAT, "identity": self._identity}
             with replacing(self._path) as staged:
                 staged.write_bytes(to_bytes(told, layers))
 
-    def _found(self) -> tuple[dict[str, Any], dict[str, Waiting]]:
+    def _found(self) -> dict[str, Waiting]:
         """What the file holds of this run; nothing where it is new or has only begun."""
         if not self._path.exists():
-            return {}, {}
+            return {}
         facts, layers = from_bytes(self._bytes(), str(self._path))
         if facts.get("format") != FORMAT or not isinstance(facts.get("identity"), dict):
             raise InputError(
                 f"{self._path} is no state of a run that this version of bnfold reads."
             )
         self._check(facts["identity"])
-        return (facts, layers) if "kind" in facts else ({}, {})
+        return layers
 
     def _bytes(self) -> bytes:
         try:
