@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfold.adapting.adapt import AdaptResult as AdaptResult
     from bnfold.adapting.adapt import adapt as adapt
-    from bnfold.adapting.pack import Pack as Pack
-    from bnfold.adapting.pack import load_pack as load_pack
     from bnfold.api import FoldResult as FoldResult
     from bnfold.api import export as export
     from bnfold.api import fold as fold
     from bnfold.api import inspect as inspect
     from bnfold.api import verify as verify
-    from bnfold.deployment import Deployment as Deployment
-    from bnfold.deployment import load as load
     from bnfold.errors import BnfoldError as BnfoldError
     from bnfold.folding.module import load_folded as load_folded
+    from bnfold.packs.deployment import Deployment as Deployment
+    from bnfold.packs.deployment import load as load
+    from bnfold.packs.pack import Pack as Pack
+    from bnfold.packs.pack import load_pack as load_pack
     from bnfold.proof.verify import VerifyReport as VerifyReport
     from bnfold.unfolding import UnfoldResult as UnfoldResult
     from bnfold.unfolding import unfold as unfold
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdaptResult": "bnfold.adapting.adapt",
     "BnfoldError": "bnfold.errors",
-    "Deployment": "bnfold.deployment",
+    "Deployment": "bnfold.packs.deployment",
     "FoldResult": "bnfold.api",
-    "Pack": "bnfold.adapting.pack",
+    "Pack": "bnfold.packs.pack",
     "UnfoldResult": "bnfold.unfolding",
     "VerifyReport": "bnfold.proof.verify",
     "adapt": "bnfold.adapting.adapt",
     "export": "bnfold.api",
     "fold": "bnfold.api",
     "inspect": "bnfold.api",
-    "load": "bnfold.deployment",
+    "load": "bnfold.packs.deployment",
     "load_folded": "bnfold.folding.module",
-    "load_pack": "bnfold.adapting.pack",
+    "load_pack": "bnfold.packs.pack",
     "unfold": "bnfold.unfolding",
     "verify": "bnfold.api",
 }

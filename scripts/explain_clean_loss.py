@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 import realdata  # noqa: E402  # its folder is put on the path by measure_adaptation
 
-from bnfold.adapting.moments import ImageMoments  # noqa: E402
-from bnfold.adapting.statistics import Statistics  # noqa: E402
+from bnfold.measuring.moments import ImageMoments  # noqa: E402
+from bnfold.measuring.statistics import Statistics  # noqa: E402
 from bnfold.version import VERSION  # noqa: E402
 
 # --- what training showed the network -------------------------------------------------------------

@@ -30,8 +30,8 @@ sys.path[:0] = [str(ROOT)]
 
 from bnfold.adapting import modules  # noqa: E402
 from bnfold.adapting.adapt import is_batch_norm  # noqa: E402
-from bnfold.adapting.estimate import Progress  # noqa: E402
-from bnfold.adapting.feed import Feed  # noqa: E402
+from bnfold.measuring.estimate import Progress  # noqa: E402
+from bnfold.measuring.feed import Feed  # noqa: E402
 from models.mobilenet_v2 import mobilenet_v2  # noqa: E402
 from models.resnet import resnet18  # noqa: E402
 from models.resnet_cifar import resnet20  # noqa: E402

@@ -33,10 +33,10 @@ sys.path[:0] = [str(ROOT)]
 import bnfold  # noqa: E402
 from bnfold.adapting.base import open_base  # noqa: E402
 from bnfold.adapting.folded import fold_again  # noqa: E402
-from bnfold.adapting.pack import Pack  # noqa: E402
-from bnfold.adapting.statistics import Statistics  # noqa: E402
-from bnfold.deployment import load  # noqa: E402
 from bnfold.graph import write_onnx  # noqa: E402
+from bnfold.measuring.statistics import Statistics  # noqa: E402
+from bnfold.packs.deployment import load  # noqa: E402
+from bnfold.packs.pack import Pack  # noqa: E402
 from models.resnet import resnet18  # noqa: E402
 from models.resnet_cifar import resnet20  # noqa: E402
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bnfold.adapting import diagnosis
-from bnfold.adapting.diagnosis import OutputShift
 from bnfold.data.corruptions import CORRUPTIONS
+from bnfold.measuring import diagnosis
+from bnfold.measuring.diagnosis import OutputShift
 
 IMAGES = 761  # of the target, as many as there are CIFAR images to test on
 CLASSES = (1, 2, 3, 5)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bnfold.adapting import diagnosis, lockstep, memory, meter, rounds, shelf
 from bnfold.adapting.adapt import adapt
-from bnfold.adapting.moments import ImageMoments
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
+from bnfold.measuring import diagnosis, lockstep, memory, meter, rounds, shelf
+from bnfold.measuring.moments import ImageMoments
 
 
 class Net(nn.Module):

@@ -18,15 +18,15 @@ from torch import nn
 
 import bnfold
 from bnfold import graph
-from bnfold.adapting import graphs, modules
-from bnfold.adapting.arrays import ArrayFeed
-from bnfold.adapting.estimate import Progress
-from bnfold.adapting.feed import Feed
-from bnfold.adapting.moments import ImageMoments
-from bnfold.adapting.norms import norms_of, refused, with_statistics
-from bnfold.adapting.segments import Cut
-from bnfold.adapting.statistics import Rule, Statistics
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring import graphs, modules
+from bnfold.measuring.arrays import ArrayFeed
+from bnfold.measuring.estimate import Progress
+from bnfold.measuring.feed import Feed
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.norms import norms_of, refused, with_statistics
+from bnfold.measuring.segments import Cut
+from bnfold.measuring.statistics import Rule, Statistics
 from bnfold.proof.reference import Float64Reference
 from bnfold.proof.runtime import open_session
 from models import resnet_cifar

@@ -133,7 +133,7 @@ def test_without_batch_norms_source_samples_are_needed(files, capsys, tmp_path):
 def test_a_run_goes_on_from_its_state(files, tmp_path, monkeypatch):
     out, state = tmp_path / "out.onnx", tmp_path / "run.state"
     arguments = (files / "net.onnx", "--target-data", files / "target.npy", "-o", out)
-    from bnfold.adapting.resume import State
+    from bnfold.measuring.resume import State
 
     add = State.add
 

@@ -7,8 +7,8 @@ from test_adapt import Net, seeded
 
 import bnfold
 from bnfold.adapting import convergence
-from bnfold.adapting.moments import movement
 from bnfold.errors import UsageError
+from bnfold.measuring.moments import movement
 
 
 def easy(count, seed=0):

@@ -12,14 +12,14 @@ import torch
 from nets import with_statistics
 
 import bnfold
-from bnfold import deployment, graph
-from bnfold.adapting import signing
+from bnfold import graph
 from bnfold.adapting.base import open_base
-from bnfold.adapting.pack import Pack
-from bnfold.adapting.shortcut import shortcut_of
 from bnfold.cli import main
-from bnfold.deployment import halves, load
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
+from bnfold.packs import deployment, signing
+from bnfold.packs.deployment import halves, load
+from bnfold.packs.pack import Pack
+from bnfold.packs.shortcut import shortcut_of
 from bnfold.proof import runtime
 from models.digits import digits_cnn
 from models.preact_resnet import PreActResNet

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from bnfold.adapting import diagnosis
-from bnfold.adapting.diagnosis import Comparison, likely_harm
-from bnfold.adapting.ranks import Alone
+from bnfold.measuring import diagnosis
+from bnfold.measuring.diagnosis import Comparison, likely_harm
+from bnfold.measuring.ranks import Alone
 
 RNG = np.random.default_rng(0)
 

@@ -65,7 +65,7 @@ def told(result):
 SHARED = """
 import json, sys
 import bnfold
-from bnfold.adapting.ranks import group_from_environment
+from bnfold.measuring.ranks import group_from_environment
 from bnfold.data import shard
 from test_distributed import batches, model_of, told
 
@@ -128,7 +128,7 @@ def test_several_processes_give_what_one_gives(size, tmp_path):
 FAILING = """
 import sys
 import bnfold
-from bnfold.adapting.ranks import group_from_environment
+from bnfold.measuring.ranks import group_from_environment
 from bnfold.data import shard
 from bnfold.errors import BnfoldError
 from test_distributed import batches, model_of

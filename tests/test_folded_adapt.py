@@ -20,12 +20,12 @@ from torch import nn
 
 import bnfold
 from bnfold import graph
-from bnfold.adapting import norms
 from bnfold.adapting.folded import fold_again, refold, set_statistics, state_with
-from bnfold.adapting.statistics import Statistics
 from bnfold.cli import main
 from bnfold.errors import InputError, UsageError
 from bnfold.folding.record import load_record
+from bnfold.measuring import norms
+from bnfold.measuring.statistics import Statistics
 from models.digits import digits_cnn
 from models.preact_resnet import PreActResNet
 from models.resnet_cifar import ResNetCifar

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from bnfold.adapting.lockstep import Abandoned, Steps, task_maker
+from bnfold.measuring.lockstep import Abandoned, Steps, task_maker
 
 
 def modes():
@@ -190,7 +190,7 @@ def test_autocast_of_the_caller_holds_in_tasks(maker):
 def test_without_greenlet_threads_are_taken(monkeypatch):
     import importlib
 
-    from bnfold.adapting.lockstep import ThreadTask
+    from bnfold.measuring.lockstep import ThreadTask
 
     def missing(name):
         raise ImportError(name)

@@ -10,12 +10,12 @@ import torch
 from test_adapt import Forking, Net, Twice, batch_norms, layer_by_layer, seeded, target
 from torch import nn
 
-from bnfold.adapting import modules
-from bnfold.adapting.estimate import Progress
-from bnfold.adapting.feed import Feed
-from bnfold.adapting.ranks import Alone
-from bnfold.adapting.statistics import Rule
 from bnfold.errors import InputError
+from bnfold.measuring import modules
+from bnfold.measuring.estimate import Progress
+from bnfold.measuring.feed import Feed
+from bnfold.measuring.ranks import Alone
+from bnfold.measuring.statistics import Rule
 
 METHODS = {"exact": modules.exact, "fast": modules.fast}
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfold.adapting.moments import ImageMoments, Moments, batch_excess, chance_limit
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring.moments import ImageMoments, Moments, batch_excess, chance_limit
 
 
 def sample(seed, count=200, channels=3, mean=0.0, sd=1.0):

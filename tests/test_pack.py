@@ -21,13 +21,14 @@ import bnfold
 import bnfold.adapting.base
 import bnfold.adapting.folded
 from bnfold import graph
-from bnfold.adapting import norms, pack, signing
 from bnfold.adapting.base import open_base
 from bnfold.adapting.folded import set_statistics
-from bnfold.adapting.pack import Pack, diff, load_pack
-from bnfold.adapting.statistics import Statistics
 from bnfold.cli import main
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring import norms
+from bnfold.measuring.statistics import Statistics
+from bnfold.packs import pack, signing
+from bnfold.packs.pack import Pack, diff, load_pack
 from models.digits import digits_cnn
 from models.resnet_cifar import resnet20
 from tests.law_models import Law, build

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from processes import run_in
 
-from bnfold.adapting.moments import ImageMoments, batch_excess, excess_between
-from bnfold.adapting.ranks import Alone, Waiting, group_from_environment, own_device
-from bnfold.adapting.stored import from_bytes, to_bytes
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring.moments import ImageMoments, batch_excess, excess_between
+from bnfold.measuring.ranks import Alone, Waiting, group_from_environment, own_device
+from bnfold.measuring.stored import from_bytes, to_bytes
 
 FIELDS = ("centre", "within", "m2", "m3", "m4", "v2", "mv", "mmv")
 
@@ -124,7 +124,7 @@ def test_cuda_is_the_gpu_of_the_process(monkeypatch):
 
 MERGE = """
 import json
-from bnfold.adapting.ranks import Waiting, group_from_environment
+from bnfold.measuring.ranks import Waiting, group_from_environment
 from test_ranks import batch, numbers, waiting
 
 with group_from_environment() as ranks:
@@ -168,7 +168,7 @@ def test_every_process_gets_the_same_numbers_and_they_are_those_of_one(size):
 
 FAIL = """
 import sys
-from bnfold.adapting.ranks import group_from_environment
+from bnfold.measuring.ranks import group_from_environment
 from bnfold.errors import BnfoldError, InputError, UnsafeInputError
 
 def attempt(what):
@@ -227,7 +227,7 @@ def test_a_failure_in_one_ends_all_with_its_error():
 
 DIE = """
 import os, sys
-from bnfold.adapting.ranks import group_from_environment
+from bnfold.measuring.ranks import group_from_environment
 from bnfold.errors import BnfoldError
 
 try:

@@ -10,10 +10,10 @@ import pytest
 from processes import ROOT
 from test_ranks import batch, numbers
 
-from bnfold.adapting.ranks import Alone
-from bnfold.adapting.resume import State
-from bnfold.adapting.stored import from_bytes, to_bytes
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring.ranks import Alone
+from bnfold.measuring.resume import State
+from bnfold.measuring.stored import from_bytes, to_bytes
 
 RUN = {"model": "ab12", "method": "exact", "layers": ("a*", "b"), "images": 100, "prior": 0.5}
 
@@ -94,8 +94,8 @@ def test_what_breaks_off_a_write_leaves_the_state_before_it(path, monkeypatch):
 
 KILLED = """
 import sys
-from bnfold.adapting.ranks import Alone
-from bnfold.adapting.resume import State
+from bnfold.measuring.ranks import Alone
+from bnfold.measuring.resume import State
 from test_ranks import batch
 
 state = State.open(sys.argv[1], {}, Alone())
@@ -131,8 +131,8 @@ RUN_ALONE = """
 import os, signal, sys
 import numpy as np
 from bnfold.adapting.adapt import adapt_target
-from bnfold.adapting.ranks import Alone
-from bnfold.adapting.resume import State
+from bnfold.measuring.ranks import Alone
+from bnfold.measuring.resume import State
 from bnfold.adapting.targets import Options, target_of
 from test_distributed import batches, model_of
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from bnfold.adapting import shelf as shelves
-from bnfold.adapting.shelf import Shelf
 from bnfold.errors import RuntimeUnavailableError
+from bnfold.measuring import shelf as shelves
+from bnfold.measuring.shelf import Shelf
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from test_adapt import Failing, Net, Twice, assert_exact, layer_by_layer, seeded
 from test_modules import Hall, Seat, assert_bits, assert_same_moments, estimated, state
 from torch import nn
 
-from bnfold.adapting import lockstep, rounds
-from bnfold.adapting import shelf as shelves
-from bnfold.adapting.spill import Ledger, Mixed, Spill
 from bnfold.errors import InputError
+from bnfold.measuring import lockstep, rounds
+from bnfold.measuring import shelf as shelves
+from bnfold.measuring.spill import Ledger, Mixed, Spill
 
 
 @pytest.fixture
@@ -325,7 +325,7 @@ def test_processes_that_keep_activations_go_another_way_together(kind):
 
 @pytest.mark.parametrize("kind", [Keeping, Hooked])
 def test_batches_that_mix_are_caught_by_the_exactness_test(kind, monkeypatch):
-    monkeypatch.setattr("bnfold.adapting.spill.Kept.has_changed", lambda _: False)
+    monkeypatch.setattr("bnfold.measuring.spill.Kept.has_changed", lambda _: False)
     net, x = seeded(kind()), target(60)
     found, work = estimated(net, x.split(10))
     assert found.passes == 0

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from bnfold.adapting.moments import ImageMoments
-from bnfold.adapting.statistics import Layer, Rule, Statistics
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.statistics import Layer, Rule, Statistics
 
 RNG = np.random.default_rng(0)
 SOURCE = Statistics(np.array([0.0, 2.0, -1.0]), np.array([1.0, 4.0, 0.25]))

@@ -12,8 +12,8 @@ from processes import ROOT
 from test_distributed import batches, ready
 
 import bnfold
-from bnfold.adapting.norms import norms_of
 from bnfold.graph import read_onnx
+from bnfold.measuring.norms import norms_of
 
 
 @pytest.fixture

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bnfold.adapting import diagnosis
 from bnfold.adapting.base import Adapted, Reading
 from bnfold.adapting.convergence import First, enough
-from bnfold.adapting.diagnosis import LayerShift, Observed, OutputShift
-from bnfold.adapting.estimate import Progress
-from bnfold.adapting.feed import Replay
-from bnfold.adapting.moments import ImageMoments
 from bnfold.adapting.networks import LayerChoice, Run, Settled, SkippedLayer, first_ones
-from bnfold.adapting.ranks import Alone, Ranks, Waiting
-from bnfold.adapting.statistics import Part, Rule, Statistics
 from bnfold.adapting.targets import Options, Target, target_of
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring import diagnosis
+from bnfold.measuring.diagnosis import LayerShift, Observed, OutputShift
+from bnfold.measuring.estimate import Progress
+from bnfold.measuring.feed import Replay
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.ranks import Alone, Ranks, Waiting
+from bnfold.measuring.statistics import Part, Rule, Statistics
 
 if TYPE_CHECKING:
     import onnx
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bnfold.adapting.feed import Forward
     from bnfold.api import FoldResult
     from bnfold.folding.record import FoldRecord
+    from bnfold.measuring.feed import Forward
 
 __all__ = ["AdaptResult", "LayerShift", "OutputShift", "SkippedLayer", "adapt"]
 
@@ -121,7 +121,7 @@ def adapt(
     single pass in which each batch norm normalises by its batch; give it shuffled batches of 32
     images or more.
     part, prior, weight, mixture: how much of the source's statistics stays, see
-    `bnfold.adapting.statistics.Rule`.
+    `bnfold.measuring.statistics.Rule`.
     source_data: samples of the source domain. Each layer is then brought to the mean and deviation
     that it had on these, whatever its stored statistics say: on the source nothing changes.
     layers: which batch norms to adapt: a predicate on the name, or patterns such as "layer1.*";

@@ -19,13 +19,13 @@ import onnx_ir as ir
 
 from bnfold import bare, graph, report
 from bnfold.adapting.folded import fold_again, graph_with, set_statistics, state_with
-from bnfold.adapting.norms import norms_of
-from bnfold.adapting.statistics import Statistics
 from bnfold.api import FoldResult
 from bnfold.errors import InputError, UsageError
 from bnfold.folding.record import FoldRecord, load_record
 from bnfold.folding.told import AnyArray
 from bnfold.folding.undo import digest_of
+from bnfold.measuring.norms import norms_of
+from bnfold.measuring.statistics import Statistics
 from bnfold.outputs import record_path
 from bnfold.reading.sniff import Kind, sniff
 from bnfold.reading.source import Shapes

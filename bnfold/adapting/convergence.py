@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from bnfold.adapting.estimate import Estimate
-from bnfold.adapting.moments import chance_limit, movement
 from bnfold.adapting.networks import Network, Run
+from bnfold.measuring.estimate import Estimate
+from bnfold.measuring.moments import chance_limit, movement
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ import onnx
 import onnx_ir as ir
 
 from bnfold import graph
-from bnfold.adapting.norms import norms_of, with_statistics
-from bnfold.adapting.statistics import Statistics
 from bnfold.api import DEAD_CHANNELS, FoldResult, result_of
 from bnfold.errors import InputError
 from bnfold.folding.apply import Folded, apply
@@ -31,6 +29,8 @@ from bnfold.folding.plan import FoldPlan, plan
 from bnfold.folding.record import Choices, FoldRecord
 from bnfold.folding.scope import Scope
 from bnfold.folding.selection import Selection
+from bnfold.measuring.norms import norms_of, with_statistics
+from bnfold.measuring.statistics import Statistics
 from bnfold.reading.sniff import Kind
 from bnfold.reading.source import Source
 from bnfold.unfolding import UnfoldResult, unfold

@@ -9,12 +9,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from bnfold.adapting import graphs
-from bnfold.adapting.arrays import ArrayFeed
-from bnfold.adapting.diagnosis import Observed
-from bnfold.adapting.estimate import Estimate
-from bnfold.adapting.memory import available_bytes
-from bnfold.adapting.moments import ImageMoments
 from bnfold.adapting.networks import (
     NOT_CHOSEN,
     LayerChoice,
@@ -22,10 +16,16 @@ from bnfold.adapting.networks import (
     SkippedLayer,
     choose,
 )
-from bnfold.adapting.norms import norms_of, refused, with_statistics
 from bnfold.adapting.recovered import set_moments, with_identity_norms
-from bnfold.adapting.statistics import Layer, Rule, Statistics
 from bnfold.errors import InputError
+from bnfold.measuring import graphs
+from bnfold.measuring.arrays import ArrayFeed
+from bnfold.measuring.diagnosis import Observed
+from bnfold.measuring.estimate import Estimate
+from bnfold.measuring.memory import available_bytes
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.norms import norms_of, refused, with_statistics
+from bnfold.measuring.statistics import Layer, Rule, Statistics
 
 
 class GraphNetwork:

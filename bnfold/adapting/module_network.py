@@ -12,12 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfold.adapting import modules
-from bnfold.adapting.diagnosis import Observed
-from bnfold.adapting.estimate import Estimate
-from bnfold.adapting.feed import Feed, Forward
-from bnfold.adapting.memory import available_bytes
-from bnfold.adapting.moments import ImageMoments
 from bnfold.adapting.networks import (
     NOT_CHOSEN,
     LayerChoice,
@@ -25,8 +19,14 @@ from bnfold.adapting.networks import (
     SkippedLayer,
     choose,
 )
-from bnfold.adapting.statistics import Layer, Rule, Statistics
 from bnfold.errors import InputError, RuntimeUnavailableError
+from bnfold.measuring import modules
+from bnfold.measuring.diagnosis import Observed
+from bnfold.measuring.estimate import Estimate
+from bnfold.measuring.feed import Feed, Forward
+from bnfold.measuring.memory import available_bytes
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.statistics import Layer, Rule, Statistics
 
 
 class ModuleNetwork:

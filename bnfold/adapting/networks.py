@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from bnfold.adapting.diagnosis import Observed
-from bnfold.adapting.estimate import Estimate, Progress
-from bnfold.adapting.moments import ImageMoments
-from bnfold.adapting.ranks import Alone, Ranks
-from bnfold.adapting.statistics import Layer, Rule, Statistics
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring.diagnosis import Observed
+from bnfold.measuring.estimate import Estimate, Progress
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.ranks import Alone, Ranks
+from bnfold.measuring.statistics import Layer, Rule, Statistics
 
 LayerChoice = Callable[[str], bool] | Sequence[str] | str | None
 Settled = Callable[[str, ImageMoments], None]

@@ -16,10 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold import graph
-from bnfold.adapting.moments import ImageMoments
 from bnfold.errors import InputError
 from bnfold.folding.constants import FLOATS
 from bnfold.folding.rules.node import input_of, is_standard, layer_name
+from bnfold.measuring.moments import ImageMoments
 
 EPS = 1e-5
 _CONVOLUTIONS = ("Conv", "ConvTranspose")

@@ -17,15 +17,15 @@ import onnx_ir as ir
 from bnfold import graph
 from bnfold.adapting.base import Adapted, Base, Reading, open_base
 from bnfold.adapting.networks import LayerChoice, Network
-from bnfold.adapting.statistics import Statistics
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring.statistics import Statistics
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bnfold.adapting.feed import Forward
     from bnfold.folding.record import FoldRecord
+    from bnfold.measuring.feed import Forward
 
 
 @dataclass(frozen=True)

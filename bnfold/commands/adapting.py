@@ -26,9 +26,9 @@ from bnfold.outputs import add_file, beside, check_outputs
 
 if TYPE_CHECKING:
     from bnfold.adapting.adapt import AdaptResult
-    from bnfold.adapting.diagnosis import LayerShift, OutputShift
-    from bnfold.adapting.ranks import Ranks
     from bnfold.adapting.targets import Target
+    from bnfold.measuring.diagnosis import LayerShift, OutputShift
+    from bnfold.measuring.ranks import Ranks
 
 
 def adapt(args: argparse.Namespace) -> Report | None:
@@ -37,9 +37,9 @@ def adapt(args: argparse.Namespace) -> Report | None:
     Under torchrun every process measures its share of the data; the first one writes and reports.
     """
     from bnfold.adapting.adapt import adapt_target
-    from bnfold.adapting.ranks import group_from_environment
-    from bnfold.adapting.statistics import Rule
     from bnfold.data import shard
+    from bnfold.measuring.ranks import group_from_environment
+    from bnfold.measuring.statistics import Rule
 
     outputs = args.outputs or beside(args.model, "adapted", [_suffix(args.model)])
     if args.pack is not None:
@@ -80,8 +80,8 @@ def adapt(args: argparse.Namespace) -> Report | None:
 
 def _open_target(args: argparse.Namespace) -> Target:
     from bnfold.adapting.base import Reading
-    from bnfold.adapting.ranks import own_device
     from bnfold.adapting.targets import Options, target_of
+    from bnfold.measuring.ranks import own_device
 
     reading = Reading(
         args.factory, args.shapes or (), args.opset, args.trust_pickle, args.freeze_inputs
@@ -127,7 +127,7 @@ def _state(args: argparse.Namespace, data: Any, ranks: Ranks) -> Iterator[tuple[
     if args.state is None:
         yield {}, None
         return
-    from bnfold.adapting.resume import State
+    from bnfold.measuring.resume import State
 
     if args.method != "exact":
         raise UsageError("--state is of the exact method; the fast one is a single pass.")
@@ -188,7 +188,7 @@ def _write(
     facts = {"method": result.method, "images": result.images, "data": args.data}
     write_adapted(done, args, outputs, base, adapted, facts)
     if args.pack is not None:
-        from bnfold.adapting.pack import Pack
+        from bnfold.packs.pack import Pack
 
         Pack.of(result, base=target.base, data=args.data).save(args.pack)
         add_file(done, "pack", args.pack)

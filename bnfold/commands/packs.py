@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from bnfold import report
-from bnfold.adapting import signing
 from bnfold.adapting.base import Adapted, Base, Reading, open_base
-from bnfold.adapting.pack import LayerDiff, Pack, diff, load_pack
-from bnfold.adapting.statistics import Statistics
 from bnfold.commands.adapted import check_adapted_outputs, write_adapted
 from bnfold.commands.shared import add_proof, counted, new_report, timed
 from bnfold.errors import InputError, UsageError, VerificationError
 from bnfold.graph import parse_onnx, to_bytes, to_proto
+from bnfold.measuring.statistics import Statistics
 from bnfold.outputs import (
     Report,
     add_file,
     beside,
     check_outputs,
 )
+from bnfold.packs import signing
+from bnfold.packs.pack import LayerDiff, Pack, diff, load_pack
 
 
 def make(args: argparse.Namespace) -> Report:

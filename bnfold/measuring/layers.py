@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfold.adapting.estimate import Estimate
-from bnfold.adapting.meter import Found, pooled
-from bnfold.adapting.moments import ImageMoments, Moments
-from bnfold.adapting.statistics import Layer, Rule, Statistics
 from bnfold.errors import InputError
+from bnfold.measuring.estimate import Estimate
+from bnfold.measuring.meter import Found, pooled
+from bnfold.measuring.moments import ImageMoments, Moments
+from bnfold.measuring.statistics import Layer, Rule, Statistics
 
 Layers = Mapping[str, nn.Module]
 Visit = Callable[[str, Tensor], None]

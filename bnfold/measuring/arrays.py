@@ -15,9 +15,9 @@ import onnx_ir as ir
 from torch import Tensor
 
 from bnfold import graph
-from bnfold.adapting.feed import Replay, _told, describe
-from bnfold.adapting.shelf import AnyArray
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring.feed import Replay, _told, describe
+from bnfold.measuring.shelf import AnyArray
 
 Arrays = dict[str, AnyArray]
 

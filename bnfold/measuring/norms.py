@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.adapting.moments import Float64
-from bnfold.adapting.statistics import Layer, Statistics
 from bnfold.errors import InputError, UsageError
 from bnfold.folding.apply import correspondence, set_root
 from bnfold.folding.constants import Constant, constant
@@ -30,6 +28,8 @@ from bnfold.folding.rules.node import (
     real,
 )
 from bnfold.graph import fresh_name, is_batch_norm
+from bnfold.measuring.moments import Float64
+from bnfold.measuring.statistics import Layer, Statistics
 
 MEAN, VAR = 3, 4  # where a BatchNormalization reads them
 

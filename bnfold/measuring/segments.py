@@ -15,10 +15,10 @@ import onnx
 import onnx_ir as ir
 
 from bnfold import graph
-from bnfold.adapting.norms import MEAN, VAR, Norm
-from bnfold.adapting.shelf import AnyArray
-from bnfold.adapting.statistics import Statistics
 from bnfold.folding.rules.node import is_standard
+from bnfold.measuring.norms import MEAN, VAR, Norm
+from bnfold.measuring.shelf import AnyArray
+from bnfold.measuring.statistics import Statistics
 
 # Free to compute where they are wanted: they read one value of the size they give.
 _CHEAP = (

@@ -25,14 +25,14 @@ import onnx_ir.passes.common as passes
 
 from bnfold import bare, graph
 from bnfold.adapting.base import Base, open_base
-from bnfold.adapting.norms import norms_of, stored
-from bnfold.adapting.pack import Pack, load_pack
-from bnfold.adapting.shortcut import shortcut_of
-from bnfold.adapting.statistics import Statistics
 from bnfold.errors import InputError, UsageError
 from bnfold.folding.constants import FLOATS
 from bnfold.folding.record import FoldRecord
 from bnfold.folding.told import AnyArray
+from bnfold.measuring.norms import norms_of, stored
+from bnfold.measuring.statistics import Statistics
+from bnfold.packs.pack import Pack, load_pack
+from bnfold.packs.shortcut import shortcut_of
 from bnfold.proof.runtime import Session, open_with_weights
 
 # operators whose floats say how large their output is: onnxruntime must see them in the model

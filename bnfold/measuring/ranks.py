@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from bnfold import errors
-from bnfold.adapting.stored import Waiting as Waiting
-from bnfold.adapting.stored import from_bytes, to_bytes
 from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
+from bnfold.measuring.stored import Waiting as Waiting
+from bnfold.measuring.stored import from_bytes, to_bytes
 
 TIMEOUT = 3600.0  # seconds that a process waits for the others; a dead one is seen at once
 

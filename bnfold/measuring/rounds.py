@@ -17,15 +17,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfold.adapting.estimate import Progress
-from bnfold.adapting.feed import Feed, byte_count, copied
-from bnfold.adapting.layers import Layers, Writer, watching
-from bnfold.adapting.lockstep import Steps, task_maker
-from bnfold.adapting.meter import Found, Meter, Tally
-from bnfold.adapting.moments import ImageMoments
-from bnfold.adapting.ranks import Ranks
-from bnfold.adapting.spill import Kept, Mixed, Spill
 from bnfold.errors import RuntimeUnavailableError
+from bnfold.measuring.estimate import Progress
+from bnfold.measuring.feed import Feed, byte_count, copied
+from bnfold.measuring.layers import Layers, Writer, watching
+from bnfold.measuring.lockstep import Steps, task_maker
+from bnfold.measuring.meter import Found, Meter, Tally
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.ranks import Ranks
+from bnfold.measuring.spill import Kept, Mixed, Spill
 
 # What a paused batch holds besides the input of the batch norm it waits at: about as much again,
 # the residual branch.

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from bnfold.adapting.moments import Float64, ImageMoments
 from bnfold.errors import InputError, UsageError
+from bnfold.measuring.moments import Float64, ImageMoments
 
 Part = Literal["both", "mean", "var"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfold.adapting.estimate import TOLERANCE, Estimate
-from bnfold.adapting.moments import Float64, ImageMoments, chance_limit
-from bnfold.adapting.ranks import Ranks, Waiting
-from bnfold.adapting.statistics import Layer, Statistics
+from bnfold.measuring.estimate import TOLERANCE, Estimate
+from bnfold.measuring.moments import Float64, ImageMoments, chance_limit
+from bnfold.measuring.ranks import Ranks, Waiting
+from bnfold.measuring.statistics import Layer, Statistics
 
 Classes = NDArray[np.int64]
 

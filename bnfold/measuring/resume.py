@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bnfold.adapting.moments import ImageMoments
-from bnfold.adapting.ranks import Ranks
-from bnfold.adapting.stored import Waiting, from_bytes, to_bytes
 from bnfold.errors import InputError, UsageError
 from bnfold.graph import replacing
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.ranks import Ranks
+from bnfold.measuring.stored import Waiting, from_bytes, to_bytes
 
 FORMAT = "bnfold-state-1"
 MAX_BYTES = 1 << 30  # of a state file; that of a ResNet-152 has 12 MB

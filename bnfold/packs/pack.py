@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.adapting import signing
 from bnfold.adapting.base import Adapted, Base, Reading, open_base
-from bnfold.adapting.diagnosis import symmetric_kl, wasserstein
-from bnfold.adapting.statistics import Statistics
 from bnfold.errors import InputError
 from bnfold.folding.record import FoldRecord
 from bnfold.folding.told import AnyArray
 from bnfold.graph import replacing
+from bnfold.measuring.diagnosis import symmetric_kl, wasserstein
+from bnfold.measuring.statistics import Statistics
+from bnfold.packs import signing
 from bnfold.saving import as_json
 from bnfold.version import VERSION
 

@@ -28,7 +28,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfold.adapting.shelf import Shelf
+from bnfold.measuring.shelf import Shelf
 
 Bytes = NDArray[np.uint8]
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfold.adapting import diagnosis
-from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
-from bnfold.adapting.feed import Feed
-from bnfold.adapting.layers import (
+from bnfold.measuring import diagnosis
+from bnfold.measuring.estimate import TOLERANCE, Estimate, Progress
+from bnfold.measuring.feed import Feed
+from bnfold.measuring.layers import (
     Layers,
     OnSettled,
     Writer,
@@ -30,11 +30,11 @@ from bnfold.adapting.layers import (
     watching,
     write,
 )
-from bnfold.adapting.meter import Meter, Tally
-from bnfold.adapting.moments import Float64, ImageMoments, movement
-from bnfold.adapting.ranks import Alone, Ranks
-from bnfold.adapting.rounds import IN_MEMORY, Round
-from bnfold.adapting.statistics import Rule
+from bnfold.measuring.meter import Meter, Tally
+from bnfold.measuring.moments import Float64, ImageMoments, movement
+from bnfold.measuring.ranks import Alone, Ranks
+from bnfold.measuring.rounds import IN_MEMORY, Round
+from bnfold.measuring.statistics import Rule
 
 __all__ = [
     "Layers",

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnfold.adapting.moments import Float64, ImageMoments
-from bnfold.adapting.ranks import Waiting
 from bnfold.errors import InputError
+from bnfold.measuring.moments import Float64, ImageMoments
+from bnfold.measuring.ranks import Waiting
 
 _COLLAPSE = 1 << 17  # numbers that a tally keeps before it reduces them
 _STRETCH = 1 << 19  # values that are measured at a time: what a processor's cache holds

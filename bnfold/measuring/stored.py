@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from bnfold.adapting.moments import Float64, ImageMoments, Moments, excess_between
 from bnfold.errors import InputError
+from bnfold.measuring.moments import Float64, ImageMoments, Moments, excess_between
 
 _ROWS = ("centre", "within", "m2", "m3", "m4", "v2", "mv", "mmv")  # behind the pixels' mean and m2
 

@@ -18,17 +18,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from bnfold.adapting import diagnosis
-from bnfold.adapting.arrays import ArrayFeed, Arrays
-from bnfold.adapting.estimate import TOLERANCE, Estimate, Progress
-from bnfold.adapting.meter import Found, Meter, Tally, pooled
-from bnfold.adapting.moments import Float64, ImageMoments, Moments, movement
-from bnfold.adapting.norms import Norm, stored
-from bnfold.adapting.ranks import Alone, Ranks, Waiting
-from bnfold.adapting.segments import Cut, Use
-from bnfold.adapting.shelf import AnyArray, Bundle, Shelf
-from bnfold.adapting.statistics import Layer, Rule, Statistics
 from bnfold.errors import InputError
+from bnfold.measuring import diagnosis
+from bnfold.measuring.arrays import ArrayFeed, Arrays
+from bnfold.measuring.estimate import TOLERANCE, Estimate, Progress
+from bnfold.measuring.meter import Found, Meter, Tally, pooled
+from bnfold.measuring.moments import Float64, ImageMoments, Moments, movement
+from bnfold.measuring.norms import Norm, stored
+from bnfold.measuring.ranks import Alone, Ranks, Waiting
+from bnfold.measuring.segments import Cut, Use
+from bnfold.measuring.shelf import AnyArray, Bundle, Shelf
+from bnfold.measuring.statistics import Layer, Rule, Statistics
 from bnfold.proof.runtime import Session, open_session
 
 MAX_ROUNDS = 30  # where a batch norm is used twice

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bnfold.adapting.feed import Feed
-from bnfold.adapting.moments import ImageMoments
-from bnfold.adapting.statistics import Statistics
+from bnfold.measuring.feed import Feed
+from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.statistics import Statistics
 
 # A network is iterated over where a batch norm is used twice: until nothing moves by more than
 # this, in standard deviations and relative.

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.adapting.statistics import Statistics
 from bnfold.folding.affine import Array
 from bnfold.folding.constants import constant
 from bnfold.folding.record import FoldedNorm
 from bnfold.folding.rules.node import integer, optional_input
 from bnfold.folding.told import AnyArray
+from bnfold.measuring.statistics import Statistics
 from bnfold.unfolding import UnfoldResult
 
 Weights = Mapping[str, AnyArray]

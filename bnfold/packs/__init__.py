@@ -1,0 +1,1 @@
+"""Domain packs: one model, the statistics of many domains."""
