@@ -142,7 +142,7 @@ def test_passes_take_over_where_memory_and_disk_give_out(net, max_bytes, passes,
     result = adapt(net, x.split(7), max_bytes=max_bytes, diagnose=False)
     assert_exact(result.model, layer_by_layer(net, x))
     assert result.passes == passes
-    assert f"{passes} passes were made" in result.warnings[-1]
+    assert f"{passes} passes over the data were made" in result.warnings[-1]
 
 
 def test_memory_may_give_out_in_a_later_layer(monkeypatch):

@@ -198,9 +198,8 @@ def test_what_is_observed_is_of_all_processes(net):
         feed = Feed(work, part, forward=None, max_bytes=1 << 30)
         progress = Progress(None, feed, 1, True)
         with torch.no_grad():
-            return modules.observe(
-                copy.deepcopy(work), work, list(batch_norms(net)), feed, progress, ranks=ranks
-            )
+            twin, names = copy.deepcopy(work), list(batch_norms(net))
+            return modules.observe(twin, work, names, feed, progress).merged(ranks)
 
     hall = Hall(2)
     with ThreadPoolExecutor(2) as pool:

@@ -68,8 +68,7 @@ class GraphNetwork:
 
     def measure(self, feed: ArrayFeed, run: Run) -> dict[str, ImageMoments]:
         """See Network."""
-        source = {name: layer.source for name, layer in self.layers.items()}
-        return dict(self.observe(feed, run, source).before)
+        return graphs.measure(self.model, self._norms, feed, run.progress, provider=self._provider)
 
     def matched(self, rule: Rule, reference: Mapping[str, ImageMoments]) -> Rule:
         """See Network."""

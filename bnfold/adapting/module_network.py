@@ -79,9 +79,7 @@ class ModuleNetwork:
     def measure(self, feed: Feed, run: Run) -> dict[str, ImageMoments]:
         """See Network."""
         with self._told():
-            twin = _sharing_parameters(self._source)
-            seen = modules.observe(self._source, twin, list(self.layers), feed, run.progress)
-        return dict(seen.before)
+            return modules.measure(self._source, list(self.layers), feed, run.progress)
 
     def matched(self, rule: Rule, reference: Mapping[str, ImageMoments]) -> Rule:
         """See Network."""

@@ -186,11 +186,14 @@ def _write(
         base = replace(base, description={**base.description, "input": shapes, "plain": plain})
         adapted = replace(adapted, graph=graph)
     facts = {"method": result.method, "images": result.images, "data": args.data}
-    write_adapted(done, args, outputs, base, adapted, facts)
+    pack = None
     if args.pack is not None:
         from bnfold.packs.pack import Pack
 
-        Pack.of(result, base=target.base, data=args.data).save(args.pack)
+        pack = Pack.of(result, base=target.base, data=args.data)
+    write_adapted(done, args, outputs, base, adapted, facts)
+    if pack is not None:
+        pack.save(args.pack)
         add_file(done, "pack", args.pack)
 
 

@@ -423,8 +423,9 @@ def _about_network(
         )
     if estimate.passes:
         yield (
-            f"The batches did not fit into memory together; {estimate.passes} passes were made"
-            " instead of one."
+            f"{estimate.passes} passes over the data were made instead of one: neither memory nor"
+            " disk held the activations of all batches, or the network keeps what a batch leaves"
+            " behind for the next one."
         )
     if estimate.reused:
         state = "" if estimate.residual <= TOLERANCE else f", up to {estimate.residual:.1g}"

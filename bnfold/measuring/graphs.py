@@ -334,6 +334,24 @@ def _taken(waiting: deque[Bundle], shelf: Shelf) -> Iterator[Arrays]:
 # --- looking at a graph ---------------------------------------------------------------------------
 
 
+def measure(
+    model: ir.Model,
+    norms: Norms,
+    feed: ArrayFeed,
+    progress: Progress,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+) -> dict[str, ImageMoments]:
+    """What the layers `norms` see, the graph being as it is."""
+    watch = _Watch(model, norms, provider, threads)
+    source = watch.side({name: norm.layer.source for name, norm in norms.items()})
+    for number, batch in enumerate(feed):
+        watch.call(source, batch, number)
+        progress.step()
+    return source.totals()
+
+
 def observe(
     model: ir.Model,
     statistics: Mapping[str, Statistics],
@@ -345,30 +363,49 @@ def observe(
     threads: int | None = None,
 ) -> diagnosis.Observed:
     """Run the graph as it is and with `statistics` over the target and watch the layers `norms`."""
-    cut = Cut(model, norms, to_outputs=True)
-    walker = _Walker(cut, norms, provider, threads)
-    sides = [
-        {use: cut.feeds(use, side[use.layer]) for use in cut.uses}
-        for side in ({name: norm.layer.source for name, norm in norms.items()}, statistics)
-    ]
-    tallies = [{name: Tally(name) for name in norms} for _ in sides]
+    watch = _Watch(model, norms, provider, threads)
+    before = watch.side({name: norm.layer.source for name, norm in norms.items()})
+    after = watch.side(statistics)
     comparison = diagnosis.Comparison()
     for number, batch in enumerate(feed):
-        outputs = []
-        for given, tally in zip(sides, tallies, strict=True):
-            held = batch
-            for index in range(cut.waves + 1):
-                found, held = walker.walk(index, held, given, number)
-                for use in cut.uses:
-                    if use.value in found:
-                        tally[use.layer].add(found[use.value])
-            outputs.append(held)
+        outputs = [watch.call(side, batch, number) for side in (before, after)]
         comparison.add(*(_class_scores(held, model) for held in outputs))
         progress.step()
-    before, after = (
-        {name: tally.total() for name, tally in side.items() if tally.batches} for side in tallies
-    )
-    return diagnosis.Observed(before, after, comparison.result())
+    return diagnosis.Observed(before.totals(), after.totals(), comparison.result())
+
+
+class _Side:
+    """A graph with certain statistics, and what its layers saw."""
+
+    def __init__(self, given: Mapping[Use, Arrays], names: Iterable[str]) -> None:
+        self.given = given
+        self.tallies = {name: Tally(name) for name in names}
+
+    def totals(self) -> dict[str, ImageMoments]:
+        return {name: tally.total() for name, tally in self.tallies.items() if tally.batches}
+
+
+class _Watch:
+    """The sessions of one graph, whatever its statistics."""
+
+    def __init__(self, model: ir.Model, norms: Norms, provider: str, threads: int | None) -> None:
+        self._cut = Cut(model, norms, to_outputs=True)
+        self._walker = _Walker(self._cut, norms, provider, threads)
+        self._names = list(norms)
+
+    def side(self, statistics: Mapping[str, Statistics]) -> _Side:
+        given = {use: self._cut.feeds(use, statistics[use.layer]) for use in self._cut.uses}
+        return _Side(given, self._names)
+
+    def call(self, side: _Side, batch: Arrays, number: int) -> Arrays:
+        """The outputs for one batch."""
+        held = batch
+        for index in range(self._cut.waves + 1):
+            found, held = self._walker.walk(index, held, side.given, number)
+            for use in self._cut.uses:
+                if use.value in found:
+                    side.tallies[use.layer].add(found[use.value])
+        return held
 
 
 def _class_scores(held: Arrays, model: ir.Model) -> Float64 | None:

@@ -41,6 +41,7 @@ __all__ = [
     "exact",
     "fast",
     "layer_of",
+    "measure",
     "observe",
     "statistics_of",
     "watching",
@@ -159,19 +160,22 @@ def exact(
 # --- looking at a network -------------------------------------------------------------------------
 
 
-def observe(
-    source: nn.Module,
-    adapted: nn.Module,
-    names: list[str],
-    feed: Feed,
-    progress: Progress,
-    *,
-    ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
-) -> diagnosis.Observed:
-    """Run both networks, in eval mode, over the target and watch the layers `names`.
+def measure(
+    net: nn.Module, names: list[str], feed: Feed, progress: Progress
+) -> dict[str, ImageMoments]:
+    """What the layers `names` see, the network being as it is, in eval mode."""
+    watch = _Watch(net, names)
+    with watch.open():
+        for number, batch in enumerate(feed):
+            watch.call(feed, batch, number)
+            progress.step()
+    return watch.totals()
 
-    The moments are those of all processes; the outputs are compared for this one's batches.
-    """
+
+def observe(
+    source: nn.Module, adapted: nn.Module, names: list[str], feed: Feed, progress: Progress
+) -> diagnosis.Observed:
+    """Run both networks, in eval mode, over the target and watch the layers `names`."""
     before, after = _Watch(source, names), _Watch(adapted, names)
     comparison = diagnosis.Comparison()
     with before.open(), after.open():
@@ -179,7 +183,7 @@ def observe(
             outputs = [watch.call(feed, batch, number) for watch in (before, after)]
             comparison.add(*map(_class_scores, outputs))
             progress.step()
-    return diagnosis.Observed(before.totals(ranks), after.totals(ranks), comparison.result())
+    return diagnosis.Observed(before.totals(), after.totals(), comparison.result())
 
 
 class _Watch:
@@ -199,9 +203,8 @@ class _Watch:
         self._number = number
         return feed.call(self._net, batch, number)
 
-    def totals(self, ranks: Ranks) -> dict[str, ImageMoments]:
-        merged = ranks.together({name: t.waiting() for name, t in self._tallies.items()})
-        return {name: found.moments for name, found in merged.items()}
+    def totals(self) -> dict[str, ImageMoments]:
+        return {name: tally.total() for name, tally in self._tallies.items()}
 
     def _visit(self, name: str, x: Tensor) -> None:
         self._tallies.setdefault(name, Tally(name)).add(self._meter(name, x, self._number))
