@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 import bnfold  # noqa: E402
 from bnfold import graph  # noqa: E402
 from bnfold.adapting import graphs  # noqa: E402
-from bnfold.adapting.arrays import ArrayFeed  # noqa: E402
-from bnfold.adapting.estimate import Progress  # noqa: E402
-from bnfold.adapting.norms import norms_of  # noqa: E402
+from bnfold.measuring.arrays import ArrayFeed  # noqa: E402
+from bnfold.measuring.estimate import Progress  # noqa: E402
+from bnfold.measuring.norms import norms_of  # noqa: E402
 from bnfold.proof.runtime import open_session  # noqa: E402
 from models import mobilenet_v2, resnet, resnet_cifar  # noqa: E402
 
