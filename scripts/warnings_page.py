@@ -111,7 +111,8 @@ def single_figures(outcomes: Sequence[Outcome]) -> Iterator[str]:
         for half, chosen in (("chosen on", True), ("other", False)):
             part = [o for o in outcomes if o.to_fit == chosen]
             cells = quality([o.figures[name] < limit for o in part], part)
-            yield f"| {name} | {abs(limit):.3g} | {half} | {cells} |"
+            shown = -limit if name.endswith("large") else limit
+            yield f"| {name} | {shown:.3g} | {half} | {cells} |"
 
 
 SENTENCES = {
