@@ -208,6 +208,38 @@ def test_it_does_not_stop_while_the_data_drift(net):
     assert adapt(net, data, stop=0.1, diagnose=False).images == 512
 
 
+class OneBuffer:
+    """A loader that fills the same array again and again, as fast ones do."""
+
+    def __iter__(self):
+        buffer = np.empty((9, 2, 5, 5), np.float32)
+        for part in batches(9, 63):
+            buffer[:] = part
+            yield buffer
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+@pytest.mark.parametrize("make", [OneBuffer, lambda: iter(OneBuffer())])
+def test_a_loader_may_use_its_memory_again(net, exported, kind, make):
+    model = net if kind == "torch" else exported
+    own = adapt(model, batches(9, 63))
+    again = adapt(model, make())
+    for name, wanted in own.statistics.items():
+        np.testing.assert_array_equal(again.statistics[name].mean, wanted.mean)
+    assert [x.kl_after for x in again.layers] == [x.kl_after for x in own.layers]
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+@pytest.mark.parametrize("method", ["exact", "fast"])
+def test_an_empty_batch_among_others_does_no_harm(net, exported, kind, method):
+    model = net if kind == "torch" else exported
+    data = batches(32, 64)
+    own = adapt(model, data, method=method, diagnose=False)
+    with_empty = adapt(model, [data[0], data[0][:0], data[1]], method=method, diagnose=False)
+    for name, wanted in own.statistics.items():
+        np.testing.assert_array_equal(with_empty.statistics[name].var, wanted.var)
+
+
 # --- labels ---------------------------------------------------------------------------------------
 
 

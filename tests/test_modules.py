@@ -248,8 +248,8 @@ def test_exact_blends_inside_the_pass(net):
 
 def test_fast_weighs_a_prior_against_all_images(net):
     """With the number of images given, a batch is blended as the whole set is."""
-    x, rule = target(64).double(), Rule(prior=64)
-    estimate, _ = estimated(net, x.split(16), "fast", rule=rule, images=64)
+    x, rule = target(64).double(), Rule(prior=64, images=64)
+    estimate, _ = estimated(net, x.split(16), "fast", rule=rule)
     behind = []
     for part in x.split(16):
         work = copy.deepcopy(net).eval()

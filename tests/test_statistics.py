@@ -45,8 +45,14 @@ def test_the_source_counts_as_many_images(rule, share):
 
 
 def test_a_prior_is_weighed_against_all_images_where_a_batch_is_measured():
-    got, own = Rule(prior=10)(LAYER, SEEN, images=990), Rule()(LAYER, SEEN)
+    got, own = Rule(prior=10, images=990)(LAYER, SEEN), Rule()(LAYER, SEEN)
     np.testing.assert_allclose(got.mean, 0.01 * SOURCE.mean + 0.99 * own.mean)
+
+
+def test_a_prior_counts_images_where_an_image_has_many_rows():
+    """A batch norm over the tokens of 4 images sees 40 rows."""
+    got = Rule(prior=4, images=4)(LAYER, SEEN)
+    np.testing.assert_allclose(got.mean, 0.5 * SOURCE.mean + 0.5 * Rule()(LAYER, SEEN).mean)
 
 
 def test_a_mixture_holds_what_the_means_differ_by():

@@ -203,11 +203,12 @@ def adapt_target(
             run = replace(run, rule=network.matched(run.rule, reference))
         if stop is not None:
             feed = opened(First(data, enough(network, data, run, stop, room // 4)))
+        if run.rule.prior:
+            run = replace(run, rule=replace(run.rule, images=_counted(feed, ranks)[0]))
         stretches = len(network.layers) + 1 if method == "exact" else 1
         run = replace(
             run,
             progress=Progress(progress, feed, stretches, diagnose),
-            images=_counted(feed, ranks)[0] if method == "fast" and run.rule.prior else None,
             resumed=resumed or {},
             on_settled=on_settled,
         )
@@ -221,12 +222,13 @@ def adapt_target(
                 " uses their statistics in another way, give forward= a function that calls them."
             )
         seen = network.observe(feed, run, found.statistics) if diagnose else None
-        accuracy = _accuracy(seen, getattr(data, "labels", None))
+        accuracy = _accuracy(seen, getattr(data, "labels", None), ranks)
         if test_data is not None:
             tests = list(test_data)  # read once: it may be shuffled anew each time
             known = getattr(test_data, "labels", None)
             labels = _labels(tests) if known is None else known
-            accuracy = _accuracy(network.observe(opened(tests), run, found.statistics), labels)
+            tested = network.observe(opened(tests), run, found.statistics)
+            accuracy = _accuracy(tested, labels, Alone())
         seen = seen and seen.merged(ranks)
         run.progress.finish()
         left_out = sum(ranks.share(getattr(feed, "left_out", 0)))
@@ -284,11 +286,16 @@ def _about_rest(left_out: int) -> tuple[str, ...]:
     )
 
 
-def _accuracy(seen: Observed | None, labels: Any) -> tuple[float, float] | None:
-    """Before and after, where there are as many labels as predictions."""
-    if seen is None or seen.outputs is None or labels is None:
+def _accuracy(seen: Observed | None, labels: Any, ranks: Ranks) -> tuple[float, float] | None:
+    """Before and after, of all processes, where each has as many labels as predictions."""
+    own = None
+    if seen is not None and seen.outputs is not None and labels is not None:
+        own = seen.outputs.right(np.asarray(labels))
+    shares = ranks.share(own)
+    if None in shares:
         return None
-    return seen.outputs.accuracy(np.asarray(labels))
+    before, after, images = np.sum(shares, axis=0)
+    return float(before / images), float(after / images)
 
 
 def _labels(batches: Sequence[Any]) -> Any:

@@ -98,7 +98,6 @@ class GraphNetwork:
             run.progress,
             rule=run.rule,
             ranks=run.ranks,
-            images=run.images,
             provider=self._provider,
         )
 

@@ -112,7 +112,6 @@ class ModuleNetwork:
                 run.progress,
                 rule=run.rule,
                 ranks=run.ranks,
-                images=run.images,
             )
 
     def _reset(self) -> None:

@@ -34,7 +34,7 @@ class SkippedLayer:
 class Run:
     """How an estimate is to be made: see `bnfold.adapt`.
 
-    images: of all processes, where that is known. resumed: layers that were settled before, in
+    resumed: layers that were settled before, in
     order, with what they saw. on_settled: told of each layer as it is settled.
     """
 
@@ -42,7 +42,6 @@ class Run:
     progress: Progress
     max_bytes: int
     ranks: Ranks = field(default_factory=Alone)
-    images: int | None = None
     resumed: Mapping[str, ImageMoments] = field(default_factory=dict)
     on_settled: Settled | None = None
 

@@ -245,7 +245,8 @@ class FactoryBatches:
     def __iter__(self) -> Iterator[Any]:
         """The factory's batches, the last one cut where `samples` are reached."""
         made = self._factory()
-        if _length(made) is not None or isinstance(made, str) or not isinstance(made, Iterable):
+        is_batch = not isinstance(made, list) and _length(made) is not None
+        if is_batch or isinstance(made, str) or not isinstance(made, Iterable):
             what = f"an array of shape {made.shape}" if hasattr(made, "shape") else type(made)
             raise UsageError(
                 f"{self.name} returned {what}; it must return an iterable of batches, such as a"
@@ -311,7 +312,7 @@ def _length(batch: Any) -> int | None:
     values: Iterable[Any] = ()
     if isinstance(batch, Mapping):
         values = batch.values()
-    elif isinstance(batch, tuple):
+    elif isinstance(batch, tuple | list):
         values = batch
     return next((n for n in map(_length, values) if n is not None), None)
 

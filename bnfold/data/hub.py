@@ -119,7 +119,8 @@ def _labels(data: Any) -> NDArray[np.int64] | None:
     """Integers of the column label or labels; None where there are none."""
     for column in _LABELS:
         if column in data.features:
-            values = np.asarray(data.with_format("numpy")[:][column])
+            column_alone = data.select_columns([column])  # no image is decoded for its label
+            values = np.asarray(column_alone.with_format("numpy")[:][column])
             if values.ndim == 1 and values.dtype.kind in "iu":
                 return values.astype(np.int64)
     return None

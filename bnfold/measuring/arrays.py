@@ -62,7 +62,7 @@ class ArrayFeed:
         """
         images = count = 0
         for arrays in self._cut():
-            images += _length(arrays)
+            images += image_count(arrays)
             count += 1
             yield arrays
         if not images and self.images is None and not self._is_share:
@@ -123,14 +123,14 @@ class ArrayFeed:
         rest: Arrays = {}
         for number, batch in enumerate(_told(self._batches)):
             arrays = self._ready(batch, number)
-            if self.size is None or (not rest and _length(arrays) == self.size):
+            if self.size is None or (not rest and image_count(arrays) == self.size):
                 yield arrays
                 continue
             rest = _joined(rest, arrays)
-            while _length(rest) >= self.size:
+            while image_count(rest) >= self.size:
                 yield {name: array[: self.size] for name, array in rest.items()}
                 rest = {name: array[self.size :] for name, array in rest.items()}
-        self.left_out = _length(rest)
+        self.left_out = image_count(rest)
 
 
 def _fixed_size(inputs: Mapping[str, ir.Value]) -> int | None:
@@ -149,7 +149,7 @@ def _fits(shape: tuple[int, ...], declared: ir.Shape) -> bool:
     return len(shape) == len(declared) and all(n == d for n, d in extents if isinstance(d, int))
 
 
-def _length(arrays: Mapping[str, AnyArray]) -> int:
+def image_count(arrays: Mapping[str, AnyArray]) -> int:
     """The number of images: the first extent of the first array that has one."""
     return next((len(array) for array in arrays.values() if array.ndim), 0 if not arrays else 1)
 
@@ -173,9 +173,9 @@ def _cast(array: AnyArray, dtype: ir.DataType, what: str) -> AnyArray:
     wanted = dtype.numpy()
     if dtype.is_floating_point() or array.dtype == wanted:
         with np.errstate(over="ignore"):  # infinity is found, and told, where it is measured
-            return np.ascontiguousarray(array, dtype=wanted)
+            return np.array(array, dtype=wanted, order="C")  # some loaders fill one buffer
     if array.dtype.kind in "iu" and wanted.kind in "iu":
         limits = np.iinfo(wanted)
         if not array.size or (array.min() >= limits.min and array.max() <= limits.max):
-            return np.ascontiguousarray(array, dtype=wanted)
+            return np.array(array, dtype=wanted, order="C")  # some loaders fill one buffer
     raise InputError(f"{what} holds {array.dtype}, but the graph takes {wanted}; convert it.")

@@ -93,12 +93,12 @@ class OutputShift:
         predictions = (np.zeros(0, np.int64), np.zeros(0, np.int64))
         return cls(classes, nothing, nothing, nothing, nothing, 0.0, 0.0, 0.0, predictions)
 
-    def accuracy(self, labels: Classes) -> tuple[float, float] | None:
-        """Share of right predictions, before and after; None where there are not as many labels."""
+    def right(self, labels: Classes) -> tuple[int, int, int] | None:
+        """Right predictions, before and after, of how many; None where there are other labels."""
         before, after = self.predictions
         if labels.shape != before.shape:
             return None
-        return float((before == labels).mean()), float((after == labels).mean())
+        return int((before == labels).sum()), int((after == labels).sum()), len(labels)
 
     def merged(self, ranks: Ranks) -> OutputShift:
         """Of the images of all processes; the predictions stay this one's."""

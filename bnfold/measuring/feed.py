@@ -118,12 +118,17 @@ class Feed:
         return _mapped(first, self._input)
 
     def _move(self, array: Tensor) -> Tensor:
-        return array.detach().to(self.device)
+        return _own(array, array.detach().to(self.device))
 
     def _input(self, array: Tensor) -> Tensor:
         """On the network's device, floats in the type of its parameters."""
         floats = array.is_floating_point()
-        return array.detach().to(self.device, self.dtype if floats else array.dtype)
+        return _own(array, array.detach().to(self.device, self.dtype if floats else array.dtype))
+
+
+def _own(given: Tensor, array: Tensor) -> Tensor:
+    """Memory that the data's own code does not write to, as loaders do that fill one buffer."""
+    return array.clone() if array.data_ptr() == given.data_ptr() else array
 
 
 class Replay(Iterable[Any]):
@@ -148,7 +153,7 @@ class Replay(Iterable[Any]):
             kept = self._kept[index]
             yield torch.load(kept, weights_only=True) if isinstance(kept, Path) else kept
         for batch in self._once:
-            self._kept.append(self._keep(_mapped(batch, lambda array: array)))
+            self._kept.append(self._keep(_mapped(batch, lambda array: array.clone())))
             yield batch
 
     def close(self) -> None:

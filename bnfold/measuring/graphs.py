@@ -20,7 +20,7 @@ import torch
 
 from bnfold.errors import InputError
 from bnfold.measuring import diagnosis
-from bnfold.measuring.arrays import ArrayFeed, Arrays
+from bnfold.measuring.arrays import ArrayFeed, Arrays, image_count
 from bnfold.measuring.estimate import TOLERANCE, Estimate, Progress
 from bnfold.measuring.meter import Found, Meter, Tally, pooled
 from bnfold.measuring.moments import Float64, ImageMoments, Moments, movement
@@ -99,27 +99,25 @@ def fast(
     *,
     rule: Rule | None = None,
     ranks: Ranks | None = None,
-    images: int | None = None,
     on_settled: OnSettled = None,
     provider: str = "cpu",
     threads: int | None = None,
 ) -> Estimate:
-    """One pass; each layer normalises by its batch, the moments of all batches are pooled.
-
-    images: of all processes together, against which a prior is weighed. See modules.fast.
-    """
+    """One pass; each layer normalises by its batch, the moments of all batches are pooled."""
     rule, ranks = rule or Rule(), ranks or Alone()
     cut = Cut(model, norms)
     walker = _Walker(cut, norms, provider, threads)
     tallies: dict[str, Tally] = {}
     for number, batch in enumerate(feed):
+        if not image_count(batch):
+            continue
         held, given, found = batch, dict[Use, Arrays](), dict[str, Found]()
         for index in range(cut.waves + 1):
             now, held = walker.walk(index, held, given, number)
             found |= now
             for use in cut.wave(index + 1):
                 norm, seen = norms[use.layer], found[use.value]
-                statistics = stored(norm, _of_batch(rule, norm.layer, seen, images))
+                statistics = stored(norm, _of_batch(rule, norm.layer, seen))
                 given[use] = cut.feeds(use, statistics)
                 if use.layer not in tallies:
                     tallies[use.layer] = Tally(use.layer, compare=not tallies)
@@ -138,7 +136,7 @@ def fast(
     return Estimate(moments, statistics_of, excess)
 
 
-def _of_batch(rule: Rule, layer: Layer, batch: Found, images: int | None) -> Statistics:
+def _of_batch(rule: Rule, layer: Layer, batch: Found) -> Statistics:
     """What a layer normalises a batch by: as in training, the variance divided by the count."""
     if rule == Rule():
         mean = batch.means.mean(axis=0)
@@ -147,7 +145,7 @@ def _of_batch(rule: Rule, layer: Layer, batch: Found, images: int | None) -> Sta
     moments = pooled([batch], layer.name)
     pixels = moments.pixels
     own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
-    return rule(layer, replace(moments, pixels=own), images)
+    return rule(layer, replace(moments, pixels=own))
 
 
 # --- exact ----------------------------------------------------------------------------------------

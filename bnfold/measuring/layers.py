@@ -98,14 +98,14 @@ class Writer:
         """The same, where it was told before."""
         write(self._layers[name], name, self._rule(self.described[name], moments))
 
-    def normalise(self, name: str, batch: Found, images: int | None) -> None:
+    def normalise(self, name: str, batch: Found) -> None:
         """For one batch: with its own variance, as in training, the divisor being the count."""
         given = Statistics(batch.mean, batch.var)
         if self._is_blended:
             moments = pooled([batch], name)
             pixels = moments.pixels
             own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
-            given = self._rule(self.described[name], replace(moments, pixels=own), images)
+            given = self._rule(self.described[name], replace(moments, pixels=own))
         write(self._layers[name], name, given)
 
     def estimate(self, moments: Mapping[str, ImageMoments], excess: float | None) -> Estimate:

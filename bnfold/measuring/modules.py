@@ -62,13 +62,11 @@ def fast(
     *,
     rule: Rule = Rule(),  # noqa: B008  # frozen
     ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
-    images: int | None = None,
     on_settled: OnSettled | None = None,
 ) -> Estimate:
     """One pass; each layer normalises by its batch, the moments of all batches are pooled.
 
     Exact for the first layer; deeper, a batch of B images leaves an error of the order 1 / B.
-    images: of all processes, if known: what the rule weighs the source against.
     """
     writer, meter, tallies = Writer(layers, rule, on_settled), Meter(), dict[str, Tally]()
     number = 0
@@ -76,7 +74,7 @@ def fast(
     def visit(name: str, x: Tensor) -> None:
         found = meter(name, x, number)
         if len(found.means):
-            writer.normalise(name, found, images)
+            writer.normalise(name, found)
             if name not in tallies:
                 tallies[name] = Tally(name, compare=not tallies)
             tallies[name].add(found)

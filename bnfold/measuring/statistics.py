@@ -51,6 +51,8 @@ class Rule:
     weight: the share of the source, 0 to 1, whatever the number of images; instead of `prior`.
     mixture: the blended variance is that of both samples together, so that it holds what their
     means differ by; else the variances are averaged, as Schneider et al. do.
+    images: of all the target data: what a prior is weighed against, also where the moments are of a
+    batch, or of more than one row of an image; None: as many as the moments are of.
     reference: what each layer saw of the *source* data, by name. The target is then brought to the
     same mean and deviation behind the layer that the source had there: nothing changes on the
     source itself, whatever the stored statistics were measured with (small batches, batch
@@ -61,6 +63,7 @@ class Rule:
     prior: float | Literal["auto"] = 0.0
     weight: float | None = None
     mixture: bool = False
+    images: int | None = None
     reference: Mapping[str, ImageMoments] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,12 +79,9 @@ class Rule:
         elif not (np.isfinite(self.prior) and self.prior >= 0):
             raise UsageError(f"prior is {self.prior:g}; it must be 0 or a number of images.")
 
-    def __call__(
-        self, layer: Layer, moments: ImageMoments, images: int | None = None
-    ) -> Statistics:
+    def __call__(self, layer: Layer, moments: ImageMoments) -> Statistics:
         """The statistics of `layer` for what it saw.
 
-        images: how many the source is weighed against, where the moments are of fewer (a batch).
         Raises InputError where there are too few values for a variance.
         """
         if moments.pixels.count < 2:
@@ -90,7 +90,7 @@ class Rule:
                 " data, which has no variance; give more images."
             )
         target = self._matched(layer, moments)
-        mean, var = self._blended(layer.source, target, moments, images or moments.images)
+        mean, var = self._blended(layer.source, target, moments)
         return Statistics(
             layer.source.mean if self.part == "var" else mean,
             layer.source.var if self.part == "mean" else var,
@@ -109,11 +109,12 @@ class Rule:
         return Statistics(target.mean - offset * sd, np.maximum(sd**2 - layer.eps, 0.0))
 
     def _blended(
-        self, source: Statistics, target: Statistics, moments: ImageMoments, images: int
+        self, source: Statistics, target: Statistics, moments: ImageMoments
     ) -> tuple[Float64, Float64]:
         difference = source.mean - target.mean
+        images = self.images or moments.images
         if self.prior == "auto":
-            scale = moments.images / images  # a squared error falls as 1 / images
+            scale = min(moments.images / images, 1.0)  # a squared error falls as 1 / images
             w = _share_of_chance(difference, moments.mean_error**2 * scale)
             w_var = _share_of_chance(source.var - target.var, moments.var_error**2 * scale)
         else:

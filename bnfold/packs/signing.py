@@ -60,9 +60,9 @@ def sign(message: bytes, private_key: Path | str) -> dict[str, str]:
 
 def check(message: bytes, signature: Any, public_key: Path | str | bytes, what: str) -> None:
     """Raises InputError where the key did not sign the message; `what` names the file."""
+    key = _public(public_key)
     from cryptography.exceptions import InvalidSignature
 
-    key = _public(public_key)
     ours = fingerprint(key)
     try:
         made = bytes.fromhex(signature["ed25519"])
