@@ -477,7 +477,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.report is not None:
         check_report(args)
-    result = commands.VERBS[args.verb](args)
+    result = commands.run(args)
     if result is None:  # of several processes one reports
         return 0
     print(report.to_json(result) if args.json else report.to_text(result, verbose=args.verbose))

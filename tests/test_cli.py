@@ -328,12 +328,12 @@ def test_doctor_tells_of_two_onnxruntimes(capsys, monkeypatch):
 
 def test_adapting_writes_a_checkpoint_that_folds_with_no_other_word(net, capsys):
     data = np.random.default_rng(0).random((96, 1, 8, 8), dtype=np.float32)
-    np.savez(net / "target.npz", x=data, y=np.full(96, 99))
+    np.savez(net / "target.npz", x=data, y=np.full(96, 3))
     options = ["--model", SPEC, "--target-data", net / "target.npz"]
     code, out, err = run(capsys, "adapt", net / "net.pt", *options)
     assert code == 0, err
     assert "4 batch norms adapted to 96 images (exact)" in out
-    assert "No accuracy with the labels" in out  # class 99 is none of the network's
+    assert "accuracy %" in out
     code, out, _ = run(capsys, "fold", net / "net.adapted.pt")
     assert code == 0
     assert "All 4 batch norms folded. Proved" in out

@@ -589,7 +589,7 @@ def test_what_is_wrong_gets_a_sentence_and_no_file(nets, capsys, statistics):
         (3, "no pack at", "show", nets / "none.pack"),
         (2, "the input itself", "apply", nets / "net.onnx", good, "-o", nets / "net.onnx"),
         (2, "exists", "apply", nets / "net.onnx", good, "-o", nets / "adapted.onnx"),
-        (2, "needs torch", "apply", nets / "net.onnx", good, "-o", nets / "n.pt"),
+        (2, "must be one of .onnx", "apply", nets / "net.onnx", good, "-o", nets / "n.pt"),
         (3, "nothing to pack", "make", nets / "net.pt", "--base", nets / "net.onnx"),
         (
             3,

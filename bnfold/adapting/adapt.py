@@ -182,7 +182,7 @@ def adapt_target(
 ) -> AdaptResult:
     """`adapt` of a target that was opened; resumed, on_settled: see `networks.Run`."""
     _check(method, precision, stop, max_bytes)
-    network, ranks = target.network, ranks or Alone()
+    network, ranks, given = target.network, ranks or Alone(), data
     room = network.room() // 2 if max_bytes is None else max_bytes
     with contextlib.ExitStack() as stack:
 
@@ -195,7 +195,8 @@ def adapt_target(
         feed = opened(data)
         run = Run(rule or Rule(), Progress(progress, feed, 1, False), room, ranks)
         if up_to is not None:
-            network.keep_only(first_ones(network.order(feed), up_to))
+            orders = ranks.share(network.order(feed))  # a share without a batch knows none
+            network.keep_only(first_ones(max(orders, key=len), up_to))
         if source_data is not None:
             own = network.measure(opened(source_data), run)
             seen_all = ranks.together({name: Waiting(1, found) for name, found in own.items()})
@@ -222,7 +223,7 @@ def adapt_target(
                 " uses their statistics in another way, give forward= a function that calls them."
             )
         seen = network.observe(feed, run, found.statistics) if diagnose else None
-        accuracy = _accuracy(seen, getattr(data, "labels", None), ranks)
+        accuracy = _accuracy(seen, getattr(given, "labels", None), ranks)
         if test_data is not None:
             tests = list(test_data)  # read once: it may be shuffled anew each time
             known = getattr(test_data, "labels", None)
@@ -236,7 +237,15 @@ def adapt_target(
     outputs = seen.outputs if seen else None
     unvisited = [SkippedLayer(n, _UNVISITED) for n in network.layers if n not in found.moments]
     said = diagnosis.warnings(
-        found, shifts, outputs, images, batches, method, precision, len(unvisited)
+        found,
+        shifts,
+        outputs,
+        images,
+        batches,
+        method,
+        precision,
+        len(unvisited),
+        run.rule.is_plain,
     )
     adapted = target.finish(found.statistics)
     return AdaptResult(

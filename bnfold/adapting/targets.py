@@ -84,6 +84,8 @@ def target_of(
 def _of_module(base: Base, module: nn.Module, options: Options) -> Target:
     from bnfold.adapting.module_network import ModuleNetwork
 
+    if options.provider != "cpu" and base.back is None:
+        raise UsageError("provider is of an ONNX model; for a torch network give device.")
     network = ModuleNetwork(
         module, choice=options.choice, forward=options.forward, device=options.device
     )

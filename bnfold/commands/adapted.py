@@ -58,8 +58,7 @@ def _writer(
     if suffix == ".onnx":
         raise UsageError(f"{path}: {base.label} carries no graph; write .pt or .safetensors.")
     state = adapted.state_dict
-    if state is None:
-        raise UsageError(f"{path}: an ONNX model is written to .onnx; {suffix} needs torch.")
+    assert state is not None  # `formats` says what can be written
     if suffix == ".safetensors":
         from safetensors.torch import save
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from bnfold import report
 from bnfold.commands.adapted import check_adapted_outputs, write_adapted
@@ -23,6 +26,7 @@ from bnfold.commands.shared import (
 )
 from bnfold.errors import InputError, UsageError
 from bnfold.outputs import add_file, beside, check_outputs
+from bnfold.version import VERSION
 
 if TYPE_CHECKING:
     from bnfold.adapting.adapt import AdaptResult
@@ -50,13 +54,14 @@ def adapt(args: argparse.Namespace) -> Report | None:
         data = _samples(args, args.data, target)
         source = _samples(args, args.source_data, target) if args.source_data else None
         tests = _samples(args, args.test_data, target) if args.test_data else None
+        share = shard(data, ranks.rank, ranks.size)
         with (
             _state(args, data, ranks) as (resumed, on_settled),
             progress_bar(args, "adapting") as progress,
         ):
             result = adapt_target(
                 target,
-                shard(data, ranks.rank, ranks.size),
+                share,
                 method=args.method,
                 rule=Rule(args.part, args.prior, args.source_weight, args.mixture),
                 source_data=source and shard(source, ranks.rank, ranks.size),
@@ -70,9 +75,10 @@ def adapt(args: argparse.Namespace) -> Report | None:
                 resumed=resumed,
                 on_settled=on_settled,
             )
+            skipped = ranks.share(dict(getattr(share, "skipped", {})))
             if ranks.rank:
                 return None
-            return _report(args, outputs, target, result, data)
+            return _report(args, outputs, target, result, data, skipped)
 
 
 # --- what is asked for ----------------------------------------------------------------------------
@@ -135,22 +141,47 @@ def _state(args: argparse.Namespace, data: Any, ranks: Ranks) -> Iterator[tuple[
     how = ("source_data", "layers", "up_to", "part", "prior", "source_weight", "mixture", "stop")
     identity = {name: getattr(args, name) for name in (*asked, *how, "preprocess", "factory")}
     identity |= {"model": report.sha256(args.model), "images": getattr(data, "images", None)}
+    identity |= {"record": str(args.record), "input shape": args.shapes, "opset": args.opset}
+    identity |= {"first batch": _sum_of(next(iter(data), None)), "version": VERSION}
     state = State.open(args.state, identity | {"processes": ranks.size}, ranks)
     yield state.settled, state.add
     state.finish()
+
+
+def _sum_of(batch: Any) -> str:
+    """The SHA-256 over the arrays in a batch, by which other data of the same name are told."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        if isinstance(value, tuple | list):
+            for item in value:
+                add(item)
+        elif hasattr(value, "shape"):
+            found.update(np.ascontiguousarray(value).tobytes())
+
+    add(batch)
+    return found.hexdigest()
 
 
 # --- what comes of it -----------------------------------------------------------------------------
 
 
 def _report(
-    args: argparse.Namespace, outputs: list[Path], target: Target, result: AdaptResult, data: Any
+    args: argparse.Namespace,
+    outputs: list[Path],
+    target: Target,
+    result: AdaptResult,
+    data: Any,
+    skipped: Sequence[Mapping[str, str]],
 ) -> Report:
     """The files, once they are proved, and what is said about them."""
     done = new_report("adapt", args, target.base.notes)
     done["layers"] = _layer_table(result.layers)
     done["skipped"] = [vars(layer) for layer in result.skipped]
-    done["warnings"] = [*result.warnings, *unread(data)]
+    unreadable = {name: why for part in skipped for name, why in part.items()}
+    done["warnings"] = [*result.warnings, *unread(unreadable)]
     if result.outputs is not None:
         done["diagnostics"] = _output_table(result.outputs)
     if result.accuracy is not None:
@@ -212,6 +243,8 @@ def _exported(
         done["notes"].append("The checkpoint does not carry its graph: the batches are mappings.")
         return None, {}, {}
     example = torch.as_tensor(first)[:1]
+    floats = next((p.dtype for p in module.parameters() if p.is_floating_point()), example.dtype)
+    example = example.to(floats) if example.is_floating_point() else example
     try:
         graph = export_module(module, (example,), opset=args.opset or DEFAULT_OPSET)
     except InputError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from bnfold import report
 from bnfold.adapting.base import Adapted, Base, Reading, open_base
@@ -30,7 +31,7 @@ from bnfold.packs.pack import LayerDiff, Pack, diff, load_pack
 def make(args: argparse.Namespace) -> Report:
     """`pack make ADAPTED --base BASE`: the statistics in which the two differ."""
     path = _only_output(args, args.adapted.with_suffix(".pack"))
-    check_outputs([path], args.adapted, args.overwrite, (path.suffix.lower() or ".pack",))
+    check_outputs([path], args.adapted, args.overwrite, (".pack",))
     adapted = open_base(args.adapted, reading=Reading(args.factory))
     base = open_base(args.base, args.record, Reading(args.factory))
     _check_same_weights(adapted, base)
@@ -91,7 +92,7 @@ def apply(args: argparse.Namespace) -> Report:
     check_adapted_outputs(args, outputs, base)
     adapted = pack.applied(base)
     done = _report("apply", args, base=args.base, pack=args.pack)
-    done["summary"] = f"{counted(len(pack.layers), 'batch norm')} hold the statistics of the pack."
+    done["summary"] = f"The pack's statistics are in {counted(len(pack.layers), 'batch norm')}."
     if adapted.fold is not None:
         done["notes"] += adapted.fold.notes
     if not args.no_verify:
@@ -216,27 +217,45 @@ def _prove(
     if adapted.graph is None:
         done["warnings"] = ["The checkpoint carries no graph and was not run; --model names it."]
         return
-    proto = to_proto(adapted.graph)
-    add_proof(done, verify(proto, proto, providers=providers), is_fold=False)
+    expected = _expected_graph(pack, base)
+    add_proof(done, verify(expected, to_proto(adapted.graph), providers=providers), is_fold=False)
+
+
+def _expected_graph(pack: Pack, base: Base) -> onnx.ModelProto:
+    """The base with the pack's numbers, put into the file's own tensors and by nothing else."""
+    assert base.graph is not None
+    stands: dict[str, Any] = {}
+    for name, layer in pack.layers.items():
+        stands.update(zip(base.layers[name].stands, (layer.mean, layer.var), strict=True))
+    proto = to_proto(base.graph)
+    for tensor in proto.graph.initializer:
+        if tensor.name in stands:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(stands[tensor.name], tensor.name))
+    return proto
 
 
 def _check_nothing_else(pack: Pack, base: Base, adapted: Adapted) -> None:
     """Raises VerificationError where a weight is neither the base's nor the pack's."""
+    pairs = []
     if adapted.graph is not None:
-        written = Base("", {}, parse_onnx(to_bytes(adapted.graph)))
-        source = Base("", {}, base.graph)
-    else:
-        written, source = Base("", {}, state_dict=adapted.state_dict), base
-    before, after = source.weights(), written.weights()
-    expected = dict(before)
-    for name, layer in pack.layers.items():
-        expected.update(zip(source.layers[name].stands, (layer.mean, layer.var), strict=True))
-    wrong = [n for n in expected if expected[n].tobytes() != after[n].tobytes()]
-    if wrong or set(after) != set(before):
-        raise VerificationError(
-            f"'{(wrong or ['the list of weights'])[0]}' is neither the base's nor the pack's. No"
-            " file was written."
-        )
+        pairs.append((Base("", {}, base.graph), Base("", {}, parse_onnx(to_bytes(adapted.graph)))))
+    if adapted.state_dict is not None:
+        was = Base("", {}, state_dict=base.state_dict, module=base.module)
+        pairs.append((was, Base("", {}, state_dict=adapted.state_dict)))
+    for source, written in pairs:
+        expected, after = source.weights(), written.weights()
+        for name, layer in pack.layers.items():
+            expected.update(zip(source.layers[name].stands, (layer.mean, layer.var), strict=True))
+        names = expected.keys() | after.keys()
+        wrong = [n for n in sorted(names) if _bits(expected.get(n)) != _bits(after.get(n))]
+        if wrong:
+            raise VerificationError(
+                f"'{wrong[0]}' is neither the base's nor the pack's. No file was written."
+            )
+
+
+def _bits(array: Any) -> bytes | None:
+    return None if array is None else bytes(array.tobytes())
 
 
 # --- what they share ------------------------------------------------------------------------------

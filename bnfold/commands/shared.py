@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,12 @@ def open_samples(
     )
 
 
-def unread(data: Any) -> list[str]:
-    """A sentence about the images that could not be read."""
-    if not data.skipped:
+def unread(skipped: Mapping[str, str]) -> list[str]:
+    """A sentence about the images that could not be read, and why."""
+    if not skipped:
         return []
-    path, reason = next(iter(data.skipped.items()))
-    return [f"{len(data.skipped)} images could not be read; the first: {path}: {reason}"]
+    path, reason = next(iter(skipped.items()))
+    return [f"{counted(len(skipped), 'image')} could not be read; the first: {path}: {reason}"]
 
 
 def percent(share: float | None) -> str:

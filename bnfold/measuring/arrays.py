@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnfold import graph
 from bnfold.errors import InputError, UsageError
-from bnfold.measuring.feed import Replay, _told, describe
+from bnfold.measuring.feed import Replay, describe, told
 from bnfold.measuring.shelf import AnyArray
 
 Arrays = dict[str, AnyArray]
@@ -121,7 +121,7 @@ class ArrayFeed:
     def _cut(self) -> Iterator[Arrays]:
         """Batches of the size that the graph takes."""
         rest: Arrays = {}
-        for number, batch in enumerate(_told(self._batches)):
+        for number, batch in enumerate(told(self._batches)):
             arrays = self._ready(batch, number)
             if self.size is None or (not rest and image_count(arrays) == self.size):
                 yield arrays

@@ -32,6 +32,7 @@ INFORMED = 0.005
 SURE = 0.05
 FEW_CLASSES = 0.75
 ONE_CLASS = 0.5  # share of a single predicted class, of three or more
+OTHER_DATA = 1e-3  # KL after an exact estimate; rounding leaves 1e-7
 ALIKE = 1e-3  # spread between images, in standard deviations of a pixel
 
 
@@ -96,6 +97,7 @@ class OutputShift:
     def right(self, labels: Classes) -> tuple[int, int, int] | None:
         """Right predictions, before and after, of how many; None where there are other labels."""
         before, after = self.predictions
+        labels = labels.reshape(-1) if labels.size == len(labels) else labels
         if labels.shape != before.shape:
             return None
         return int((before == labels).sum()), int((after == labels).sum()), len(labels)
@@ -266,6 +268,8 @@ class Comparison:
         if len(self._classes) != 1 or not classes:
             return None
         before, after = map(_Predicted.joined, self._sides)
+        if not len(before.winners):
+            return OutputShift.none(classes)
         return OutputShift(
             classes=classes,
             histogram_before=before.histogram(classes),
@@ -326,8 +330,9 @@ def warnings(
     method: str,
     precision: float,
     unvisited: int,
+    is_plain: bool,
 ) -> Iterator[str]:
-    """What may be wrong, a sentence each."""
+    """What may be wrong, a sentence each; is_plain: the statistics are the target's own."""
     yield from _about_size(layers, images, precision)
     if method == "fast" and images < FAST_BATCH * batches:
         yield (
@@ -344,8 +349,22 @@ def warnings(
                 else " That does no harm where the whole set is used; a part of it is no sample."
             )
         )
+    if method == "exact" and is_plain and estimate.residual <= TOLERANCE:
+        yield from _about_another_pass(layers)
     yield from _about_shift(layers, outputs)
     yield from _about_network(estimate, layers, unvisited)
+
+
+def _about_another_pass(layers: tuple[LayerShift, ...]) -> Iterator[str]:
+    """Adapted exactly, a layer sees what it was adapted to; else the data are not the same."""
+    off = [layer for layer in layers if layer.kl_after is not None and layer.kl_after > OTHER_DATA]
+    if off:
+        worst = max(off, key=lambda layer: layer.kl_after or 0)
+        yield (
+            f"'{worst.name}' does not see what it was adapted to (KL {worst.kl_after:.2g}): the"
+            " data differ from pass to pass, by random augmentation perhaps, or since a state was"
+            " written. Statistics of data that change are those of one draw."
+        )
 
 
 def _about_size(layers: tuple[LayerShift, ...], images: int, precision: float) -> Iterator[str]:

@@ -61,7 +61,7 @@ class Feed:
         Raises InputError if there is no image, or if the number differs from the first pass.
         """
         images = count = 0
-        for count, batch in enumerate(_told(self._batches), start=1):
+        for count, batch in enumerate(told(self._batches), start=1):
             ready = self._ready(batch, count - 1)
             images += image_count(ready)
             yield ready
@@ -80,7 +80,7 @@ class Feed:
             if self._forward is not None:
                 return self._forward(module, batch)
             return module(**batch) if isinstance(batch, dict) else module(batch)
-        except BnfoldError:
+        except (BnfoldError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's code may raise anything
             what = " ".join(str(error).split())[:300]
@@ -202,7 +202,7 @@ def image_count(batch: Any) -> int:
     return next((len(array) for array in _arrays(batch) if array.dim()), 1)
 
 
-def _told(batches: Iterable[Any]) -> Iterator[Any]:
+def told(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, an exception of the code that makes them told in a sentence."""
     number = 0
     try:
@@ -234,8 +234,10 @@ def _mapped(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
         return f(_from_numpy(batch))
     if isinstance(batch, Tensor):
         return f(batch)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {name: _mapped(value, f) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_mapped(value, f) for value in batch))
     if type(batch) in (tuple, list):
         return type(batch)(_mapped(value, f) for value in batch)
     return batch

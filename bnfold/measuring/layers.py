@@ -86,7 +86,6 @@ class Writer:
     def __init__(self, layers: Layers, rule: Rule, on_settled: OnSettled | None) -> None:
         self.described = {name: layer_of(layer, name) for name, layer in layers.items()}
         self._layers, self._rule, self._on_settled = layers, rule, on_settled
-        self._is_blended = rule != Rule()
 
     def settle(self, name: str, moments: ImageMoments) -> None:
         """What was measured over the whole set. Raises InputError for less than two values."""
@@ -101,7 +100,7 @@ class Writer:
     def normalise(self, name: str, batch: Found) -> None:
         """For one batch: with its own variance, as in training, the divisor being the count."""
         given = Statistics(batch.mean, batch.var)
-        if self._is_blended:
+        if not self._rule.is_plain:
             moments = pooled([batch], name)
             pixels = moments.pixels
             own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance

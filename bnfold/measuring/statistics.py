@@ -79,6 +79,11 @@ class Rule:
         elif not (np.isfinite(self.prior) and self.prior >= 0):
             raise UsageError(f"prior is {self.prior:g}; it must be 0 or a number of images.")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the statistics are the target's own."""
+        return self.part == "both" and not (self.prior or self.weight or self.reference)
+
     def __call__(self, layer: Layer, moments: ImageMoments) -> Statistics:
         """The statistics of `layer` for what it saw.
 
