@@ -1,4 +1,4 @@
-"""`pack apply` proves what it writes: a weight that is neither the base's nor the pack's is seen."""
+"""`pack apply` proves what it writes: no weight is neither the base's nor the pack's."""
 
 import numpy as np
 import pytest

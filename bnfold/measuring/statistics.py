@@ -18,6 +18,8 @@ from bnfold.measuring.moments import Float64, ImageMoments
 
 Part = Literal["both", "mean", "var"]
 
+_DEAD = 1e-12  # share of a layer's own variance, below which a channel does not vary
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
@@ -107,11 +109,12 @@ class Rule:
         seen = self.reference.get(layer.name)
         if seen is None:
             return target
-        unit = np.sqrt(layer.source.var + layer.eps)
-        measured = np.sqrt(seen.pixels.var_unbiased + layer.eps)
-        sd = np.sqrt(target.var + layer.eps) * unit / measured
-        offset = (seen.pixels.mean - layer.source.mean) / unit
-        return Statistics(target.mean - offset * sd, np.maximum(sd**2 - layer.eps, 0.0))
+        unit = layer.source.var + layer.eps
+        tiny = _DEAD * unit  # a channel that is constant on the source is so on the target too
+        ratio = (target.var + tiny) / (seen.pixels.var_unbiased + tiny)
+        var = np.maximum(unit * ratio - layer.eps, 0.0)
+        offset = (seen.pixels.mean - layer.source.mean) / np.sqrt(unit)
+        return Statistics(target.mean - offset * np.sqrt(var + layer.eps), var)
 
     def _blended(
         self, source: Statistics, target: Statistics, moments: ImageMoments
