@@ -362,6 +362,12 @@ def _add_adapt(adapt: argparse.ArgumentParser) -> None:
         "--device", metavar="DEVICE", help="of a torch network: cpu (default) or cuda"
     )
     group.add_argument(
+        "--backend",
+        choices=("gloo", "nccl"),
+        default="gloo",
+        help="by which torchrun's processes talk (default gloo)",
+    )
+    group.add_argument(
         "--no-verify", action="store_true", help="write a folded model without proof"
     )
     group.add_argument(

@@ -63,7 +63,7 @@ def target(count=61, seed=1, shape=(2, 5, 5)):
 def tasks(request, monkeypatch):
     """Both ways to pause a batch; afterwards no thread is left."""
     before = threading.active_count()
-    monkeypatch.setattr(rounds, "task_maker", lambda _: lockstep.task_maker(request.param))
+    monkeypatch.setattr(rounds, "task_maker", lambda: lockstep.task_maker(request.param))
     yield request.param
     assert threading.active_count() == before
     assert torch.is_grad_enabled()
@@ -128,7 +128,7 @@ def test_exact_does_not_depend_on_the_order(net):
 def test_both_kinds_of_tasks_give_the_same_bits(net, monkeypatch):
     states = []
     for kind in ("greenlet", "thread"):
-        monkeypatch.setattr(rounds, "task_maker", lambda _, kind=kind: lockstep.task_maker(kind))
+        monkeypatch.setattr(rounds, "task_maker", lambda kind=kind: lockstep.task_maker(kind))
         states.append(adapt(net, target().split(7)).model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 

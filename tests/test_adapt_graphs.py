@@ -19,7 +19,7 @@ from torch import nn
 import bnfold
 from bnfold import graph
 from bnfold.errors import InputError, UsageError
-from bnfold.measuring import graphs, modules
+from bnfold.measuring import graphs, meter, modules
 from bnfold.measuring.arrays import ArrayFeed
 from bnfold.measuring.estimate import Progress
 from bnfold.measuring.feed import Feed
@@ -250,7 +250,7 @@ def fault_averaged_variances(monkeypatch):
     unbiased = graphs.Tally.total
 
     def averaged(self):
-        parts = [graphs.pooled([found], "x") for found in self._recent]
+        parts = [meter.pooled([found], "x") for found in self._recent]
         whole = unbiased(self)
         within = np.mean([part.pixels.var for part in parts], axis=0)
         pixels = graphs.Moments(whole.pixels.count, whole.pixels.mean, within * whole.pixels.count)

@@ -27,7 +27,7 @@ def disk(tmp_path, monkeypatch):
 @pytest.fixture(params=["greenlet", "thread"])
 def tasks(request, monkeypatch):
     before = threading.active_count()
-    monkeypatch.setattr(rounds, "task_maker", lambda _: lockstep.task_maker(request.param))
+    monkeypatch.setattr(rounds, "task_maker", lambda: lockstep.task_maker(request.param))
     yield request.param
     assert threading.active_count() == before
 

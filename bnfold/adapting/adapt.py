@@ -232,7 +232,7 @@ def adapt_target(
             accuracy = _accuracy(tested, labels, Alone())
         seen = seen and seen.merged(ranks)
         run.progress.finish()
-        left_out = sum(ranks.share(getattr(feed, "left_out", 0)))
+        left_out = sum(ranks.share(feed.left_out))
     shifts = diagnosis.layer_shifts(network.layers, found, seen, precision)
     outputs = seen.outputs if seen else None
     unvisited = [SkippedLayer(n, _UNVISITED) for n in network.layers if n not in found.moments]

@@ -123,7 +123,7 @@ class RecoveredNetwork(GraphNetwork):
     def __init__(
         self, model: ir.Model, *, choice: LayerChoice = None, provider: str = "cpu"
     ) -> None:
-        super().__init__(with_identity_norms(model)[0], choice=choice, provider=provider)
+        super().__init__(with_identity_norms(model), choice=choice, provider=provider)
 
     def matched(self, rule: Rule, reference: Mapping[str, ImageMoments]) -> Rule:
         """The batch norms get what was seen of the source, which the target then differs from."""

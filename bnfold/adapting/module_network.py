@@ -163,8 +163,8 @@ def _split(net: nn.Module, choice: LayerChoice) -> tuple[modules.Layers, list[Sk
     if not found:
         raise InputError(
             f"{type(net).__name__} holds no batch norm, so there are no statistics to adapt. A"
-            " folded network is adapted with its record; any other as ONNX (bnfold.export), with samples"
-            " of its source domain besides."
+            " folded network is adapted with its record; any other as ONNX (bnfold.export), with"
+            " samples of its source domain besides."
         )
     able = [n for n, x in found.items() if x.running_mean is not None and x.running_var is not None]
     if not able:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from bnfold.errors import InputError, UsageError
 from bnfold.measuring.diagnosis import Observed
 from bnfold.measuring.estimate import Estimate, Progress
+from bnfold.measuring.feed import Passes
 from bnfold.measuring.moments import ImageMoments
 from bnfold.measuring.ranks import Alone, Ranks
 from bnfold.measuring.statistics import Layer, Rule, Statistics
@@ -55,7 +56,7 @@ class Network(Protocol):
     layers: Mapping[str, Layer]
     skipped: list[SkippedLayer]
 
-    def feed(self, data: Iterable[Any], max_bytes: int, *, is_share: bool = False) -> Any:
+    def feed(self, data: Iterable[Any], max_bytes: int, *, is_share: bool = False) -> Passes:
         """The data as this network takes them, to be closed; as a share it may be empty."""
 
     def order(self, feed: Any) -> list[str]:

@@ -26,24 +26,23 @@ _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _PRODUCTS = ("Gemm", "MatMul")
 
 
-def with_identity_norms(model: ir.Model) -> tuple[ir.Model, tuple[str, ...]]:
-    """A clone with idle batch norms behind all linear layers but the last ones, and their names.
+def with_identity_norms(model: ir.Model) -> ir.Model:
+    """A clone with idle batch norms behind all linear layers but the last ones.
 
     They have scale 1, shift 0, mean 0, variance 1 and eps 0 until `set_moments`. Raises InputError
     where there is no place for one.
     """
     model = model.clone()
     names = graph.names_in(model)
-    placed = []
-    for node in list(model.graph):
-        if _is_linear(node) and not _is_last(node):
-            placed.append(_put_behind(model, node, names))
-    if not placed:
+    places = [node for node in model.graph if _is_linear(node) and not _is_last(node)]
+    for node in places:
+        _put_behind(model, node, names)
+    if not places:
         raise InputError(
             "The model has neither a batch norm nor a convolution or linear layer before its last"
             " one; there is nothing to adapt."
         )
-    return graph.prepare(model), tuple(placed)
+    return graph.prepare(model)
 
 
 def set_moments(model: ir.Model, moments: Mapping[str, ImageMoments]) -> None:
@@ -110,8 +109,8 @@ def _is_last(node: ir.Node) -> bool:
     return False
 
 
-def _put_behind(model: ir.Model, node: ir.Node, names: set[str | None]) -> str:
-    """A batch norm between a node and all that reads it; its name."""
+def _put_behind(model: ir.Model, node: ir.Node, names: set[str | None]) -> None:
+    """A batch norm between a node and all that reads it."""
     value = node.outputs[0]
     assert value.shape is not None
     assert value.dtype is not None
@@ -133,7 +132,6 @@ def _put_behind(model: ir.Model, node: ir.Node, names: set[str | None]) -> str:
     model.graph.insert_after(node, norm)
     for reader, slot in readers:
         reader.replace_input_with(slot, out)
-    return name
 
 
 def _identity(size: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -48,7 +48,7 @@ def adapt(args: argparse.Namespace) -> Report | None:
     outputs = args.outputs or beside(args.model, "adapted", [_suffix(args.model)])
     if args.pack is not None:
         check_outputs([args.pack], args.model, args.overwrite, (".pack",))
-    with group_from_environment() as ranks:
+    with group_from_environment(backend=args.backend) as ranks:
         target = _open_target(args)
         check_adapted_outputs(args, outputs, target.base)
         data = _samples(args, args.data, target)

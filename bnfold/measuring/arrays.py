@@ -15,20 +15,18 @@ import onnx_ir as ir
 from torch import Tensor
 
 from bnfold import graph
-from bnfold.errors import InputError, UsageError
-from bnfold.measuring.feed import Replay, describe, told
+from bnfold.errors import InputError
+from bnfold.measuring.feed import Passes, describe, told
 from bnfold.measuring.shelf import AnyArray
 
 Arrays = dict[str, AnyArray]
 
 
-class ArrayFeed:
-    """The batches of one data set for one graph. Close it when done.
+class ArrayFeed(Passes):
+    """For an ONNX graph: arrays by input name, in the inputs' types.
 
-    Iterating gives each batch as arrays by input name. A graph with a fixed number of images gets
-    just so many at a time, wherever the batches end; what does not fill the last one is left out.
-    images, batches: what was given, known after a pass.  left_out: images that were not.
-    is_share: other processes have the rest of the data; this one's share may be empty.
+    A graph with a fixed number of images gets just so many at a time, wherever the batches end;
+    what does not fill the last one is left out.
     """
 
     def __init__(
@@ -39,48 +37,12 @@ class ArrayFeed:
         max_bytes: int,
         is_share: bool = False,
     ) -> None:
-        if isinstance(batches, Tensor | np.ndarray | str | Mapping) or not isinstance(
-            batches, Iterable
-        ):
-            raise UsageError(
-                f"batches is {describe(batches)}; give an iterable of batches, such as a list of"
-                " arrays or a DataLoader."
-            )
-        self._batches = Replay(batches, max_bytes)
+        super().__init__(batches, max_bytes, is_share)
         self._inputs = graph.graph_inputs(model)
-        self._is_share = is_share
         self.size = _fixed_size(self._inputs)
-        self.images: int | None = None
-        self.batches: int | None = None
-        self.left_out = 0
 
-    def __iter__(self) -> Iterator[Arrays]:
-        """Each batch, ready for the graph.
-
-        Raises InputError for a batch that does not fit it, if there is no image, or if the number
-        differs from the first pass.
-        """
-        images = count = 0
-        for arrays in self._cut():
-            images += image_count(arrays)
-            count += 1
-            yield arrays
-        if not images and self.images is None and not self._is_share:
-            few = f" but {self.left_out}, and the graph takes {self.size} at once"
-            raise InputError(
-                f"The target data holds no image{few if self.left_out else ''}; nothing can be"
-                " estimated from it."
-            )
-        if self.images not in (None, images):
-            raise InputError(
-                f"The target data gave {self.images} images on the first pass and {images} on"
-                " another; give an iterable that starts anew each time, such as a list."
-            )
-        self.images, self.batches = images, count
-
-    def close(self) -> None:
-        """Remove what was kept on disk."""
-        self._batches.close()
+    def _count(self, ready: Arrays) -> int:
+        return image_count(ready)
 
     # one batch
 
@@ -113,15 +75,15 @@ class ArrayFeed:
                 f"Batch {number} has {describe(value)} for '{name}', which takes ({extents})."
             )
         if declared.dtype is None:
-            return value
+            return np.array(value)
         return _cast(value, declared.dtype, f"Batch {number} for '{name}'")
 
     # a fixed number of images
 
-    def _cut(self) -> Iterator[Arrays]:
+    def _all_ready(self) -> Iterator[Arrays]:
         """Batches of the size that the graph takes."""
         rest: Arrays = {}
-        for number, batch in enumerate(told(self._batches)):
+        for number, batch in enumerate(told(self._given)):
             arrays = self._ready(batch, number)
             if self.size is None or (not rest and image_count(arrays) == self.size):
                 yield arrays

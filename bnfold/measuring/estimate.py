@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bnfold.measuring.feed import Feed
+from bnfold.measuring.feed import Passes
 from bnfold.measuring.moments import ImageMoments
 from bnfold.measuring.statistics import Statistics
 
 # A network is iterated over where a batch norm is used twice: until nothing moves by more than
 # this, in standard deviations and relative.
 TOLERANCE = 1e-6
+MAX_ROUNDS = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Progress:
     def __init__(
         self,
         tell: Callable[[int, int | None], None] | None,
-        feed: Feed,
+        feed: Passes,
         stretches: int,
         diagnose: bool,
     ) -> None:

@@ -23,12 +23,62 @@ from bnfold.errors import BnfoldError, InputError, UsageError
 Forward = Callable[[nn.Module, Any], Any]
 
 
-class Feed:
-    """The batches of one data set for one network, on its device. Close it when done.
+class Passes:
+    """The batches of one data set, made ready for a network, in as many passes as are asked for.
 
-    Iterating gives each batch as `call` takes it. `images` and `batches` are known after a pass.
+    Iterating gives each batch ready. Close it when done.
+    images, batches: what was given, known after a pass.  left_out: images that were not.
     is_share: other processes have the rest of the data; this one's share may be empty.
     """
+
+    def __init__(self, batches: Iterable[Any], max_bytes: int, is_share: bool) -> None:
+        if isinstance(batches, Tensor | np.ndarray | str | Mapping) or not isinstance(
+            batches, Iterable
+        ):
+            raise UsageError(
+                f"batches is {describe(batches)}; give an iterable of batches, such as a list of"
+                " arrays or a DataLoader."
+            )
+        self._given, self._is_share = Replay(batches, max_bytes), is_share
+        self.images: int | None = None
+        self.batches: int | None = None
+        self.left_out = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """Each batch, ready for the network.
+
+        Raises InputError for a batch that does not fit it, if there is no image, or if the number
+        differs from the first pass.
+        """
+        images = count = 0
+        for ready in self._all_ready():
+            images, count = images + self._count(ready), count + 1
+            yield ready
+        if not images and self.images is None and not self._is_share:
+            raise InputError(
+                "The target data holds no image; nothing can be estimated from it."
+                + (f" ({self.left_out} do not fill a batch of the model.)" if self.left_out else "")
+            )
+        if self.images not in (None, images):
+            raise InputError(
+                f"The target data gave {self.images} images on the first pass and {images} on"
+                " another; give an iterable that starts anew each time, such as a list."
+            )
+        self.images, self.batches = images, count
+
+    def close(self) -> None:
+        """Remove what was kept on disk."""
+        self._given.close()
+
+    def _all_ready(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def _count(self, ready: Any) -> int:
+        raise NotImplementedError
+
+
+class Feed(Passes):
+    """For a torch module: on its device, floats in the type of its parameters."""
 
     def __init__(
         self,
@@ -39,40 +89,19 @@ class Feed:
         max_bytes: int,
         is_share: bool = False,
     ) -> None:
-        if isinstance(batches, Tensor | np.ndarray | str | Mapping) or not isinstance(
-            batches, Iterable
-        ):
-            raise UsageError(
-                f"batches is {describe(batches)}; give an iterable of batches, such as a list of"
-                " arrays or a DataLoader."
-            )
-        self._batches = Replay(batches, max_bytes)
-        self._forward, self._is_share = forward, is_share
+        super().__init__(batches, max_bytes, is_share)
+        self._forward = forward
         self._accepted = _argument_names(module)
         floats = [p for p in module.parameters() if p.is_floating_point()]
         self.device = floats[0].device if floats else torch.device("cpu")
         self.dtype = floats[0].dtype if floats else torch.float32
-        self.images: int | None = None
-        self.batches: int | None = None
 
-    def __iter__(self) -> Iterator[Any]:
-        """Each batch, ready for `call`.
+    def _all_ready(self) -> Iterator[Any]:
+        for number, batch in enumerate(told(self._given)):
+            yield self._ready(batch, number)
 
-        Raises InputError if there is no image, or if the number differs from the first pass.
-        """
-        images = count = 0
-        for count, batch in enumerate(told(self._batches), start=1):
-            ready = self._ready(batch, count - 1)
-            images += image_count(ready)
-            yield ready
-        if not images and self.images is None and not self._is_share:
-            raise InputError("The target data holds no image; nothing can be estimated from it.")
-        if self.images not in (None, images):
-            raise InputError(
-                f"The target data gave {self.images} images on the first pass and {images} on"
-                " another; give an iterable that starts anew each time, such as a list."
-            )
-        self.images, self.batches = images, count
+    def _count(self, ready: Any) -> int:
+        return image_count(ready)
 
     def call(self, module: nn.Module, batch: Any, number: int) -> Any:
         """The module's output for one batch. Raises InputError for what the module raises."""
@@ -88,10 +117,6 @@ class Feed:
                 f"The network failed on batch {number} ({describe(batch)}) with"
                 f" {type(error).__name__}: {what or 'no message'}."
             ) from error
-
-    def close(self) -> None:
-        """Remove what was kept on disk."""
-        self._batches.close()
 
     def _ready(self, batch: Any, number: int) -> Any:
         if self._forward is not None:

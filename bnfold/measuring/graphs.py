@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 
 import numpy as np
@@ -21,17 +21,15 @@ import torch
 from bnfold.errors import InputError
 from bnfold.measuring import diagnosis
 from bnfold.measuring.arrays import ArrayFeed, Arrays, image_count
-from bnfold.measuring.estimate import TOLERANCE, Estimate, Progress
-from bnfold.measuring.meter import Found, Meter, Tally, pooled
-from bnfold.measuring.moments import Float64, ImageMoments, Moments, movement
+from bnfold.measuring.estimate import MAX_ROUNDS, TOLERANCE, Estimate, Progress
+from bnfold.measuring.meter import Found, Meter, Tally, batch_statistics
+from bnfold.measuring.moments import Float64, ImageMoments, movement
 from bnfold.measuring.norms import Norm, stored
 from bnfold.measuring.ranks import Alone, Ranks, Waiting
 from bnfold.measuring.segments import Cut, Use
 from bnfold.measuring.shelf import AnyArray, Bundle, Shelf
 from bnfold.measuring.statistics import Layer, Rule, Statistics
 from bnfold.proof.runtime import Session, open_session
-
-MAX_ROUNDS = 30  # where a batch norm is used twice
 
 Norms = Mapping[str, Norm]
 OnSettled = Callable[[str, ImageMoments], None] | None
@@ -99,7 +97,6 @@ def fast(
     *,
     rule: Rule | None = None,
     ranks: Ranks | None = None,
-    on_settled: OnSettled = None,
     provider: str = "cpu",
     threads: int | None = None,
 ) -> Estimate:
@@ -117,7 +114,7 @@ def fast(
             found |= now
             for use in cut.wave(index + 1):
                 norm, seen = norms[use.layer], found[use.value]
-                statistics = stored(norm, _of_batch(rule, norm.layer, seen))
+                statistics = stored(norm, batch_statistics(rule, norm.layer, seen))
                 given[use] = cut.feeds(use, statistics)
                 if use.layer not in tallies:
                     tallies[use.layer] = Tally(use.layer, compare=not tallies)
@@ -128,24 +125,10 @@ def fast(
     statistics_of = {}
     for name, whole in moments.items():
         statistics_of[name] = stored(norms[name], rule(norms[name].layer, whole))
-        if on_settled is not None:
-            on_settled(name, whole)
     first = cut.uses[0].layer
     once = first in together and len(norms[first].nodes) == 1
     excess = together[first].excess if once else None
     return Estimate(moments, statistics_of, excess)
-
-
-def _of_batch(rule: Rule, layer: Layer, batch: Found) -> Statistics:
-    """What a layer normalises a batch by: as in training, the variance divided by the count."""
-    if rule.is_plain:
-        mean = batch.means.mean(axis=0)
-        within = batch.variances.mean(axis=0)
-        return Statistics(mean, within + np.square(batch.means - mean).mean(axis=0))
-    moments = pooled([batch], layer.name)
-    pixels = moments.pixels
-    own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
-    return rule(layer, replace(moments, pixels=own))
 
 
 # --- exact ----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 
 from bnfold.errors import InputError
 from bnfold.measuring.estimate import Estimate
-from bnfold.measuring.meter import Found, pooled
-from bnfold.measuring.moments import ImageMoments, Moments
+from bnfold.measuring.meter import Found, batch_statistics
+from bnfold.measuring.moments import ImageMoments
 from bnfold.measuring.statistics import Layer, Rule, Statistics
 
 Layers = Mapping[str, nn.Module]
@@ -83,7 +82,7 @@ class Writer:
     described: the layers as they came, with the statistics of the source.
     """
 
-    def __init__(self, layers: Layers, rule: Rule, on_settled: OnSettled | None) -> None:
+    def __init__(self, layers: Layers, rule: Rule, on_settled: OnSettled | None = None) -> None:
         self.described = {name: layer_of(layer, name) for name, layer in layers.items()}
         self._layers, self._rule, self._on_settled = layers, rule, on_settled
 
@@ -98,13 +97,8 @@ class Writer:
         write(self._layers[name], name, self._rule(self.described[name], moments))
 
     def normalise(self, name: str, batch: Found) -> None:
-        """For one batch: with its own variance, as in training, the divisor being the count."""
-        given = Statistics(batch.mean, batch.var)
-        if not self._rule.is_plain:
-            moments = pooled([batch], name)
-            pixels = moments.pixels
-            own = Moments(pixels.count + 1, pixels.mean, pixels.m2)  # its unbiased variance
-            given = self._rule(self.described[name], replace(moments, pixels=own))
+        """For one batch alone."""
+        given = batch_statistics(self._rule, self.described[name], batch)
         write(self._layers[name], name, given)
 
     def estimate(self, moments: Mapping[str, ImageMoments], excess: float | None) -> Estimate:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bnfold.errors import InputError
-from bnfold.measuring.moments import Float64, ImageMoments
+from bnfold.measuring.moments import Float64, ImageMoments, Moments
 from bnfold.measuring.ranks import Waiting
+from bnfold.measuring.statistics import Layer, Rule, Statistics
 
 _COLLAPSE = 1 << 17  # numbers that a tally keeps before it reduces them
 _STRETCH = 1 << 19  # values that are measured at a time: what a processor's cache holds
@@ -157,6 +158,17 @@ def pooled(found: Iterable[Found], name: str) -> ImageMoments:
         )
         for pixels, parts in by_size.items()
     )
+
+
+def batch_statistics(rule: Rule, layer: Layer, batch: Found) -> Statistics:
+    """What a layer normalises one batch by: as in training, its variance divided by the count."""
+    if rule.is_plain:
+        return Statistics(batch.mean, batch.var)
+    moments = pooled([batch], layer.name)
+    pixels = moments.pixels
+    # one value more, so that what the rule takes for the unbiased variance is the batch's own
+    own = Moments(pixels.count + 1, pixels.mean, pixels.m2)
+    return rule(layer, replace(moments, pixels=own))
 
 
 class Tally:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnfold.measuring import diagnosis
-from bnfold.measuring.estimate import TOLERANCE, Estimate, Progress
+from bnfold.measuring.estimate import MAX_ROUNDS, TOLERANCE, Estimate, Progress
 from bnfold.measuring.feed import Feed
 from bnfold.measuring.layers import (
     Layers,
@@ -48,8 +48,6 @@ __all__ = [
     "write",
 ]
 
-MAX_ROUNDS = 30  # where a batch norm is used twice
-
 
 # --- fast -----------------------------------------------------------------------------------------
 
@@ -62,13 +60,12 @@ def fast(
     *,
     rule: Rule = Rule(),  # noqa: B008  # frozen
     ranks: Ranks = Alone(),  # noqa: B008  # holds nothing
-    on_settled: OnSettled | None = None,
 ) -> Estimate:
     """One pass; each layer normalises by its batch, the moments of all batches are pooled.
 
     Exact for the first layer; deeper, a batch of B images leaves an error of the order 1 / B.
     """
-    writer, meter, tallies = Writer(layers, rule, on_settled), Meter(), dict[str, Tally]()
+    writer, meter, tallies = Writer(layers, rule), Meter(), dict[str, Tally]()
     number = 0
 
     def visit(name: str, x: Tensor) -> None:
@@ -106,7 +103,6 @@ def exact(
     max_bytes: int,
     on_settled: OnSettled | None = None,
     resumed: Mapping[str, ImageMoments] | None = None,
-    tasks: str | None = None,
 ) -> Estimate:
     """Each layer measured over the whole set with all layers before it adapted.
 
@@ -123,9 +119,7 @@ def exact(
     reused: dict[str, ImageMoments] = {}
     way, passes, spilled, rounds, change = IN_MEMORY, 0, 0, 0, float("inf")
     while change > TOLERANCE and rounds < MAX_ROUNDS:
-        run = Round(
-            net, layers, feed, frozenset(reused), progress, writer, ranks, max_bytes, tasks, way
-        )
+        run = Round(net, layers, feed, frozenset(reused), progress, writer, ranks, max_bytes, way)
         run.resume(known)
         run.run()
         passes, spilled = passes + run.passes, max(spilled, run.spilled)

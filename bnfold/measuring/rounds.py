@@ -59,7 +59,6 @@ class Round:
     writer: Writer
     ranks: Ranks
     max_bytes: int
-    tasks: str | None
     way: int
     settled: dict[str, ImageMoments] = field(default_factory=dict)
     visitors: dict[str, set[int]] = field(default_factory=dict)
@@ -144,7 +143,7 @@ class Round:
     # in step
 
     def _run_in_step(self) -> None:
-        self.steps: Steps[Found] = Steps(task_maker(self.tasks))
+        self.steps: Steps[Found] = Steps(task_maker())
         self._begin()
         with contextlib.ExitStack() as stack:
             self.spill: Spill | None = None
