@@ -6,7 +6,9 @@ Nothing heavy is imported until a verb runs, so that `bnfold --help` answers at 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -150,7 +152,8 @@ def _add_data(parser: argparse.ArgumentParser, name: str, what: str, *, required
         dest="data",
         required=required,
         metavar="DATA",
-        help=f"{what}: .npy, .npz, a folder of images, path.py:factory, digits or digits:test",
+        help=f"{what}: a folder of images, .npy, .npz, .safetensors, webdataset .tar, hf:NAME,"
+        " path.py:factory, digits or digits:test; in random order, by --seed",
     )
     group.add_argument("--batch-size", type=int, default=64, metavar="N", help="default 64")
     group.add_argument("--samples", type=int, metavar="N", help="use N samples of the data")
@@ -328,7 +331,8 @@ def _add_adapt(adapt: argparse.ArgumentParser) -> None:
         type=_prior,
         default=0.0,
         metavar="N|auto",
-        help="let the source count as N images; auto: as far as chance explains the difference",
+        help="let the source count as N images beside the n of the target, w = N / (N + n);"
+        " auto: as far as chance explains the difference",
     )
     group.add_argument(
         "--source-weight", type=float, metavar="W", help="share of the source, 0 to 1, fixed"
@@ -381,7 +385,10 @@ def _add_adapt(adapt: argparse.ArgumentParser) -> None:
 
 
 def _prior(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of images, nor auto") from None
 
 
 def _add_pack(pack: argparse.ArgumentParser) -> None:
@@ -450,8 +457,15 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     _add_report(train)
 
 
+def _terminated(*_: object) -> None:
+    """What schedulers and torchrun ask for: end, but leave no temporary file behind."""
+    raise SystemExit(143)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code comes back. Bad input gives a sentence, no traceback."""
+    with contextlib.suppress(ValueError):  # of a thread, which may not
+        signal.signal(signal.SIGTERM, _terminated)
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     try:

@@ -540,7 +540,7 @@ def test_layers_can_be_chosen(net, choice, adapted):
 def test_a_choice_without_any_layer_is_refused(net):
     with pytest.raises(UsageError, match=r"'layer1\.\*' matches no batch norm; there are bn1, bn2"):
         adapt(net, [target()], layers=["layer1.*"])
-    with pytest.raises(InputError, match="None of the 3 batch norms was chosen"):
+    with pytest.raises(UsageError, match="None of the 3 batch norms was chosen"):
         adapt(net, [target()], layers=lambda _: False)
     with pytest.raises(InputError, match="holds no batch norm"):
         adapt(nn.Sequential(nn.Linear(2, 2)), [target()])

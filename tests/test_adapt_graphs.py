@@ -6,6 +6,7 @@ standard deviation, the worst channel of all layers.
 
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -23,7 +24,7 @@ from bnfold.measuring import graphs, meter, modules
 from bnfold.measuring.arrays import ArrayFeed
 from bnfold.measuring.estimate import Progress
 from bnfold.measuring.feed import Feed
-from bnfold.measuring.moments import ImageMoments
+from bnfold.measuring.moments import ImageMoments, Moments
 from bnfold.measuring.norms import norms_of, refused, with_statistics
 from bnfold.measuring.segments import Cut
 from bnfold.measuring.statistics import Rule, Statistics
@@ -253,8 +254,8 @@ def fault_averaged_variances(monkeypatch):
         parts = [meter.pooled([found], "x") for found in self._recent]
         whole = unbiased(self)
         within = np.mean([part.pixels.var for part in parts], axis=0)
-        pixels = graphs.Moments(whole.pixels.count, whole.pixels.mean, within * whole.pixels.count)
-        return graphs.replace(whole, pixels=pixels)
+        pixels = Moments(whole.pixels.count, whole.pixels.mean, within * whole.pixels.count)
+        return replace(whole, pixels=pixels)
 
     monkeypatch.setattr(graphs.Tally, "total", averaged)
 

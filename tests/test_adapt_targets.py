@@ -254,8 +254,15 @@ def test_accuracy_before_and_after(net, exported, kind):
     tests = list(zip(x.split(10), labels.split(10), strict=True))
     result = adapt(model, batches(), test_data=tests)
     assert result.accuracy == (pytest.approx(right_before), 1.0)
-    with pytest.raises(UsageError, match="holds no labels"):
-        adapt(model, batches(), test_data=[x])
+    for tests, words in [
+        ([x], "holds no labels"),
+        ([], "holds no batch"),
+        ([(x, labels + 7)], "the network has 3 classes"),
+        ([(x, labels[:50])], r"labels of shape \(50,\) for 61 images"),
+        ([(x, labels.double())], "of type float64"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            adapt(model, batches(), test_data=tests)
 
 
 def test_what_belongs_to_torch_alone_is_refused_for_onnx(exported):

@@ -67,6 +67,15 @@ def test_a_file_that_is_no_state_is_refused_and_stays(path):
         assert path.read_bytes() == content
 
 
+def test_a_changed_bit_is_seen(path):
+    reopened(path).add("a", batch(0))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="is no state of a run, or is damaged"):
+        reopened(path)
+
+
 def test_a_file_that_cannot_be_written_shows_at_once(tmp_path):
     with pytest.raises(UsageError, match="Cannot write"):
         reopened(tmp_path / "no folder" / "run.state")
@@ -175,7 +184,7 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_a_whole_one(kind, kills, tm
     path = tmp_path / "run.state"
     for layer in kills:  # each run gets further than the one before
         assert run(path, layer, "none.npz") == -signal.SIGKILL
-        assert len(from_bytes(path.read_bytes(), "it")[1]) == layer
+        assert len(from_bytes(path.read_bytes()[32:], "it")[1]) == layer
     assert run(path, 0, "resumed.npz") == 0
     assert not path.exists()
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:

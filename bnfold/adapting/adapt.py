@@ -123,7 +123,8 @@ def adapt(
     part, prior, weight, mixture: how much of the source's statistics stays, see
     `bnfold.measuring.statistics.Rule`.
     source_data: samples of the source domain. Each layer is then brought to the mean and deviation
-    that it had on these, whatever its stored statistics say: on the source nothing changes.
+    that it had on these, whatever its stored statistics say: on the source nothing changes (by
+    the exact method; the fast one, which sees batches, only nearly).
     layers: which batch norms to adapt: a predicate on the name, or patterns such as "layer1.*";
     a pattern with a "!" in front excludes. up_to: only those up to this one, or the first so many,
     in the order of the forward. The others keep their statistics.
@@ -223,13 +224,17 @@ def adapt_target(
                 " uses their statistics in another way, give forward= a function that calls them."
             )
         seen = network.observe(feed, run, found.statistics) if diagnose else None
-        accuracy = _accuracy(seen, getattr(given, "labels", None), ranks)
+        accuracy, unlabelled = _accuracy(seen, getattr(given, "labels", None), ranks)
         if test_data is not None:
             tests = list(test_data)  # read once: it may be shuffled anew each time
+            if not tests:
+                raise UsageError("The test data holds no batch.")
             known = getattr(test_data, "labels", None)
             labels = _labels(tests) if known is None else known
             tested = network.observe(opened(tests), run, found.statistics)
-            accuracy = _accuracy(tested, labels, Alone())
+            accuracy, fault = _accuracy(tested, labels, Alone())
+            if fault is not None:
+                raise UsageError(fault)
         seen = seen and seen.merged(ranks)
         run.progress.finish()
         left_out = sum(ranks.share(feed.left_out))
@@ -258,7 +263,12 @@ def adapt_target(
         batches=batches,
         outputs=outputs,
         accuracy=accuracy,
-        warnings=(*target.warnings, *_about_rest(left_out), *said),
+        warnings=(
+            *target.warnings,
+            *_about_rest(left_out),
+            *([unlabelled] if unlabelled else []),
+            *said,
+        ),
         passes=max(found.passes, 1),
         adapted=adapted,
     )
@@ -290,21 +300,26 @@ def _about_rest(left_out: int) -> tuple[str, ...]:
     if not left_out:
         return ()
     return (
-        f"The model's batch size is fixed, and {left_out} images that did not fill a batch were"
-        " left out.",
+        f"The model's batch size is fixed; of the images {left_out} did not fill a batch and"
+        " were left out.",
     )
 
 
-def _accuracy(seen: Observed | None, labels: Any, ranks: Ranks) -> tuple[float, float] | None:
-    """Before and after, of all processes, where each has as many labels as predictions."""
-    own = None
+def _accuracy(
+    seen: Observed | None, labels: Any, ranks: Ranks
+) -> tuple[tuple[float, float] | None, str | None]:
+    """Before and after, of all processes; or why there is none."""
+    own, fault = None, None
     if seen is not None and seen.outputs is not None and labels is not None:
-        own = seen.outputs.right(np.asarray(labels))
+        try:
+            own = seen.outputs.right(np.asarray(labels)[: len(seen.outputs.predictions[0])])
+        except InputError as error:
+            fault = str(error)
     shares = ranks.share(own)
     if None in shares:
-        return None
+        return None, fault
     before, after, images = np.sum(shares, axis=0)
-    return float(before / images), float(after / images)
+    return (float(before / images), float(after / images)), None
 
 
 def _labels(batches: Sequence[Any]) -> Any:

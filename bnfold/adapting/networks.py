@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from bnfold.errors import InputError, UsageError
+from bnfold.errors import UsageError
 from bnfold.measuring.diagnosis import Observed
 from bnfold.measuring.estimate import Estimate, Progress
 from bnfold.measuring.feed import Passes
@@ -96,7 +96,7 @@ def choose(names: Sequence[str], choice: LayerChoice) -> list[str]:
     """Those of the `names` that are to be adapted.
 
     choice: a predicate, or shell-style patterns; one with a "!" in front excludes. Raises
-    UsageError for a pattern that matches nothing, InputError where nothing is left.
+    UsageError for a pattern that matches nothing, or where nothing is left.
     """
     if choice is None:
         chosen = list(names)
@@ -105,7 +105,7 @@ def choose(names: Sequence[str], choice: LayerChoice) -> list[str]:
     else:
         chosen = _matching(names, [choice] if isinstance(choice, str) else list(choice))
     if not chosen:
-        raise InputError(f"None of the {len(names)} batch norms was chosen.")
+        raise UsageError(f"None of the {len(names)} batch norms was chosen.")
     return chosen
 
 

@@ -69,16 +69,18 @@ def adapt(args: argparse.Namespace) -> Report | None:
                 test_data=tests,
                 stop=args.stop,
                 precision=args.precision,
-                max_bytes=None if args.max_memory is None else args.max_memory << 20,
+                max_bytes=_bytes(args.max_memory),
                 progress=progress,
                 ranks=ranks,
                 resumed=resumed,
                 on_settled=on_settled,
             )
+            notes = [f"{counted(len(resumed), 'layer')} settled before, by {args.state}"]
+            notes = notes if resumed else []
             skipped = ranks.share(dict(getattr(share, "skipped", {})))
             if ranks.rank:
                 return None
-            return _report(args, outputs, target, result, data, skipped)
+            return _report(args, outputs, target, result, data, skipped, notes)
 
 
 # --- what is asked for ----------------------------------------------------------------------------
@@ -123,6 +125,12 @@ def _samples(args: argparse.Namespace, spec: str, target: Target) -> Any:
     return open_samples(args, spec, shape)
 
 
+def _bytes(mebibytes: int | None) -> int | None:
+    if mebibytes is not None and mebibytes < 0:
+        raise UsageError(f"--max-memory is {mebibytes}; it must not be negative.")
+    return None if mebibytes is None else mebibytes << 20
+
+
 def _depth(up_to: str | None) -> str | int | None:
     return int(up_to) if up_to is not None and up_to.isdecimal() else up_to
 
@@ -144,7 +152,7 @@ def _state(args: argparse.Namespace, data: Any, ranks: Ranks) -> Iterator[tuple[
     identity |= {"record": str(args.record), "input shape": args.shapes, "opset": args.opset}
     identity |= {"first batch": _sum_of(next(iter(data), None)), "version": VERSION}
     state = State.open(args.state, identity | {"processes": ranks.size}, ranks)
-    yield state.settled, state.add
+    yield dict(state.settled), state.add
     state.finish()
 
 
@@ -175,9 +183,10 @@ def _report(
     result: AdaptResult,
     data: Any,
     skipped: Sequence[Mapping[str, str]],
+    notes: Sequence[str],
 ) -> Report:
     """The files, once they are proved, and what is said about them."""
-    done = new_report("adapt", args, target.base.notes)
+    done = new_report("adapt", args, (*target.base.notes, *notes))
     done["layers"] = _layer_table(result.layers)
     done["skipped"] = [vars(layer) for layer in result.skipped]
     unreadable = {name: why for part in skipped for name, why in part.items()}

@@ -97,7 +97,7 @@ def opened(file: Path | BytesIO) -> Iterator[Any]:
 def pixels_of(image: Any, channels: int) -> Stored:
     """(H, W, C) bytes of a Pillow image."""
     if image.mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        grey = np.rint(np.asarray(image).astype(np.uint16) / 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], channels, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels have {image.mode} type (32 bits), not bytes")

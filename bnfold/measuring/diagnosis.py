@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bnfold.errors import InputError
 from bnfold.measuring.estimate import TOLERANCE, Estimate
 from bnfold.measuring.moments import Float64, ImageMoments, chance_limit
 from bnfold.measuring.ranks import Ranks, Waiting
@@ -94,12 +95,25 @@ class OutputShift:
         predictions = (np.zeros(0, np.int64), np.zeros(0, np.int64))
         return cls(classes, nothing, nothing, nothing, nothing, 0.0, 0.0, 0.0, predictions)
 
-    def right(self, labels: Classes) -> tuple[int, int, int] | None:
-        """Right predictions, before and after, of how many; None where there are other labels."""
+    def right(self, labels: Classes) -> tuple[int, int, int]:
+        """Right predictions, before and after, of how many.
+
+        Raises InputError for labels that are not one class for each image.
+        """
         before, after = self.predictions
         labels = labels.reshape(-1) if labels.size == len(labels) else labels
+        fault = None
         if labels.shape != before.shape:
-            return None
+            fault = f"there are labels of shape {labels.shape} for {len(before)} images"
+        elif labels.dtype.kind not in "iu":
+            fault = f"the labels are of type {labels.dtype}, not numbers of classes"
+        elif len(labels) and not (labels.min() >= 0 and labels.max() < self.classes):
+            fault = (
+                f"the labels go from {labels.min()} to {labels.max()}, and the network has"
+                f" {self.classes} classes"
+            )
+        if fault:
+            raise InputError(f"No accuracy with the labels: {fault}.")
         return int((before == labels).sum()), int((after == labels).sum()), len(labels)
 
     def merged(self, ranks: Ranks) -> OutputShift:

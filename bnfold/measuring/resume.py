@@ -7,6 +7,7 @@ complete. Another run's state is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from bnfold.measuring.ranks import Ranks
 from bnfold.measuring.stored import Waiting, from_bytes, to_bytes
 
 FORMAT = "bnfold-state-1"
+_DIGEST = 32  # bytes of the SHA-256 in front
 MAX_BYTES = 1 << 30  # of a state file; that of a ResNet-152 has 12 MB
 
 Identity = Mapping[str, Any]
@@ -67,13 +69,18 @@ class State:
         if self._ranks.rank == 0:
             told = {"format": FORMAT, "identity": self._identity}
             with replacing(self._path) as staged:
-                staged.write_bytes(to_bytes(told, layers))
+                data = to_bytes(told, layers)
+                staged.write_bytes(hashlib.sha256(data).digest() + data)
 
     def _found(self) -> dict[str, Waiting]:
         """What the file holds of this run; nothing where it is new or has only begun."""
         if not self._path.exists():
             return {}
-        facts, layers = from_bytes(self._bytes(), str(self._path))
+        found = self._bytes()
+        digest, data = found[:_DIGEST], found[_DIGEST:]
+        if hashlib.sha256(data).digest() != digest:
+            raise InputError(f"{self._path} is no state of a run, or is damaged.")
+        facts, layers = from_bytes(data, str(self._path))
         if facts.get("format") != FORMAT or not isinstance(facts.get("identity"), dict):
             raise InputError(
                 f"{self._path} is no state of a run that this version of bnfold reads."

@@ -75,6 +75,8 @@ class Rule:
             raise UsageError("prior and weight both say how much the source counts; give one.")
         if self.weight is not None and not 0 <= self.weight <= 1:
             raise UsageError(f"weight is {self.weight:g}; it must lie between 0 and 1.")
+        if self.mixture and not (self.prior or self.weight):
+            raise UsageError("mixture says how source and target blend; give prior or weight too.")
         if isinstance(self.prior, str):
             if self.prior != "auto":
                 raise UsageError(f"prior is {self.prior!r}; it must be 'auto' or a number.")

@@ -106,6 +106,8 @@ class Deployment:
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Any]:
         """The outputs by name, with the pack that is in use when the run begins."""
+        if not isinstance(inputs, Mapping):
+            raise UsageError("run takes a mapping from input names to arrays.")
         return self.session.run(inputs)
 
     def swap(self, pack: Pack | Path | str | None) -> None:
@@ -114,6 +116,8 @@ class Deployment:
         One of the packs used last is there at once. Raises InputError for a pack that is refused;
         the pack in use then stays.
         """
+        if not isinstance(pack, Pack | Path | str | None):
+            raise UsageError(f"A pack, its path or None is swapped in; this is {pack!r}.")
         if pack is not None and not isinstance(pack, Pack):
             pack = load_pack(pack, self._public_key)
         elif pack is not None and self._public_key is not None:
