@@ -509,7 +509,7 @@ def test_a_fixed_number_of_images_is_cut_to_and_the_rest_left_out():
     )
     assert (feed.images, feed.batches, feed.left_out) == (20, 5, 3)
     assert off(found.statistics, onnx_estimate(free, [x[:20]]).statistics) < 1e-6
-    with pytest.raises(InputError, match="no image but 3, and the graph takes 4 at once"):
+    with pytest.raises(InputError, match="3 do not fill a batch"):
         onnx_estimate(model, [x[:3]])
 
 

@@ -36,7 +36,7 @@ class ImageReader(ABC):
     """A Reader of encoded images.
 
     An image is (H, W, C) bytes with C = `channels`, or, where that is None, 1 if the first image
-    that can be opened is grey and 3 if not. Of 16-bit grey images the upper byte is read.
+    that can be opened is grey and 3 if not. 16-bit grey images are read as the nearest bytes.
     """
 
     def __init__(self, name: str, channels: int | None) -> None:
