@@ -139,7 +139,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_state(path):
 RUN_ALONE = """
 import os, signal, sys
 import numpy as np
-from bnfold.adapting.adapt import adapt_target
+from bnfold.adapting.adapt import Asked, adapt_target
 from bnfold.measuring.ranks import Alone
 from bnfold.measuring.resume import State
 from bnfold.adapting.targets import Options, target_of
@@ -154,7 +154,7 @@ def settled(name, moments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 result = adapt_target(target_of(model_of(kind, model), Options()), batches(7),
-                      resumed=dict(state.settled), on_settled=settled)
+                      Asked(resumed=dict(state.settled), on_settled=settled))
 state.finish()
 np.savez(out, **{f"{n}.{p}": getattr(s, p) for n, s in result.statistics.items()
                  for p in ("mean", "var")})

@@ -19,13 +19,13 @@ import numpy as np
 
 from bnfold.adapting.base import Adapted, Reading
 from bnfold.adapting.convergence import First, enough
-from bnfold.adapting.networks import LayerChoice, Run, Settled, SkippedLayer, first_ones
+from bnfold.adapting.networks import LayerChoice, Network, Run, Settled, SkippedLayer, first_ones
 from bnfold.adapting.targets import Options, Target, target_of
 from bnfold.errors import InputError, UsageError
 from bnfold.measuring import diagnosis
 from bnfold.measuring.diagnosis import LayerShift, Observed, OutputShift
-from bnfold.measuring.estimate import Progress
-from bnfold.measuring.feed import Replay
+from bnfold.measuring.estimate import Estimate, Progress
+from bnfold.measuring.feed import Passes, Replay
 from bnfold.measuring.moments import ImageMoments
 from bnfold.measuring.ranks import Alone, Ranks, Waiting
 from bnfold.measuring.statistics import Part, Rule, Statistics
@@ -143,14 +143,9 @@ def adapt(
     NaN or infinity (naming the layer), statistics that the buffers' type cannot hold; UsageError
     for arguments that mean nothing; RuntimeUnavailableError for a device that is not there.
     """
-    rule = Rule(part, prior, weight, mixture)
-    options = Options(source_data is not None, layers, forward, device, provider)
-    target = target_of(model, options, record, Reading(factory))
-    return adapt_target(
-        target,
-        data,
+    asked = Asked(
         method=method,
-        rule=rule,
+        rule=Rule(part, prior, weight, mixture),
         source_data=source_data,
         up_to=up_to,
         test_data=test_data,
@@ -161,131 +156,192 @@ def adapt(
         diagnose=diagnose,
         ranks=ranks or Alone(),
     )
+    options = Options(source_data is not None, layers, forward, device, provider)
+    return adapt_target(target_of(model, options, record, Reading(factory)), data, asked)
 
 
-def adapt_target(
-    target: Target,
-    data: Iterable[Any],
-    *,
-    method: Method = "exact",
-    rule: Rule | None = None,
-    source_data: Iterable[Any] | None = None,
-    up_to: str | int | None = None,
-    test_data: Iterable[Any] | None = None,
-    stop: float | None = None,
-    precision: float = 0.1,
-    max_bytes: int | None = None,
-    progress: Tell | None = None,
-    diagnose: bool = True,
-    ranks: Ranks | None = None,
-    resumed: Mapping[str, ImageMoments] | None = None,
-    on_settled: Settled | None = None,
-) -> AdaptResult:
-    """`adapt` of a target that was opened; resumed, on_settled: see `networks.Run`."""
-    _check(method, precision, stop, max_bytes)
-    network, ranks, given = target.network, ranks or Alone(), data
-    room = network.room() // 2 if max_bytes is None else max_bytes
-    with contextlib.ExitStack() as stack:
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for: see `adapt`; resumed, on_settled: see `networks.Run`."""
 
-        def opened(batches: Iterable[Any]) -> Any:
-            feed = network.feed(batches, room // 4, is_share=ranks.size > 1)
-            return stack.enter_context(contextlib.closing(feed))
+    method: Method = "exact"
+    rule: Rule = field(default_factory=Rule)
+    source_data: Iterable[Any] | None = None
+    up_to: str | int | None = None
+    test_data: Iterable[Any] | None = None
+    stop: float | None = None
+    precision: float = 0.1
+    max_bytes: int | None = None
+    progress: Tell | None = None
+    diagnose: bool = True
+    ranks: Ranks = field(default_factory=Alone)
+    resumed: Mapping[str, ImageMoments] = field(default_factory=dict)
+    on_settled: Settled | None = None
 
-        if stop is not None:  # read more than once
-            data = stack.enter_context(contextlib.closing(Replay(data, room // 4)))
-        feed = opened(data)
-        run = Run(rule or Rule(), Progress(progress, feed, 1, False), room, ranks)
-        if up_to is not None:
-            orders = ranks.share(network.order(feed))  # a share without a batch knows none
-            network.keep_only(first_ones(max(orders, key=len), up_to))
-        if source_data is not None:
-            own = network.measure(opened(source_data), run)
-            seen_all = ranks.together({name: Waiting(1, found) for name, found in own.items()})
-            reference = {name: waiting.moments for name, waiting in seen_all.items()}
-            run = replace(run, rule=network.matched(run.rule, reference))
-        if stop is not None:
-            feed = opened(First(data, enough(network, data, run, stop, room // 4)))
-        if run.rule.prior:
-            run = replace(run, rule=replace(run.rule, images=_counted(feed, ranks)[0]))
-        stretches = len(network.layers) + 1 if method == "exact" else 1
-        run = replace(
-            run,
-            progress=Progress(progress, feed, stretches, diagnose),
-            resumed=resumed or {},
-            on_settled=on_settled,
+    def __post_init__(self) -> None:
+        if self.method not in ("exact", "fast"):
+            raise UsageError(f"method is {self.method!r}; it must be 'exact' or 'fast'.")
+        if not 0 < self.precision < 1:
+            raise UsageError(f"precision is {self.precision}; it must lie between 0 and 1.")
+        if self.stop is not None and not 0 < self.stop < 1:
+            raise UsageError(f"stop is {self.stop}; it must lie between 0 and 1.")
+        if self.max_bytes is not None and self.max_bytes < 0:
+            raise UsageError(f"max_bytes is {self.max_bytes}; it must not be negative.")
+
+
+def adapt_target(target: Target, data: Iterable[Any], asked: Asked | None = None) -> AdaptResult:
+    """`adapt` of a target that was opened."""
+    with _Work(target.network, data, asked or Asked()) as work:
+        work.prepare()
+        found = work.estimate()
+        looked = work.look_at(found)
+    return _result(target, work, found, looked)
+
+
+@dataclass(frozen=True, eq=False)
+class _Looked:
+    """Both networks side by side, and what the data were, of all processes."""
+
+    seen: Observed | None
+    accuracy: tuple[float, float] | None
+    images: int
+    batches: int
+    notes: tuple[str, ...]
+
+
+class _Work:
+    """The stages of an adaptation; what is opened on the way is closed with it."""
+
+    def __init__(self, network: Network, data: Iterable[Any], asked: Asked) -> None:
+        self.network, self.asked, self._given = network, asked, data
+        self._stack = contextlib.ExitStack()
+        self._room = network.room() // 2 if asked.max_bytes is None else asked.max_bytes
+
+    def __enter__(self) -> _Work:
+        self._data = self._given
+        if self.asked.stop is not None:  # read more than once
+            replay = Replay(self._given, self._room // 4)
+            self._data = self._stack.enter_context(contextlib.closing(replay))
+        self._feed = self._opened(self._data)
+        progress = Progress(self.asked.progress, self._feed, 1, False)
+        self.run = Run(self.asked.rule, progress, self._room, self.asked.ranks)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _opened(self, batches: Iterable[Any]) -> Passes:
+        is_share = self.asked.ranks.size > 1
+        feed = self.network.feed(batches, self._room // 4, is_share=is_share)
+        return self._stack.enter_context(contextlib.closing(feed))
+
+    def prepare(self) -> None:
+        """Which layers, by which rule, from how much of the data."""
+        asked, network, ranks = self.asked, self.network, self.asked.ranks
+        if asked.up_to is not None:
+            orders = ranks.share(network.order(self._feed))  # a share without a batch knows none
+            network.keep_only(first_ones(max(orders, key=len), asked.up_to))
+        if asked.source_data is not None:
+            own = network.measure(self._opened(asked.source_data), self.run)
+            every = ranks.together({name: Waiting(1, found) for name, found in own.items()})
+            reference = {name: waiting.moments for name, waiting in every.items()}
+            self.run = replace(self.run, rule=network.matched(asked.rule, reference))
+        if asked.stop is not None:
+            count = enough(network, self._data, self.run, asked.stop, self._room // 4)
+            self._feed = self._opened(First(self._data, count))
+        if self.run.rule.prior:
+            images, _ = _counted(self._feed, ranks)
+            self.run = replace(self.run, rule=replace(self.run.rule, images=images))
+
+    def estimate(self) -> Estimate:
+        """The statistics."""
+        asked, network = self.asked, self.network
+        stretches = len(network.layers) + 1 if asked.method == "exact" else 1
+        self.run = replace(
+            self.run,
+            progress=Progress(asked.progress, self._feed, stretches, asked.diagnose),
+            resumed=asked.resumed,
+            on_settled=asked.on_settled,
         )
-        found = network.exact(feed, run) if method == "exact" else network.fast(feed, run)
-        images, batches = _counted(feed, ranks)
-        if not images:  # each share alone may be empty
+        measured = network.exact if asked.method == "exact" else network.fast
+        found = measured(self._feed, self.run)
+        if not _counted(self._feed, asked.ranks)[0]:  # each share alone may be empty
             raise InputError("The target data holds no image; nothing can be estimated from it.")
         if not found.moments:
             raise InputError(
                 f"The forward passed none of the {len(network.layers)} batch norms to adapt; if it"
                 " uses their statistics in another way, give forward= a function that calls them."
             )
-        seen = network.observe(feed, run, found.statistics) if diagnose else None
-        accuracy, unlabelled = _accuracy(seen, getattr(given, "labels", None), ranks)
-        if test_data is not None:
-            tests = list(test_data)  # read once: it may be shuffled anew each time
-            if not tests:
-                raise UsageError("The test data holds no batch.")
-            known = getattr(test_data, "labels", None)
-            labels = _labels(tests) if known is None else known
-            tested = network.observe(opened(tests), run, found.statistics)
-            accuracy, fault = _accuracy(tested, labels, Alone())
-            if fault is not None:
-                raise UsageError(fault)
-        seen = seen and seen.merged(ranks)
-        run.progress.finish()
-        left_out = sum(ranks.share(feed.left_out))
-    shifts = diagnosis.layer_shifts(network.layers, found, seen, precision)
+        return found
+
+    def look_at(self, found: Estimate) -> _Looked:
+        """Both networks on the target, and on labelled samples."""
+        asked, ranks, notes = self.asked, self.asked.ranks, list[str]()
+        seen = None
+        if asked.diagnose:
+            seen = self.network.observe(self._feed, self.run, found.statistics)
+        accuracy, fault = _accuracy(seen, getattr(self._given, "labels", None), ranks)
+        if asked.test_data is not None:
+            accuracy = self._tested(asked.test_data, found)
+        elif fault is not None:
+            notes.append(fault)
+        self.run.progress.finish()
+        left_out = sum(ranks.share(self._feed.left_out))
+        if left_out:
+            notes.append(
+                f"The model's batch size is fixed; of the images {left_out} did not fill a batch"
+                " and were left out."
+            )
+        images, batches = _counted(self._feed, ranks)
+        return _Looked(seen and seen.merged(ranks), accuracy, images, batches, tuple(notes))
+
+    def _tested(self, data: Iterable[Any], found: Estimate) -> tuple[float, float] | None:
+        """Accuracy on labelled samples, which every process has whole."""
+        tests = list(data)  # read once: it may be shuffled anew each time
+        if not tests:
+            raise UsageError("The test data holds no batch.")
+        labels = getattr(data, "labels", None)
+        seen = self.network.observe(self._opened(tests), self.run, found.statistics)
+        accuracy, fault = _accuracy(seen, _labels(tests) if labels is None else labels, Alone())
+        if fault is not None:
+            raise UsageError(fault)
+        return accuracy
+
+
+_UNVISITED = "The forward did not pass it."
+
+
+def _result(target: Target, work: _Work, found: Estimate, looked: _Looked) -> AdaptResult:
+    network, asked, seen = work.network, work.asked, looked.seen
+    shifts = diagnosis.layer_shifts(network.layers, found, seen, asked.precision)
     outputs = seen.outputs if seen else None
     unvisited = [SkippedLayer(n, _UNVISITED) for n in network.layers if n not in found.moments]
     said = diagnosis.warnings(
         found,
         shifts,
         outputs,
-        images,
-        batches,
-        method,
-        precision,
+        looked.images,
+        looked.batches,
+        asked.method,
+        asked.precision,
         len(unvisited),
-        run.rule.is_plain,
+        work.run.rule.is_plain,
     )
     adapted = target.finish(found.statistics)
     return AdaptResult(
         model=adapted.model,
-        method=method,
+        method=asked.method,
         statistics=found.statistics,
         layers=shifts,
         skipped=(*network.skipped, *unvisited),
-        images=images,
-        batches=batches,
+        images=looked.images,
+        batches=looked.batches,
         outputs=outputs,
-        accuracy=accuracy,
-        warnings=(
-            *target.warnings,
-            *_about_rest(left_out),
-            *([unlabelled] if unlabelled else []),
-            *said,
-        ),
+        accuracy=looked.accuracy,
+        warnings=(*target.warnings, *looked.notes, *said),
         passes=max(found.passes, 1),
         adapted=adapted,
     )
-
-
-_UNVISITED = "The forward did not pass it."
-
-
-def _check(method: str, precision: float, stop: float | None, max_bytes: int | None) -> None:
-    if method not in ("exact", "fast"):
-        raise UsageError(f"method is {method!r}; it must be 'exact' or 'fast'.")
-    if not 0 < precision < 1:
-        raise UsageError(f"precision is {precision}; it must lie between 0 and 1.")
-    if stop is not None and not 0 < stop < 1:
-        raise UsageError(f"stop is {stop}; it must lie between 0 and 1.")
-    if max_bytes is not None and max_bytes < 0:
-        raise UsageError(f"max_bytes is {max_bytes}; it must not be negative.")
 
 
 def _counted(feed: Any, ranks: Ranks) -> tuple[int, int]:
@@ -294,15 +350,6 @@ def _counted(feed: Any, ranks: Ranks) -> tuple[int, int]:
         for _ in feed:
             pass
     return sum(ranks.share(feed.images)), sum(ranks.share(feed.batches))
-
-
-def _about_rest(left_out: int) -> tuple[str, ...]:
-    if not left_out:
-        return ()
-    return (
-        f"The model's batch size is fixed; of the images {left_out} did not fill a batch and"
-        " were left out.",
-    )
 
 
 def _accuracy(

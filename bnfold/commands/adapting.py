@@ -40,7 +40,7 @@ def adapt(args: argparse.Namespace) -> Report | None:
 
     Under torchrun every process measures its share of the data; the first one writes and reports.
     """
-    from bnfold.adapting.adapt import adapt_target
+    from bnfold.adapting.adapt import Asked, adapt_target
     from bnfold.data import shard
     from bnfold.measuring.ranks import group_from_environment
     from bnfold.measuring.statistics import Rule
@@ -59,9 +59,7 @@ def adapt(args: argparse.Namespace) -> Report | None:
             _state(args, data, ranks) as (resumed, on_settled),
             progress_bar(args, "adapting") as progress,
         ):
-            result = adapt_target(
-                target,
-                share,
+            asked = Asked(
                 method=args.method,
                 rule=Rule(args.part, args.prior, args.source_weight, args.mixture),
                 source_data=source and shard(source, ranks.rank, ranks.size),
@@ -75,6 +73,7 @@ def adapt(args: argparse.Namespace) -> Report | None:
                 resumed=resumed,
                 on_settled=on_settled,
             )
+            result = adapt_target(target, share, asked)
             notes = [f"{counted(len(resumed), 'layer')} settled before, by {args.state}"]
             notes = notes if resumed else []
             skipped = ranks.share(dict(getattr(share, "skipped", {})))
