@@ -103,6 +103,9 @@ def test_a_network_that_a_shift_has_broken_is_no_target_of_few_classes():
     proud = compared(sure(ALL_CLASSES % 3), sure(ALL_CLASSES))
     assert said("few classes", 0.2, proud)
     assert not said("few classes", 6.5, proud)
+    unsettled = compared(sure(ALL_CLASSES % 3, certainty=0.9), sure(ALL_CLASSES, certainty=0.7))
+    assert "surer of them than the adapted" in said("few classes", 0.2, unsettled)[0]
+    assert not said("few classes", 6.5, unsettled)
     assert "sure of them" in said("few classes", 0.04, proud)[0]
     assert "near its source" in said("few classes", 0.04, broken)[0]
 

@@ -24,8 +24,8 @@ Classes = NDArray[np.int64]
 FAST_BATCH = 32  # images in a batch, below which `fast` is off by some percent and more
 # Warnings of harm, tried in docs/results/warnings.md. Of the mean W2^2 / sigma^2 over the layers:
 # where a target is the source; where it is so near that the source network is to be believed; where
-# it is too far even for a sure one. As shares of log(classes): a gain of information; an entropy.
-# As a share of the classes: few.
+# it is too far even for a sure one. As shares of log(classes): a gain of information; an entropy,
+# or a rise of it. As a share of the classes: few.
 SAME = 0.01
 NEAR = 0.05
 FAR = 1.0
@@ -427,12 +427,12 @@ def likely_harm(shift: float, outputs: OutputShift | None) -> Iterator[str]:
             " may cost accuracy. Compare on labelled images."
         )
     effective = np.exp(outputs.information_before)
-    sure = outputs.entropy_before < SURE * np.log(outputs.classes)
-    if effective < FEW_CLASSES * outputs.classes and (shift < NEAR or (sure and shift < FAR)):
+    trusted = _why_trusted(shift, outputs)
+    if trusted and effective < FEW_CLASSES * outputs.classes:
         yield (
             f"The source network tells few classes apart in the target (about {effective:.1f} of"
-            f" {outputs.classes}), and is {'sure of them' if sure else 'near its source'}: if they"
-            " are few, or in other proportions than in the source, adapted statistics hurt."
+            f" {outputs.classes}), and {trusted}: if they are few, or in other proportions than in"
+            " the source, adapted statistics hurt."
         )
     share = max(outputs.histogram_after)
     if share > ONE_CLASS:
@@ -441,6 +441,18 @@ def likely_harm(shift: float, outputs: OutputShift | None) -> Iterator[str]:
             f" {outputs.histogram_after.index(share)} of {outputs.classes}: if the target has"
             " other class proportions than the source, adapted statistics hurt."
         )
+
+
+def _why_trusted(shift: float, outputs: OutputShift) -> str | None:
+    """Why the classes that the source network finds may be the target's; None if it is broken."""
+    limit = SURE * np.log(outputs.classes)
+    if outputs.entropy_before < limit and shift < FAR:
+        return "is sure of them"
+    if shift < NEAR:
+        return "is near its source"
+    if outputs.entropy_after - outputs.entropy_before > limit and shift < FAR:
+        return "is surer of them than the adapted one is of its own"
+    return None
 
 
 def _about_network(
