@@ -28,8 +28,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bnfold.adapting import modules  # noqa: E402
-from bnfold.adapting.adapt import is_batch_norm  # noqa: E402
+from bnfold.adapting.module_network import is_batch_norm  # noqa: E402
+from bnfold.measuring import modules  # noqa: E402
 from bnfold.measuring.estimate import Progress  # noqa: E402
 from bnfold.measuring.feed import Feed  # noqa: E402
 from models.mobilenet_v2 import mobilenet_v2  # noqa: E402

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import bnfold  # noqa: E402
 from bnfold import graph  # noqa: E402
-from bnfold.adapting import graphs  # noqa: E402
+from bnfold.measuring import graphs  # noqa: E402
 from bnfold.measuring.arrays import ArrayFeed  # noqa: E402
 from bnfold.measuring.estimate import Progress  # noqa: E402
 from bnfold.measuring.norms import norms_of  # noqa: E402
