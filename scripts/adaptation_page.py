@@ -254,8 +254,9 @@ def _conclusions(found: Found) -> str:
     return "\n".join([*lines, TAIL])
 
 
-TAIL = """- fast, exact and plain AdaBN agree within chance at this size and batch: the case for exact
-  is that it does not depend on how the set is cut or ordered, and small batches; it is not accuracy.
+TAIL = """- fast, exact and plain AdaBN agree within chance at this size and batch: the case for
+  exact is that it does not depend on how the set is cut or ordered, and small batches; it is not
+  accuracy.
 - Source images are worth more than any rule without them. These CIFAR networks were trained on
   augmented images, and their stored statistics are not those of plain ones: re-estimating costs
   resnet20 3 points on clean images before any shift comes in ([why](clean_loss.md)). Calibrated
