@@ -254,7 +254,8 @@ def _conclusions(found: Found) -> str:
     return "\n".join([*lines, TAIL])
 
 
-TAIL = """- fast, exact and plain AdaBN agree within chance at this size and batch: the case for exact is
+TAIL = """\
+- fast, exact and plain AdaBN agree within chance at this size and batch: the case for exact is
   that it does not depend on how the set is cut or ordered, and small batches; it is not accuracy.
 - Source images are worth more than any rule without them. These CIFAR networks were trained on
   augmented images, and their stored statistics are not those of plain ones: re-estimating costs
@@ -271,10 +272,10 @@ TAIL = """- fast, exact and plain AdaBN agree within chance at this size and bat
 - With few images the source belongs in: with 4 to 16 of them a prior of 16 images is worth 3 to
   17 points (but costs 1.5 to 4 on MNIST-M, where the source network knows little). `auto` is more
   careful than exact and does less than that prior. From 512 images on nothing is left of either.
-- The standard errors are right in the first layer, give or take a third, and too large for the
-  means of later ones, by a factor of 3 on resnet20: those see what the earlier ones, adapted to
-  the same images, have evened out. The number of images that the diagnosis asks for errs on the
-  safe side.
+- The standard errors are about right in the first layer (two halves differ by .55 to 1.65 of
+  them, over few and correlated channels), and too large for the means of later ones, by a factor of 3 on resnet20:
+  those see what the earlier ones, adapted to the same images, have evened out. The number of
+  images that the diagnosis asks for errs on the safe side.
 - Nothing here proves a gain without labels. What the warnings catch and miss is in
   [warnings.md](warnings.md).
 - The published CIFAR-10-C files were not at hand: figures are comparable in kind with those of
