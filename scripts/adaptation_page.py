@@ -273,9 +273,9 @@ TAIL = """\
   17 points (but costs 1.5 to 4 on MNIST-M, where the source network knows little). `auto` is more
   careful than exact and does less than that prior. From 512 images on nothing is left of either.
 - The standard errors are about right in the first layer (two halves differ by .55 to 1.65 of
-  them, over few and correlated channels), and too large for the means of later ones, by a factor of 3 on resnet20:
-  those see what the earlier ones, adapted to the same images, have evened out. The number of
-  images that the diagnosis asks for errs on the safe side.
+  them, over few and correlated channels), and too large for the means of later ones, by a factor
+  of 3 on resnet20: those see what the earlier ones, adapted to the same images, have evened out.
+  The number of images that the diagnosis asks for errs on the safe side.
 - Nothing here proves a gain without labels. What the warnings catch and miss is in
   [warnings.md](warnings.md).
 - The published CIFAR-10-C files were not at hand: figures are comparable in kind with those of
