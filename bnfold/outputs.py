@@ -107,7 +107,7 @@ def writer_of(
                 f"{path}: a .pt2 holds a graph module, and a .pt or .safetensors asked for the"
                 " network's own class; fold them one at a time."
             )
-        return lambda staged: _write(staged, program_bytes(result.program))
+        return lambda staged: write_plain(staged, program_bytes(result.program))
     if result.state_dict is None:
         raise UsageError(
             f"{path}: an ONNX model {kind}s to .onnx; {path.suffix} needs a torch model."
@@ -119,7 +119,7 @@ def writer_of(
         tensors = {name: tensor.contiguous() for name, tensor in result.state_dict.items()}
         about = {"schema": SCHEMA, "kind": kind, "model": args.factory, "folded": names}
         metadata = {DESCRIPTION_KEY: json.dumps(about)}
-        return lambda staged: _write(staged, save(tensors, metadata=metadata))
+        return lambda staged: write_plain(staged, save(tensors, metadata=metadata))
     from bnfold.saving import checkpoint_bytes
 
     data = checkpoint_bytes(
@@ -131,7 +131,7 @@ def writer_of(
         folded=names,
         plain=plain,
     )
-    return lambda staged: _write(staged, data)
+    return lambda staged: write_plain(staged, data)
 
 
 def _shapes_of(source: Any) -> dict[str, list[int]]:
@@ -142,7 +142,8 @@ def _shapes_of(source: Any) -> dict[str, list[int]]:
     return {name: list(x.shape) for name, x in zip(names, source.example, strict=False)}
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_plain(path: Path, data: bytes) -> None:
+    """Write a file that was staged."""
     path.write_bytes(data)
 
 

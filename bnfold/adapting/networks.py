@@ -35,8 +35,8 @@ class SkippedLayer:
 class Run:
     """How an estimate is to be made: see `bnfold.adapt`.
 
-    resumed: layers that were settled before, in
-    order, with what they saw. on_settled: told of each layer as it is settled.
+    resumed: layers that were settled before, in order, with what they saw. on_settled: told of
+    each layer as it is settled.
     """
 
     rule: Rule

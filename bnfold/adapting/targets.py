@@ -119,9 +119,10 @@ def _of_graph(base: Base, model: ir.Model, options: Options) -> Target:
         """The idle batch norms, which now do something, folded away."""
         from bnfold.api import fold
 
-        done = fold(recovered.result(found))
+        adapted = recovered.result(found)
+        done = fold(adapted)
         given = graph.to_proto(done.model) if base.as_proto else done.model
-        return Adapted(given, recovered.result(found), fold=done)
+        return Adapted(given, adapted, fold=done)
 
     # what a checkpoint holds by name is not what comes back
     said = _APPROXIMATE.format(count=len(recovered.layers))

@@ -12,12 +12,12 @@ from bnfold.adapting.base import Adapted, Base
 from bnfold.commands.shared import Report
 from bnfold.errors import UsageError
 from bnfold.graph import save_onnx, to_bytes
-from bnfold.outputs import Writer, check_outputs, record_path, write_all, writer_of
+from bnfold.outputs import Writer, check_outputs, record_path, write_all, write_plain, writer_of
 
 
 def check_adapted_outputs(args: argparse.Namespace, outputs: list[Path], base: Base) -> None:
     """Refuse outputs that cannot hold the network, or are there already. Raises UsageError."""
-    model = args.base if hasattr(args, "base") else args.model
+    model = _given(args)
     check_outputs(outputs, model, args.overwrite, base.formats)
     if base.back is not None:
         check_outputs([record_path(outputs[0])], model, args.overwrite, (".safetensors",))
@@ -36,7 +36,7 @@ def write_adapted(
     metrics: what a checkpoint is to say of how it came about.
     """
     writers = {path: _writer(path, args, base, adapted, metrics) for path in outputs}
-    source = args.base if hasattr(args, "base") else args.model
+    source = _given(args)
     if base.back is None or adapted.fold is None:
         write_all(done, writers, role="adapted", source=source)
         return
@@ -44,6 +44,12 @@ def write_adapted(
     original = hashlib.sha256(to_bytes(adapted.fold.original)).hexdigest()
     record = (record_path(outputs[0]), adapted.fold.record)
     write_all(done, writers, record, role="adapted", source=source, original=original)
+
+
+def _given(args: argparse.Namespace) -> Path:
+    """The network's file: BASE of `pack apply`, MODEL of `adapt`."""
+    given: Path = args.base if hasattr(args, "base") else args.model
+    return given
 
 
 def _writer(
@@ -63,7 +69,7 @@ def _writer(
         from safetensors.torch import save
 
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        return lambda staged: _write(staged, save(tensors))
+        return lambda staged: write_plain(staged, save(tensors))
     from bnfold.saving import checkpoint_bytes
 
     said = base.description
@@ -76,8 +82,4 @@ def _writer(
         metrics=metrics,
         plain=said.get("plain"),
     )
-    return lambda staged: _write(staged, data)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    return lambda staged: write_plain(staged, data)

@@ -270,6 +270,7 @@ def _layer_table(layers: Sequence[LayerShift]) -> Report:
         return "-" if value is None else f"{value:.3g}"
 
     head = ["layer", "channels", "KL before", "KL after", "W2 before", "W2 after", "scale s.e. %"]
+    head.append("images needed")
     rows = [
         [
             layer.name,
@@ -279,16 +280,11 @@ def _layer_table(layers: Sequence[LayerShift]) -> Report:
             number(layer.w2_before),
             number(layer.w2_after),
             number(100 * layer.scale_error),
+            layer.images_needed if layer.images_needed is not None else "-",
         ]
         for layer in layers
     ]
-    return {
-        "head": [*head, "images needed"],
-        "rows": [
-            [*row, layer.images_needed if layer.images_needed is not None else "-"]
-            for row, layer in zip(rows, layers, strict=True)
-        ],
-    }
+    return {"head": head, "rows": rows}
 
 
 def _output_table(outputs: OutputShift) -> Report:
