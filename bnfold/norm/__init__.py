@@ -1,0 +1,1 @@
+"""Batch normalization and its variants, as torch modules that fold to plain weights."""
