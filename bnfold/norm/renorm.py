@@ -1,0 +1,167 @@
+"""Batch renormalization: training normalises, in effect, by the running statistics.
+
+Ioffe: Batch Renormalization, 2017, algorithm 1. A batch of mean mB and deviation sB (epsilon in the
+root) is normalised by itself and then corrected, xh r + d. There r = sB / s and d = (mB - mu) / s are
+clipped and have no gradient. Since gamma (xh r + d) + beta = xh (gamma r) + (gamma d + beta), this
+is torch's own batch norm with another weight and bias, and so it is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bnfold.errors import UsageError
+from bnfold.norm.batch import BatchNorm
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """How far r and d may go, by training step (section 4 of the paper, and its numbers).
+
+    Until step `start` r is 1 and d is 0, which is plain batch norm; from there the bounds grow
+    linearly, 1/r_max <= r <= r_max until `r_end` and |d| <= d_max until `d_end`. A bound of
+    infinity holds nothing back, and comes at once, at its end.
+
+    Raises UsageError for an r_max below 1, a d_max below 0, or steps out of order.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    start: int = 5_000
+    r_end: int = 40_000
+    d_end: int = 25_000
+
+    def __post_init__(self) -> None:
+        if not (self.r_max >= 1 and self.d_max >= 0):
+            raise UsageError(
+                f"Batch renorm's bounds are r_max >= 1 and d_max >= 0, not {self.r_max:g} and"
+                f" {self.d_max:g}."
+            )
+        if not 0 <= self.start <= min(self.r_end, self.d_end):
+            raise UsageError(
+                f"Batch renorm's bounds cannot start at step {self.start} and end at {self.r_end}"
+                f" and {self.d_end}; give 0 <= start <= r_end and d_end."
+            )
+
+    @classmethod
+    def over(cls, steps: int, r_max: float = 3.0, d_max: float = 5.0) -> Clipping:
+        """The paper's schedule, of 150 000 steps, on a run of `steps`."""
+        start, r_end, d_end = (
+            round(steps * part / 150_000) for part in (cls.start, cls.r_end, cls.d_end)
+        )
+        return cls(r_max, d_max, start, r_end, d_end)
+
+    @classmethod
+    def fixed(cls, r_max: float, d_max: float) -> Clipping:
+        """The same bounds from the first step on; `math.inf` for none."""
+        return cls(r_max, d_max, 0, 0, 0)
+
+    def at(self, step: int) -> tuple[float, float]:
+        """(r_max, d_max) after `step` batches."""
+        return (
+            _ramp(step, self.start, self.r_end, 1.0, self.r_max),
+            _ramp(step, self.start, self.d_end, 0.0, self.d_max),
+        )
+
+
+def _ramp(step: int, start: int, end: int, first: float, last: float) -> float:
+    if step >= end:
+        return last
+    if step <= start or math.isinf(last):
+        return first
+    return first + (last - first) * (step - start) / (end - start)
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization on inputs (N, C, ...) of any rank.
+
+    It has torch's batch norm's state, and its inference. `running_var` holds s^2 - eps, so that
+    s = sqrt(running_var + eps) is the average of the batches' deviations, as in the paper.
+    `momentum` is the weight of a new batch (the paper's alpha), None for a cumulative average. The
+    step of the schedule is `num_batches_tracked`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        *,
+        schedule: Clipping | None = None,
+        **factory: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, **factory)
+        self.schedule = Clipping() if schedule is None else schedule
+
+    @property
+    def running_std(self) -> Tensor:
+        """The running standard deviation s, (C,), float32 or wider."""
+        assert self.running_var is not None
+        return (_wide(self.running_var) + self.eps).sqrt()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, ...) -> the same shape."""
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        r, d, std = self._correction(input)
+        weight = r if self.weight is None else self.weight * r
+        bias = d if self.weight is None else self.weight * d
+        if self.bias is not None:
+            bias = bias + self.bias
+        rate, scratch = self.count(), torch.empty_like(self.running_var)
+        output = functional.batch_norm(
+            input, self.running_mean, scratch, weight, bias, True, rate, self.eps
+        )
+        with torch.no_grad():
+            average = torch.lerp(self.running_std, std, rate)
+            self.running_var.copy_((average.square() - self.eps).clamp_(min=0))
+        return output
+
+    @torch.no_grad()
+    def _correction(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """r, d and the batch's deviation, each (C,)."""
+        assert self.running_mean is not None
+        assert self.num_batches_tracked is not None
+        mean, var = moments(input)
+        s, std = self.running_std, (var + self.eps).sqrt()
+        r_max, d_max = self.schedule.at(int(self.num_batches_tracked))
+        r = (std / s).clamp_(1 / r_max, r_max)
+        d = ((mean - _wide(self.running_mean)) / s).clamp_(-d_max, d_max)
+        return r, d, std
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{super().extra_repr()}, schedule={self.schedule}"
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of (N, C, ...), in float32 or wider."""
+    x = _wide(x)
+    var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+    return mean, var
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class BatchRenorm1d(nn.BatchNorm1d, BatchRenorm):
+    """BatchRenorm on (N, C) or (N, C, L)."""
+
+
+class BatchRenorm2d(nn.BatchNorm2d, BatchRenorm):
+    """BatchRenorm on (N, C, H, W)."""
+
+
+class BatchRenorm3d(nn.BatchNorm3d, BatchRenorm):
+    """BatchRenorm on (N, C, D, H, W)."""
