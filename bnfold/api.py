@@ -172,7 +172,7 @@ def fold(
     of forward), an exported program, an onnx_ir or onnx model, or the path of a model file. It is
     not changed. factory: the network of a checkpoint path ("path.py:name").
     freeze_inputs: treat initializers that a caller could override as constants. repair: exact
-    repairs ("clamp", "border") that may put other operators in the place of a batch norm; they are
+    repairs ("clamp", "pad", "border") that may put other operators in the place of a batch norm; they are
     of the graph, so the result of a module is its folded ONNX graph then. clean_up: what may be
     simplified besides, in the graph too: "pad" (a Pad with zeros becomes the convolution's own),
     "conv-chain" (a 1x1 convolution of a convolution, where one costs no more), "dead-channels".

@@ -22,7 +22,7 @@ from bnfold.folding.plan import FoldPlan
 from bnfold.folding.quantized import requantized
 from bnfold.folding.rules import RULES, rewritten
 from bnfold.folding.rules.node import label, optional_input
-from bnfold.folding.rules.relations import Step
+from bnfold.folding.rules.relations import Padding, Step
 from bnfold.folding.rules.repairs import repair_of
 from bnfold.graph import fresh_name, names_in
 
@@ -70,6 +70,8 @@ def apply(plan: FoldPlan) -> Folded:
             form = repair.form(plan.gauge) if repair is not None else None
             if form is not None:
                 writer.rewrite(nodes[node], _news(node, form.constants or {}))
+                if form.padding is not None:
+                    writer.put_in_front(nodes[node], form.padding)
                 writer.add_steps(nodes[node], form.steps, in_place=form.constants is None)
             else:
                 writer.rewrite(nodes[node], _news(node, rewritten(node, plan.gauge)))
@@ -285,6 +287,24 @@ class _Writer:
             self.suspects.update(dict.fromkeys(v for v in node.inputs[1:] if v is not None))
             inner.replace_all_uses_with(x)
             node.graph.remove(node, safe=True)
+
+    def put_in_front(self, node: ir.Node, padding: Padding) -> None:
+        """A Pad of what a node reads, which does not pad any more."""
+        x, graph = node.inputs[0], node.graph
+        assert x is not None
+        assert x.dtype is not None
+        assert isinstance(graph, ir.Graph)
+        name = f"{node.name or node.outputs[0].name}_pad"
+        counts = np.array([0, 0, *padding.before, 0, 0, *padding.after], np.int64)
+        pads = self._initializer(node, f"{name}_pads", ir.Tensor(counts))
+        number = rounded(np.asarray(padding.number), x.dtype, name)
+        held = self._initializer(node, f"{name}_constant", number)
+        value = ir.Value(name=fresh_name(name, self.names), type=x.type)
+        made = ir.node("Pad", inputs=[x, pads, held], name=name, outputs=[value])
+        graph.insert_before(node, made)
+        node.replace_input_with(0, value)
+        node.attributes.pop("auto_pad", None)
+        node.attributes["pads"] = ir.AttrInt64s("pads", [0] * 2 * len(padding.before))
 
     def _put_behind(self, value: ir.Value, op_type: str, held: ir.Value) -> ir.Value:
         """An operator behind a value, whose name and readers its result takes over."""

@@ -179,8 +179,8 @@ class OneConv(Merge):
         return (input_of(self.host, 0),)
 
     def asks_of_sources(self, repairs: frozenset[str]) -> list[Demand]:
-        """As its row in the table, or its repair."""
-        repair = repair_of(self.host, repairs)
+        """As its row in the table, or with a map of its border."""
+        repair = repair_of(self.host, repairs & _BORDER)
         asks = repair.relations if repair is not None else CONV.relations(self.host)
         return [demand for demand in asks.demands if demand.value is self.sources[0]]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from bnfold.folding.affine import Gauge
@@ -24,6 +25,7 @@ from bnfold.folding.parallel import parallel_sums
 from bnfold.folding.range import Guard, OutOfRange
 from bnfold.folding.rules import affine_of
 from bnfold.folding.rules.node import Opaque, label, layer_name, name_of
+from bnfold.folding.rules.repairs import FREE
 from bnfold.folding.scope import Scope
 from bnfold.folding.selection import Selection
 from bnfold.folding.transaction import remove
@@ -140,8 +142,9 @@ def plan(
         if scope is None:
             wanted = [parallel_sums] * merge + [CHAINS[name] for name in CHAINS if name in clean_up]
             progress |= any(_merge(network, guard, find, norms, others) for find in wanted)
+    _take_out_freely(network, norms, others, guard, scope)
     if repairs and any(isinstance(outcome, str) for outcome in norms.values()):
-        network.allow(repairs)
+        network.allow(network.repairs | repairs)
         _take_out(network, norms, guard, scope)
     reasons = {node: network.held.get(node) or norms[node] for node in found}
     kept = [Kept(name_of(n), n, why) for n, why in reasons.items() if isinstance(why, str)]
@@ -221,6 +224,38 @@ def _is_map(node: ir.Node) -> bool:
     except Opaque:
         return False
     return True
+
+
+def _take_out_freely(
+    network: Network, norms: Outcomes, others: Outcomes, guard: Guard, scope: Scope | None
+) -> None:
+    """Try what still stays with the repairs that cost nothing.
+
+    They take a shift that is one number; other nodes are not tried, so that what stays of an
+    ordinary network is known for the reason that it had.
+    """
+    hopeful = [
+        {n: o for n, o in outcomes.items() if isinstance(o, str) and _shifts_by_one_number(network, n)}
+        for outcomes in (norms, others)
+    ]
+    before = network.repairs
+    network.allow(before | FREE.keys())
+    gone = [_take_out(network, outcomes, guard, scope) for outcomes in hopeful]
+    if not any(gone):
+        network.allow(before)
+    for outcomes, tried in zip((norms, others), hopeful, strict=True):
+        outcomes.update(tried)
+
+
+def _shifts_by_one_number(network: Network, node: ir.Node) -> bool:
+    """True for a map whose shift, ahead or back, is the same in every channel and not 0."""
+    try:
+        affine = network.map_of(node).affine
+    except Opaque:
+        return False
+    if not np.all(affine.scale) or not np.any(affine.shift):
+        return False
+    return any(np.ptp(shift) == 0 for shift in (affine.shift, affine.shift / affine.scale))
 
 
 def _take_out(network: Network, outcomes: Outcomes, guard: Guard, scope: Scope | None) -> bool:

@@ -160,16 +160,15 @@ def pad_rule() -> Rule:
         value, y, as_input = pad_value(node), node.outputs[0], _pads_with_input(node)
 
         def one_number(scale: Array, origin: Array) -> Mask:
-            number = _carried_pad(value, Gauge(scale, origin)) if as_input else value
-            new = Gauge(scale, origin).write(np.asarray(value))
-            return np.asarray(np.where(np.isinf(scale), origin == value, new == number))
+            gauge = Gauge(scale, origin)
+            return is_carried_as(carried(value, gauge) if as_input else value, value, gauge)
 
         sentence = f"{label(node)} pads all channels with one number, which no shift may change"
         demand = Demand(y, "origin", one_number, sentence)
         return Relations(asks.scales, asks.origins, (), (demand,))
 
     def rewrite(node: ir.Node, gauges: Gauges) -> dict[int, Array]:
-        number = _carried_pad(pad_value(node), gauges(node.outputs[0]))
+        number = carried(pad_value(node), gauges(node.outputs[0]))
         return {_PAD_VALUE: np.asarray(number)}
 
     return Rule(relations, rewrite, lambda n: (_PAD_VALUE,) if _pads_with_input(n) else ())
@@ -190,11 +189,17 @@ def pad_value(node: ir.Node) -> float:
     return float(weights(node, _PAD_VALUE).reshape(-1)[0])
 
 
-def _carried_pad(value: float, gauge: Gauge) -> float:
-    """What the folded graph pads with, by the first channel that is no known constant."""
+def carried(value: float, gauge: Gauge) -> float:
+    """A number as the folded graph has it, by the first channel that is no known constant."""
     new, known = np.broadcast_arrays(gauge.write(np.asarray(value)), np.isinf(gauge.scale))
     live = new[~known]
     return float(live[0]) if live.size else value
+
+
+def is_carried_as(number: float, value: float, gauge: Gauge) -> Mask:
+    """Whether each channel carries `value` as this one number."""
+    new = gauge.write(np.asarray(value))
+    return np.asarray(np.where(np.isinf(gauge.scale), gauge.origin == value, new == number))
 
 
 def grid_sample_rule() -> Rule:

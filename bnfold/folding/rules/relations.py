@@ -108,20 +108,30 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
+class Padding:
+    """A Pad of the spatial axes with one number: how much in front of each, how much behind."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    number: float
+
+
+@dataclass(frozen=True, eq=False)
 class Form:
     """What stands in the folded graph for a node that is repaired.
 
     constants: the node's new ones by slot. steps: the operators behind it; without constants they
-    take the node's place.
+    take the node's place. padding: a Pad in front of the node, which does not pad any more.
     """
 
     steps: tuple[Step, ...]
     constants: dict[int, Array] | None = None
+    padding: Padding | None = None
 
     @property
     def extra_operators(self) -> int:
         """How many operators more there are."""
-        return len(self.steps) - (self.constants is None)
+        return len(self.steps) - (self.constants is None) + (self.padding is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,41 +5,54 @@
   So Max and Min by constants take the place of the Relu, and shift and sign pass.
 - border: a convolution that pads with zeros pads, in the coordinates of a shifted input, with
   another number. What that changes depends on the place alone: a constant map, added behind.
+- pad: where that other number is the same in every channel, a Pad with it in front of the
+  convolution (or the average pooling), which does not pad any more; for any size.
 
 A repair puts operators in the place of a batch norm. It is exact, not always quicker: which ones
-may be used is the caller's choice (`docs/decisions/0005`).
+may be used is the caller's choice (`docs/decisions/0005`). Two cost nothing, and are always used
+(`docs/decisions/0015`): where the bounds are the same in every channel, a Relu is a Clip with
+another floor; and a Pad in front of the first layer, where a batch norm of the input was.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from bnfold.folding.affine import Array, Gauge, canonical
+from bnfold.folding.affine import Array, Gauge, Mask, canonical
+from bnfold.folding.constants import constant
 from bnfold.folding.rules.linear import absorbs, conv_barrier, conv_rewrite
-from bnfold.folding.rules.moves import same
+from bnfold.folding.rules.moves import pooled, same
 from bnfold.folding.rules.node import (
     Opaque,
     along,
+    auto_padded,
     dims,
     input_of,
     integer,
     integers,
+    label,
     opset_of,
     real,
     string,
     weights,
 )
+from bnfold.folding.rules.passing import carried, connect, is_carried_as
 from bnfold.folding.rules.relations import (
+    Demand,
     Form,
     Gauges,
+    Padding,
     Relations,
     Repair,
     Scales,
     Step,
     Tie,
+    positive,
     readable,
 )
 
@@ -73,10 +86,41 @@ def clamp(node: ir.Node) -> Repair:
         relu = np.all((gauge.scale > 0) & ((gauge.origin == 0) | np.isinf(gauge.scale)))
         if same_bounds or (relu and node.op_type == "Relu"):
             return None
+        if _is_floor(node, gauge):
+            return Form((Step("Clip", np.asarray(carried(0.0, gauge))),))
         steps = (Step("Max", lower), Step("Min", upper))
         return Form(tuple(step for step in steps if np.any(np.isfinite(step.constant))))
 
     return Repair(relations, form)
+
+
+def floor(node: ir.Node) -> Repair:
+    """Relu as a Clip from below by one number. Raises Opaque where that cannot be.
+
+    As quick as the Relu: onnxruntime runs it in one with the convolution ahead, as it does a Relu.
+    """
+    if node.op_type != "Relu" or opset_of(node) < _CLIP_WITH_INPUTS:
+        raise Opaque("its opset has no Clip with a constant")
+    clamped, x, y = clamp(node), input_of(node, 0), node.outputs[0]
+    one_floor = Demand(y, "origin", _one_number, f"{label(node)} passes no shift")
+    asked = (*clamped.relations.demands, positive(x, node), positive(y, node), one_floor)
+    return Repair(replace(clamped.relations, demands=asked), clamped.form)
+
+
+_CLIP_WITH_INPUTS = 11
+
+
+def _is_floor(node: ir.Node, gauge: Gauge) -> bool:
+    """True where a Relu is max(x~, c) with one number c for all channels."""
+    plain = node.op_type == "Relu" and opset_of(node) >= _CLIP_WITH_INPUTS
+    one = np.all(_one_number(gauge.scale, gauge.origin))
+    return bool(plain and one and np.all(gauge.scale > 0))
+
+
+def _one_number(scale: Array, origin: Array) -> Mask:
+    """Whether zero is one number in all channels of the folded graph."""
+    gauge = Gauge(scale, origin)
+    return is_carried_as(carried(0.0, gauge), 0.0, gauge)
 
 
 def _bounds(node: ir.Node) -> tuple[float, float]:
@@ -192,22 +236,123 @@ def _pads_before(node: ir.Node, axis: int, size: int, places: int, stride: int, 
     return total // 2 if mode == "SAME_UPPER" else total - total // 2
 
 
+# --- a Pad in front ------------------------------------------------------------------------------
+
+
+def pad(node: ir.Node) -> Repair:
+    """Conv or AveragePool that pads with what zero has become, by a Pad in front of it.
+
+    The number must be the same in every channel. Raises Opaque where that cannot be.
+    """
+    if opset_of(node) < _PAD_WITH_INPUTS:
+        raise Opaque("its opset has no Pad with a constant")
+    pooling = node.op_type == "AveragePool"
+    if pooling and not (integer(node, "count_include_pad", 0) and _pads_only(node)):
+        raise Opaque("it averages no zeros, or counts what lies beyond them")
+    x, y = input_of(node, 0), node.outputs[0]
+    if not pooling and conv_barrier(node, transposed=False) is None:
+        raise Opaque("it has no border that a shift would change")
+    before, after = _pads(node)
+    sentence = f"{label(node)} pads with zeros, which a shift would change"
+    one_number = Demand(x, "origin", _one_number, sentence)
+    if pooling:
+        tie = connect(x, y, pooled(x, y, node))
+        relations = Relations((tie,), (tie,), (), (one_number,))
+    else:
+        asks = absorbs(node, (x, 1), (y, 1))
+        relations = replace(asks, demands=(*asks.demands, one_number))
+
+    def form(gauges: Gauges) -> Form | None:
+        gauge = gauges(x)
+        number = carried(0.0, gauge)
+        if number == 0 or not np.all(_one_number(gauge.scale, gauge.origin)):
+            return None
+        constants = {} if pooling else conv_rewrite(node, gauges, transposed=False)
+        return Form((), constants, Padding(before, after, number))
+
+    return Repair(relations, form)
+
+
+_PAD_WITH_INPUTS = 11
+
+
+def _pads_only(node: ir.Node) -> bool:
+    """True for a pooling that pads, and whose windows end where its pads do."""
+    padded = any(integers(node, "pads") or ()) or auto_padded(node)
+    return padded and not integer(node, "ceil_mode", 0)
+
+
+def _pads(node: ir.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How much a Conv or a pooling pads in front of each axis and behind it."""
+    if not auto_padded(node):
+        pads = integers(node, "pads")
+        return tuple(pads[: len(pads) // 2]), tuple(pads[len(pads) // 2 :])
+    x, y = input_of(node, 0), node.outputs[0]
+    kernel = integers(node, "kernel_shape") or list(weights(node, 1).shape[2:])
+    strides = integers(node, "strides") or [1] * len(kernel)
+    dilations = integers(node, "dilations") or [1] * len(kernel)
+    before, after = [], []
+    for axis, (size, places) in enumerate(zip(dims(x)[2:], dims(y)[2:], strict=True)):
+        if not isinstance(size, int) or not isinstance(places, int):
+            raise Opaque(f"the size of '{x.name}' is not known, and its pads follow from it")
+        window = (kernel[axis] - 1) * dilations[axis] + 1
+        total = max(0, (places - 1) * strides[axis] + window - size)
+        first = _pads_before(node, axis, size, places, strides[axis], window)
+        before.append(first)
+        after.append(total - first)
+    return tuple(before), tuple(after)
+
+
+def first_pad(node: ir.Node) -> Repair:
+    """A Pad in front of a layer that reads the graph's input, through per-channel maps at most.
+
+    There it costs what the batch norm of the input did. Raises Opaque for any other layer.
+    """
+    value: ir.Value | None = input_of(node, 0)
+    while value is not None and not value.is_graph_input():
+        producer = value.producer()
+        if producer is None or producer.op_type not in _MAPS:
+            raise Opaque("it does not read the graph's input")
+        value = next((v for v in producer.inputs if constant(v) is None), None)
+    return pad(node)
+
+
+_MAPS = ("BatchNormalization", "Add", "Sub", "Mul", "Div")
+
+
 # --- the table ------------------------------------------------------------------------------------
 
-REPAIRS: dict[str, tuple[tuple[str, ...], Callable[[ir.Node], Repair]]] = {
+Make = Callable[[ir.Node], Repair]
+Table = dict[str, tuple[tuple[str, ...], Make]]
+# Those that nobody needs to ask for, and those that are asked for; the narrower ones first.
+FREE: Table = {
+    "floor": (("Relu",), floor),
+    "first-pad": (("Conv", "AveragePool"), first_pad),
+}
+REPAIRS: Table = {
     "clamp": (("Relu", "Clip"), clamp),
+    "pad": (("Conv", "AveragePool"), pad),
     "border": (("Conv", "ConvTranspose"), border),
 }
 
 
 def repair_of(node: ir.Node, allowed: frozenset[str]) -> Repair | None:
-    """The repair of a node among those that are allowed, if it has one."""
+    """The repair of a node among those that are allowed, if it has one.
+
+    Of several it asks what the widest asks, and has the form of the narrowest that will do.
+    """
     if node.domain not in ("", "ai.onnx"):
         return None
-    for name, (operators, make) in REPAIRS.items():
+    found: list[Repair] = []
+    for name, (operators, make) in (FREE | REPAIRS).items():
         if name in allowed and node.op_type in operators:
-            try:
-                return make(node)
-            except Opaque:
-                return None
-    return None
+            with contextlib.suppress(Opaque):
+                found.append(make(node))
+    if len(found) < 2:
+        return found[0] if found else None
+
+    def form(gauges: Gauges) -> Form | None:
+        forms = (repair.form(gauges) for repair in found)
+        return next((form for form in forms if form is not None), None)
+
+    return Repair(found[-1].relations, form)
