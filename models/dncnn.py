@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from bnfold.norm import Kind, convert
+
 
 class DnCNN(nn.Module):
     """Conv-Relu, then Conv-BN-Relu `depth - 2` times, then one Conv; no biases, 3x3 throughout."""
@@ -29,6 +31,8 @@ def _conv(in_channels: int, channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
 
 
-def dncnn(*, depth: int = 17, features: int = 64, image_channels: int = 1) -> DnCNN:
+def dncnn(
+    *, depth: int = 17, features: int = 64, image_channels: int = 1, norm: Kind = "batch"
+) -> nn.Module:
     """DnCNN-S for one noise level: 17 layers, 15 batch norms."""
-    return DnCNN(depth, features, image_channels)
+    return convert(DnCNN(depth, features, image_channels), norm)

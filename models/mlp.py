@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bnfold.norm import Kind, convert
+
 
 class MLP(nn.Module):
     """Linear, BatchNorm1d, Relu, Dropout for each hidden width, then a linear classifier."""
@@ -36,6 +38,7 @@ def mlp(
     widths: tuple[int, ...] = (512, 256),
     num_classes: int = 10,
     dropout: float = 0.2,
-) -> MLP:
+    norm: Kind = "batch",
+) -> nn.Module:
     """784-512-256-10 for 28x28 digits, 2 batch norms."""
-    return MLP(in_features, widths, num_classes, dropout)
+    return convert(MLP(in_features, widths, num_classes, dropout), norm)

@@ -2,14 +2,18 @@
 
 Sandler, Howard, Zhu, Zhmoginov, Chen: MobileNetV2, CVPR 2018, sections 3 and 4, table 2. Parameters
 carry the names that torchvision gives them, so its ImageNet checkpoints load. Input
-(N, 3, 224, 224); output (N, num_classes) logits.
+(N, in_channels, 224, 224), 32x32 for `mobilenet_v2_small`; output (N, num_classes) logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from bnfold.norm import Kind, convert
 
 # table 2 of the paper: expansion, output channels, blocks, stride of the first block
 STAGES = (
@@ -21,6 +25,8 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+# for images of 32x32: neither the stem nor the second stage halves them
+SMALL_STAGES = (STAGES[0], (6, 24, 2, 1), *STAGES[2:])
 STEM, LAST = 32, 1280
 
 
@@ -47,27 +53,46 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """A stem, 17 inverted residual blocks, a 1x1 convolution, pooling, dropout, a classifier."""
 
-    def __init__(self, num_classes: int, dropout: float) -> None:
+    def __init__(
+        self,
+        stages: Sequence[tuple[int, int, int, int]],
+        stem_stride: int,
+        num_classes: int,
+        dropout: float,
+        in_channels: int,
+        width: float,
+    ) -> None:
         super().__init__()
-        features: list[nn.Module] = [_conv_bn_relu6(3, STEM, 3, stride=2)]
-        width = STEM
-        for expansion, channels, blocks, stride in STAGES:
+        last = _rounded(LAST * max(width, 1.0))
+        before = _rounded(STEM * width)
+        features: list[nn.Module] = [_conv_bn_relu6(in_channels, before, 3, stem_stride)]
+        for expansion, full_channels, blocks, stride in stages:
+            channels = _rounded(full_channels * width)
             for i in range(blocks):
                 block_stride = stride if i == 0 else 1
-                features.append(InvertedResidual(width, channels, block_stride, expansion))
-                width = channels
-        features.append(_conv_bn_relu6(width, LAST, 1))
+                features.append(InvertedResidual(before, channels, block_stride, expansion))
+                before = channels
+        features.append(_conv_bn_relu6(before, last, 1))
         self.features = nn.Sequential(*features)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(LAST, num_classes))
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(last, num_classes))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, num_classes)."""
+        """(N, in_channels, H, W) -> (N, num_classes)."""
         x = functional.adaptive_avg_pool2d(self.features(x), 1)
         logits: Tensor = self.classifier(torch.flatten(x, 1))
         return logits
+
+
+def _rounded(channels: float) -> int:
+    """To a multiple of 8, as the published checkpoints of other widths are.
+
+    Never under 8, nor under nine tenths of what was asked for.
+    """
+    multiple = max(8, int(channels + 4) // 8 * 8)
+    return multiple + 8 if multiple < 0.9 * channels else multiple
 
 
 def _conv_bn_relu6(
@@ -78,6 +103,26 @@ def _conv_bn_relu6(
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU6())
 
 
-def mobilenet_v2(*, num_classes: int = 1000, dropout: float = 0.2) -> MobileNetV2:
+def mobilenet_v2(
+    *,
+    num_classes: int = 1000,
+    dropout: float = 0.2,
+    in_channels: int = 3,
+    width: float = 1.0,
+    norm: Kind = "batch",
+) -> nn.Module:
     """Width 1.0, 3.5 million parameters, 52 batch norms."""
-    return MobileNetV2(num_classes, dropout)
+    return convert(MobileNetV2(STAGES, 2, num_classes, dropout, in_channels, width), norm)
+
+
+def mobilenet_v2_small(
+    *,
+    num_classes: int = 10,
+    dropout: float = 0.2,
+    in_channels: int = 3,
+    width: float = 0.5,
+    norm: Kind = "batch",
+) -> nn.Module:
+    """For 32x32 images at half the width: 0.70 million parameters, 52 batch norms."""
+    network = MobileNetV2(SMALL_STAGES, 1, num_classes, dropout, in_channels, width)
+    return convert(network, norm)

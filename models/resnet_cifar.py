@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WIDTHS = (16, 32, 64)
+from bnfold.norm import Kind, convert
 
 
 class BasicBlock(nn.Module):
@@ -20,16 +20,19 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
         self.stride = stride
         self.new_channels = channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, channels, H / stride, W / stride)."""
-        y = functional.relu(self.bn1(self.conv1(x)))
+        y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return functional.relu(y + self._shortcut(x))
+        out: Tensor = self.relu2(y + self._shortcut(x))
+        return out
 
     def _shortcut(self, x: Tensor) -> Tensor:
         if self.stride > 1:
@@ -43,11 +46,12 @@ class BasicBlock(nn.Module):
 class ResNetCifar(nn.Module):
     """A 3x3 stem, three stages of `blocks` residual blocks, pooling, a classifier."""
 
-    def __init__(self, blocks: int, *, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(self, blocks: int, num_classes: int, in_channels: int, width: int) -> None:
         super().__init__()
-        first, second, third = WIDTHS
+        first, second, third = width, 2 * width, 4 * width
         self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
+        self.relu = nn.ReLU()
         self.layer1 = _stage(first, first, blocks, stride=1)
         self.layer2 = _stage(first, second, blocks, stride=2)
         self.layer3 = _stage(second, third, blocks, stride=2)
@@ -56,7 +60,7 @@ class ResNetCifar(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, num_classes)."""
-        x = functional.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(torch.flatten(functional.adaptive_avg_pool2d(x, 1), 1))
         return logits
@@ -75,26 +79,36 @@ def _init_convolutions(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight)
 
 
-def resnet20(*, num_classes: int = 10, in_channels: int = 3) -> ResNetCifar:
+def resnet20(
+    *, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Kind = "batch"
+) -> nn.Module:
     """20 layers, 0.27 million parameters, 19 batch norms."""
-    return ResNetCifar(3, num_classes=num_classes, in_channels=in_channels)
+    return convert(ResNetCifar(3, num_classes, in_channels, width), norm)
 
 
-def resnet32(*, num_classes: int = 10, in_channels: int = 3) -> ResNetCifar:
+def resnet32(
+    *, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Kind = "batch"
+) -> nn.Module:
     """32 layers, 0.46 million parameters, 31 batch norms."""
-    return ResNetCifar(5, num_classes=num_classes, in_channels=in_channels)
+    return convert(ResNetCifar(5, num_classes, in_channels, width), norm)
 
 
-def resnet44(*, num_classes: int = 10, in_channels: int = 3) -> ResNetCifar:
+def resnet44(
+    *, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Kind = "batch"
+) -> nn.Module:
     """44 layers, 0.66 million parameters, 43 batch norms."""
-    return ResNetCifar(7, num_classes=num_classes, in_channels=in_channels)
+    return convert(ResNetCifar(7, num_classes, in_channels, width), norm)
 
 
-def resnet56(*, num_classes: int = 10, in_channels: int = 3) -> ResNetCifar:
+def resnet56(
+    *, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Kind = "batch"
+) -> nn.Module:
     """56 layers, 0.85 million parameters, 55 batch norms."""
-    return ResNetCifar(9, num_classes=num_classes, in_channels=in_channels)
+    return convert(ResNetCifar(9, num_classes, in_channels, width), norm)
 
 
-def resnet110(*, num_classes: int = 10, in_channels: int = 3) -> ResNetCifar:
+def resnet110(
+    *, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Kind = "batch"
+) -> nn.Module:
     """110 layers, 1.7 million parameters, 109 batch norms."""
-    return ResNetCifar(18, num_classes=num_classes, in_channels=in_channels)
+    return convert(ResNetCifar(18, num_classes, in_channels, width), norm)

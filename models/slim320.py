@@ -12,36 +12,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# output channels and stride of the backbone's blocks, and where the heads read it
+from bnfold.norm import Kind, convert
+
+# output channels (in units of the stem's) and stride of the backbone's blocks, and where the heads
+# read it
 BLOCKS = (
-    *((32, 1), (32, 2), (32, 1), (64, 2), (64, 1), (64, 1), (64, 1)),
-    *((128, 2), (128, 1), (128, 1), (256, 2), (256, 1)),
+    *((2, 1), (2, 2), (2, 1), (4, 2), (4, 1), (4, 1), (4, 1)),
+    *((8, 2), (8, 1), (8, 1), (16, 2), (16, 1)),
 )
 HEADS_BEFORE_BLOCK = (8, 11, 13)
-HEAD_CHANNELS = (64, 128, 256, 256)
+HEAD_CHANNELS = (4, 8, 16, 16)
 PRIORS = (3, 2, 2, 3)
 
 
 class Slim320(nn.Module):
     """13 backbone blocks, one extra block, four pairs of classification and regression heads."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, in_channels: int, width: int) -> None:
         super().__init__()
-        stem = nn.Conv2d(3, 16, 3, 2, padding=1, bias=False)
-        layers = [nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU())]
-        width = 16
-        for channels, stride in BLOCKS:
-            layers.append(_separable_bn(width, channels, stride))
-            width = channels
+        stem = nn.Conv2d(in_channels, width, 3, 2, padding=1, bias=False)
+        layers = [nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())]
+        channels = width
+        for multiple, stride in BLOCKS:
+            layers.append(_separable_bn(channels, multiple * width, stride))
+            channels = multiple * width
         self.base_net = nn.ModuleList(layers)
-        extra = nn.Sequential(nn.Conv2d(256, 64, 1), nn.ReLU(), _separable(64, 256, 2), nn.ReLU())
+        squeeze = nn.Conv2d(channels, 4 * width, 1)
+        extra = nn.Sequential(squeeze, nn.ReLU(), _separable(4 * width, 16 * width, 2), nn.ReLU())
         self.extras = nn.ModuleList([extra])
-        self.classification_headers = _heads(num_classes)
-        self.regression_headers = _heads(4)
+        self.classification_headers = _heads(num_classes, width)
+        self.regression_headers = _heads(4, width)
         self.num_classes = num_classes
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) -> scores (N, priors, num_classes), boxes (N, priors, 4)."""
+        """(N, in_channels, H, W) -> scores (N, priors, num_classes), boxes (N, priors, 4)."""
         features: list[Tensor] = []
         for i, block in enumerate(self.base_net):
             if i in HEADS_BEFORE_BLOCK:
@@ -58,13 +62,13 @@ def _read(heads: nn.ModuleList, features: list[Tensor], size: int) -> Tensor:
     return torch.cat([m.reshape(m.shape[0], -1, size) for m in maps], dim=1)
 
 
-def _heads(size: int) -> nn.ModuleList:
-    widths = [priors * size for priors in PRIORS]
+def _heads(size: int, width: int) -> nn.ModuleList:
+    outputs = [priors * size for priors in PRIORS]
     heads: list[nn.Module] = [
-        _separable(channels, width, 1)
-        for channels, width in zip(HEAD_CHANNELS[:3], widths[:3], strict=True)
+        _separable(multiple * width, size, 1)
+        for multiple, size in zip(HEAD_CHANNELS[:3], outputs[:3], strict=True)
     ]
-    return nn.ModuleList([*heads, nn.Conv2d(HEAD_CHANNELS[3], widths[3], 3, padding=1)])
+    return nn.ModuleList([*heads, nn.Conv2d(HEAD_CHANNELS[3] * width, outputs[3], 3, padding=1)])
 
 
 def _separable(in_channels: int, channels: int, stride: int) -> nn.Sequential:
@@ -82,6 +86,8 @@ def _separable_bn(in_channels: int, channels: int, stride: int) -> nn.Sequential
     )
 
 
-def slim320(*, num_classes: int = 2) -> Slim320:
+def slim320(
+    *, num_classes: int = 2, in_channels: int = 3, width: int = 16, norm: Kind = "batch"
+) -> nn.Module:
     """The detector for 320x240 images: 0.26 million parameters, 25 batch norms."""
-    return Slim320(num_classes)
+    return convert(Slim320(num_classes, in_channels, width), norm)
