@@ -95,7 +95,8 @@ class GhostBatchNorm(BatchNorm):
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return f"{super().extra_repr()}, ghost_size={self.ghost_size}"
+        inherited = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, ghost_size={self.ghost_size}"
 
 
 # --- mean-only batch norm ------------------------------------------------------------------------
@@ -125,8 +126,13 @@ class MeanOnlyBatchNorm(BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         assert self.running_mean is not None
-        wide = torch.promote_types(input.dtype, torch.float32)
-        mean = input.flatten(2).mean((0, *range(2, min(input.dim(), 3))), dtype=wide)
+        if input.numel() == input.shape[1]:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got input size"
+                f" {tuple(input.shape)}"
+            )
+        others = [dim for dim in range(input.dim()) if dim != 1]
+        mean = input.mean(others, dtype=torch.promote_types(input.dtype, torch.float32))
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.count())
         shift = -mean if self.bias is None else self.bias - mean
@@ -139,9 +145,11 @@ class MeanOnlyBatchNorm(BatchNorm):
 class FrozenBatchNorm(BatchNorm):
     """A batch norm of four buffers: nothing is learnt and nothing is measured, in any mode.
 
-    Its state_dict is that of torchvision's and detectron2's `FrozenBatchNorm2d`; it also loads a
-    batch norm's, whose batch count it leaves out.
+    Its state_dict is that of torchvision's and detectron2's `FrozenBatchNorm2d`; it loads a batch
+    norm's, whose batch count it leaves out, and a batch norm loads it.
     """
+
+    _version = 1  # of torch's batch norm: the state before there was a batch count
 
     def __init__(self, num_features: int, eps: float = 1e-5, **factory: Any) -> None:
         super().__init__(num_features, eps, **factory)

@@ -2,25 +2,23 @@
 
 A kind keeps what it shares with the one before: batch norm, batch renorm, ghost and frozen batch
 norm have one state, so a network changes between them with its weights and statistics. The kinds
-that take the batch norms out give other functions; they are for networks that are yet to be trained.
+that take the batch norms out give other functions: they are for networks yet to be trained.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnfold.errors import InputError, UsageError
-from bnfold.norm import batch as batch_norms
+from bnfold.norm import batch as batches
 from bnfold.norm import renorm as renorms
-from bnfold.norm.weight import WEIGHTED, weight_norm
+from bnfold.norm.weight import WEIGHTED, check_weight, weight_norm
 from bnfold.parts import parts
 
 Kind = Literal[
@@ -37,15 +35,16 @@ Kind = Literal[
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-# A family of classes, by the rank that its name holds the input to; "" for any.
-_FAMILIES: dict[str, tuple[object, str]] = {
-    "batch": (batch_norms, "BatchNorm"),
+# Where a kind's classes are and their name without the rank; and the options that a kind takes.
+_CLASSES: dict[str, tuple[Any, str]] = {
+    "batch": (batches, "BatchNorm"),
     "renorm": (renorms, "BatchRenorm"),
-    "ghost": (batch_norms, "GhostBatchNorm"),
-    "mean-only": (batch_norms, "MeanOnlyBatchNorm"),
-    "frozen": (batch_norms, "FrozenBatchNorm"),
+    "ghost": (batches, "GhostBatchNorm"),
+    "mean-only": (batches, "MeanOnlyBatchNorm"),
+    "frozen": (batches, "FrozenBatchNorm"),
+    "sync": (nn, "SyncBatchNorm"),
 }
-_OPTIONS = {
+_OPTIONS: dict[str, set[str]] = {
     "batch": {"eps", "momentum"},
     "renorm": {"eps", "momentum", "schedule"},
     "ghost": {"eps", "momentum", "ghost_size"},
@@ -54,13 +53,19 @@ _OPTIONS = {
     "sync": {"eps", "momentum", "process_group"},
     "weight": {"log_scale"},
     "weight-mean-only": {"log_scale", "momentum"},
-    "none": set[str](),
+    "normprop": {"gain", "input", "pooling"},
+    "none": set(),
 }
-_FROZEN_ELSEWHERE = (
+# The modules whose batch norms are known here, and the classes of others, by name.
+_KNOWN = ("torch.nn.modules.batchnorm", batches.__name__, renorms.__name__)
+_FROZEN = (
     "torchvision.ops.misc.FrozenBatchNorm2d",
     "detectron2.layers.batch_norm.FrozenBatchNorm2d",
 )
-_NORM_ACTS = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
+_NORM_ACTS = tuple(
+    f"timm.layers.norm_act.{name}"
+    for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+)
 
 
 def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: Any) -> nn.Module:
@@ -69,155 +74,195 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     `batch`, `renorm`, `ghost`, `frozen` and `sync` have one state, which carries over; `mean-only`
     keeps the bias and the running mean. `weight` takes the batch norms out, weight-normalises every
     linear and convolution layer and gives it a bias; `weight-mean-only` puts mean-only batch norms
-    in their places; `none` takes them out and adds biases; `normprop` is
-    `bnfold.norm.propagation`. Modes, device, type, requires_grad, eps and momentum carry over, but
-    to batch renorm its own momentum, 0.01. A module in two places stays one module.
+    in their places; `none` takes them out and gives every layer a bias; `normprop` is
+    `bnfold.norm.propagation.propagate`. Modes, device, type, requires_grad, eps and momentum carry
+    over, except that batch renorm averages at its own pace, 0.01. A module in two places stays one
+    module. timm's norm and activation in one become a Sequential of `norm`, `drop` and `act`.
+    From `sync`, which does not tell the rank of its inputs, come norms that take any rank.
 
-    `options` are those of the kind's class (`schedule`, `ghost_size`, `momentum`, ...). Returns the
-    model itself if `inplace`, else a copy.
+    `options` are those of the kind's class (`schedule`, `ghost_size`, `momentum`, ...), and
+    `log_scale` of weight norm. Returns the model itself if `inplace`, unless it is a batch norm;
+    else a copy.
 
-    Raises UsageError for an unknown kind or option, InputError for a batch norm of a class of the
-    user's own, a lazy one, or one without the statistics that the kind needs.
+    Raises UsageError for an unknown kind or option; InputError for a batch norm of the user's own
+    class or with hooks, a lazy layer, a batch norm without the statistics that the kind needs, a
+    weight that two layers share and that would be weight-normed, a model in which the kind finds no
+    place, or one that cannot be copied.
     """
     if kind not in KINDS:
         raise UsageError(f"There is no kind '{kind}'; the kinds are {', '.join(KINDS)}.")
+    if unknown := set(options) - _OPTIONS[kind]:
+        allowed = ", ".join(sorted(_OPTIONS[kind])) or "none"
+        raise UsageError(f"'{kind}' has no option '{min(unknown)}'; its options: {allowed}.")
     if kind == "normprop":
         from bnfold.norm.propagation import propagate
 
-        return propagate(model if inplace else copy.deepcopy(model), **options)
-    if unknown := set(options) - _OPTIONS[kind]:
-        allowed = ", ".join(sorted(_OPTIONS[kind])) or "none"
-        raise UsageError(f"'{kind}' has no option '{min(unknown)}'; its options are: {allowed}.")
+        return propagate(model, inplace=inplace, **options)
     if not inplace:
-        model = copy.deepcopy(model)
-    log_scale = {"log_scale": options.pop("log_scale")} if "log_scale" in options else {}
-    model = _replace(model, lambda old, name: _successor(old, name, kind, options))
-    for _, part in parts(model):
-        if isinstance(part, WEIGHTED):
-            if kind in ("weight", "none") and part.bias is None:
-                _add_bias(part)
+        model = _copy(model)
+    log_scale = options.pop("log_scale", False)
+    if kind in ("weight", "weight-mean-only"):
+        _check_weights(model)
+    model = _replace(model, kind, options)
+    for _, layer in list(parts(model)):
+        if isinstance(layer, WEIGHTED):
+            if kind in ("weight", "none") and layer.bias is None:
+                _add_bias(layer)
             if kind in ("weight", "weight-mean-only"):
-                weight_norm(part, **log_scale)
+                weight_norm(layer, log_scale=log_scale)
     return model
 
 
-def _replace(model: nn.Module, successor: Callable[[nn.Module, str], nn.Module]) -> nn.Module:
-    """Every batch norm replaced by its successor, in all of its places."""
-    done: dict[int, nn.Module] = {}
-    old = [(name, part) for name, part in parts(model) if _is_norm(part, name)]
-    for name, part in old:
-        if id(part) not in done:
-            done[id(part)] = successor(part, name)
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())[:200]});"
+            " convert it in place."
+        ) from error
+
+
+def _replace(model: nn.Module, kind: str, options: dict[str, Any]) -> nn.Module:
+    """Every batch norm replaced, in all of its places; what it becomes is made first."""
+    new: dict[int, nn.Module] = {}
+    for name, part in list(parts(model)):
+        if id(part) not in new and _is_norm(part, name):
+            new[id(part)] = _successor(part, name, kind, options)
+    if not new and kind in ("renorm", "ghost", "mean-only", "weight-mean-only"):
+        raise InputError(
+            f"{type(model).__name__} has no batch norm, so there is no place for '{kind}'."
+        )
     for _, part in list(parts(model)):
         for leaf, child in part._modules.items():
-            if id(child) in done:
-                part._modules[leaf] = done[id(child)]
-    return done.get(id(model), model)
+            if id(child) in new:
+                part._modules[leaf] = new[id(child)]
+    return new.get(id(model), model)
 
 
-def _qualified(part: nn.Module) -> str:
+# --- which modules are batch norms ---------------------------------------------------------------
+
+
+def _class(part: nn.Module) -> str:
     return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def _is_norm(part: nn.Module, name: str) -> bool:
-    """Whether a module is a batch norm that can be replaced; InputError if it is and cannot."""
-    if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]
+    """Whether a module is a batch norm to be replaced; InputError if it is one that cannot be."""
+    where = f"'{name}'" if name else "The model"
+    if isinstance(part, LazyModuleMixin):
         raise InputError(
-            f"'{name}' is a {type(part).__name__} whose size is not known yet; run a batch through"
+            f"{where} is a {type(part).__name__} whose size is not known yet; run a batch through"
             " the model first."
         )
-    if _qualified(part) in (*_FROZEN_ELSEWHERE, *_NORM_ACTS):
-        return True
-    if not isinstance(part, _BatchNorm):
+    known = _class(part) in (*_FROZEN, *_NORM_ACTS) or type(part).__module__ in _KNOWN
+    norm = isinstance(part, _BatchNorm) or set(part._buffers) >= {"running_mean", "running_var"}
+    if not norm or isinstance(part, nn.modules.instancenorm._InstanceNorm):
         return False
-    if type(part).__module__ not in (
-        "torch.nn.modules.batchnorm",
-        batch_norms.__name__,
-        renorms.__name__,
-    ):
+    if not known:
         raise InputError(
-            f"'{name}' is a {_qualified(part)}, a class of its own, and what it adds to a batch norm"
-            " would be lost; replace it by one of torch's batch norms first."
+            f"{where} is a {_class(part)}, not one of the batch norms known here, and what it"
+            " does beside would be lost; put one of torch's in its place first."
+        )
+    if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+        raise InputError(
+            f"{where} has hooks or a forward of its own, which a batch norm in its place would"
+            " lose; take them off first."
         )
     return True
+
+
+def _check_weights(model: nn.Module) -> None:
+    """InputError for a weight that cannot have a weight norm, or that two layers share."""
+    layers = {id(part): (name, part) for name, part in parts(model)}
+    uses = Counter(
+        id(tensor)
+        for _, part in layers.values()
+        for tensor in part._parameters.values()
+        if tensor is not None
+    )
+    for name, part in layers.values():
+        if not isinstance(part, WEIGHTED):
+            continue
+        check_weight(part, name)
+        if uses[id(part._parameters.get("weight"))] > 1:
+            raise InputError(
+                f"The weight of '{name}' is another layer's too, and weight norm would give each"
+                " its own; use one module in both places, or weights of their own."
+            )
+
+
+# --- what takes their places ---------------------------------------------------------------------
+
+
+def _successor(old: Any, name: str, kind: str, options: dict[str, Any]) -> nn.Module:
+    """What takes a batch norm's place."""
+    new: nn.Module
+    if kind in ("weight", "none"):
+        new = nn.Identity()
+    else:
+        new = _norm(old, name, kind.removeprefix("weight-"), options)
+    new.train(old.training)
+    if _class(old) in _NORM_ACTS:
+        new = nn.Sequential(OrderedDict(norm=new, drop=old.drop, act=old.act))
+        new.training = old.training
+    return new
+
+
+def _norm(old: Any, name: str, kind: str, options: dict[str, Any]) -> nn.Module:
+    """A batch norm of another kind with the numbers of the old one; the old one, if it is that."""
+    module, stem = _CLASSES[kind]
+    cls = getattr(module, stem if kind == "sync" else stem + _rank(old))
+    if type(old) is cls and not options:
+        return old  # type: ignore[no-any-return]
+    tensors = [t for t in (old.weight, old.bias, old.running_mean) if t is not None]
+    if old.running_mean is None and kind in ("renorm", "mean-only", "frozen"):
+        raise InputError(
+            f"'{name}' keeps no running statistics (track_running_stats=False), and '{kind}' is"
+            " defined by them."
+        )
+    settings = {option: getattr(old, option) for option in _OPTIONS[kind] if hasattr(old, option)}
+    if settings.get("eps") == 0:  # mean-only, which divides by nothing
+        del settings["eps"]
+    if kind == "renorm" and settings.get("momentum") and not isinstance(old, renorms.BatchRenorm):
+        del settings["momentum"]
+    if kind in ("batch", "ghost", "sync"):
+        settings["track_running_stats"] = old.running_mean is not None
+    if tensors:
+        settings |= {"device": tensors[0].device, "dtype": tensors[0].dtype}
+    size = old.num_features if hasattr(old, "num_features") else len(old.running_mean)
+    new = cls(size, **settings | options)
+    _carry(old, new)
+    return new  # type: ignore[no-any-return]
 
 
 def _rank(old: nn.Module) -> str:
     for rank, base in (("1d", nn.BatchNorm1d), ("2d", nn.BatchNorm2d), ("3d", nn.BatchNorm3d)):
         if isinstance(old, base):
             return rank
-    return "2d" if _qualified(old) in _FROZEN_ELSEWHERE else ""
-
-
-def _successor(old: nn.Module, name: str, kind: str, options: dict[str, Any]) -> nn.Module:
-    """What takes a batch norm's place."""
-    new: nn.Module
-    kind = "mean-only" if kind == "weight-mean-only" else kind
-    new = nn.Identity() if kind in ("weight", "none") else _norm(old, name, kind, options)
-    if _qualified(old) in _NORM_ACTS:
-        act: Any = old
-        new = nn.Sequential(OrderedDict(norm=new, drop=act.drop, act=act.act))
-    return new.train(old.training)
-
-
-def _norm(old: Any, name: str, kind: str, options: dict[str, Any]) -> nn.Module:
-    """A batch norm of another kind with the numbers of the old one."""
-    if kind == "sync":
-        cls: Any = nn.SyncBatchNorm
-    else:
-        module, stem = _FAMILIES[kind]
-        cls = getattr(module, f"{stem}{_rank(old)}")
-    if type(old) is cls and not options:
-        return old
-    mean: Tensor | None = old.running_mean
-    if mean is None and kind in ("renorm", "mean-only", "frozen"):
-        raise InputError(
-            f"'{name}' keeps no running statistics (track_running_stats=False), and '{kind}' needs"
-            " them."
-        )
-    settings = dict(options)
-    if kind != "mean-only":
-        settings.setdefault("eps", old.eps if getattr(old, "eps", 0.0) else 1e-5)
-    if kind != "frozen":
-        momentum = getattr(old, "momentum", 0.1)
-        if kind == "renorm" and momentum is not None and not isinstance(old, renorms.BatchRenorm):
-            momentum = 0.01
-        settings.setdefault("momentum", momentum)
-    if kind in ("batch", "ghost", "sync"):
-        settings["track_running_stats"] = mean is not None
-    held = next((t for t in (mean, old.weight, old.bias) if t is not None), None)
-    if held is not None:
-        settings |= {"device": held.device, "dtype": held.dtype}
-    new = cls(old.num_features if hasattr(old, "num_features") else len(held), **settings)
-    _carry(old, new)
-    return new
+    return "" if isinstance(old, _BatchNorm) else "2d"
 
 
 def _carry(old: Any, new: Any) -> None:
-    """The state that both share, the tensors themselves where both hold them alike."""
-    mean_only = isinstance(old, batch_norms.MeanOnlyBatchNorm)
+    """Give a new batch norm what both hold: the parameters and buffers themselves."""
+    mean_only, frozen = batches.MeanOnlyBatchNorm, batches.FrozenBatchNorm
     for leaf in ("weight", "bias"):
         value = getattr(old, leaf)
-        if isinstance(new, batch_norms.MeanOnlyBatchNorm) and leaf == "weight":
-            continue
-        if isinstance(new, batch_norms.FrozenBatchNorm):
-            if value is not None:
-                getattr(new, leaf).copy_(value.detach())
-        elif value is None and not (mean_only and leaf == "weight"):
-            setattr(new, leaf, None)
-        elif value is not None:
-            setattr(new, leaf, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+        if leaf == "weight" and (isinstance(old, mean_only) or isinstance(new, mean_only)):
+            continue  # it has none: the other's own, or nothing
+        if isinstance(new, frozen):
+            value = getattr(new, leaf) if value is None else value.detach()
+        elif value is not None and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value)
+        setattr(new, leaf, value)
     new.affine = new.weight is not None or new.bias is not None
-    keep = {"running_mean", "num_batches_tracked"}
-    if not isinstance(new, batch_norms.MeanOnlyBatchNorm):
-        keep.add("running_var")
-    for leaf in keep:
-        value, place = getattr(old, leaf, None), getattr(new, leaf)
-        if value is not None and place is not None:
-            setattr(new, leaf, value)
+    for leaf in ("running_mean", "running_var", "num_batches_tracked"):
+        held: Tensor | None = getattr(old, leaf, None)
+        alike = leaf != "running_var" or not isinstance(new, mean_only)
+        if held is not None and getattr(new, leaf) is not None and alike:
+            setattr(new, leaf, held)
 
 
-def _add_bias(layer: nn.Module) -> None:
-    weight: Any = layer.weight
+def _add_bias(layer: Any) -> None:
     size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    layer.bias = nn.Parameter(torch.zeros(size, device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
+    layer.bias = nn.Parameter(layer.weight.new_zeros(size))

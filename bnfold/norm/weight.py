@@ -6,7 +6,7 @@ Salimans & Kingma: Weight Normalization, 2016; with the data-dependent initialis
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,8 @@ from bnfold.errors import InputError, UsageError
 from bnfold.norm.batch import MeanOnlyBatchNorm
 from bnfold.parts import parts
 
-WEIGHTED = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 class WeightNorm(nn.Module):
@@ -44,31 +36,31 @@ class WeightNorm(nn.Module):
         """The weight, of the shape of `v`."""
         rows = self._rows(v)
         norm = self._norm(rows)
-        direction = rows / torch.where(norm == 0, torch.ones_like(norm), norm)
         length = g if self.c is None else (self.c * g).exp()
-        return (length * direction).view_as(v)
+        weight: Tensor = length * (rows / torch.where(norm == 0, 1, norm))
+        return weight.view_as(v)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(g, v) of a weight, v being the weight itself."""
         rows = self._rows(weight)
         norm = self._norm(rows)
-        g = norm
-        if self.c is not None:
-            g = norm.clamp(min=torch.finfo(norm.dtype).tiny).log() / self.c
-        return g, torch.where(norm == 0, torch.ones_like(rows), rows).view_as(weight)
+        v = torch.where(norm == 0, 1, rows).view_as(weight)
+        if self.c is None:
+            return norm, v
+        return norm.clamp(min=torch.finfo(norm.dtype).tiny).log() / self.c, v
 
     def rescaled(self, g: Tensor, factor: Tensor) -> Tensor:
-        """The `g` whose lengths are `factor` (one for each unit, positive) times as large."""
-        shaped = factor.to(g.dtype).view_as(g)
-        return g * shaped if self.c is None else g + shaped.log() / self.c
+        """The `g` whose lengths are `factor` (positive, one for each) times as large."""
+        factor = factor.view_as(g)
+        return g * factor if self.c is None else g + factor.log() / self.c
 
     def _rows(self, v: Tensor) -> Tensor:
-        return v if self.groups == 1 else v.unflatten(0, (self.groups, -1))
+        return v if self.groups == 1 else v.view(self.groups, -1, *v.shape[1:])
 
     def _norm(self, rows: Tensor) -> Tensor:
         kept = {self.dim % rows.dim()} if self.groups == 1 else {0, 2}
-        summed = [d for d in range(rows.dim()) if d not in kept]
-        return torch.linalg.vector_norm(rows, dim=summed, keepdim=True)
+        others = [dim for dim in range(rows.dim()) if dim not in kept]
+        return torch.linalg.vector_norm(rows, dim=others, keepdim=True)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -87,35 +79,43 @@ def weight_norm(
 
     Raises InputError for a layer of another kind, and for one whose weight is computed otherwise.
     """
-    if not isinstance(layer, WEIGHTED):
-        raise InputError(
-            f"Weight norm is for linear and convolution layers, not for {type(layer).__name__}."
-        )
+    check_weight(layer)
     if weight_normed(layer):
         return layer
-    if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
-        raise InputError(
-            f"The weight of this {type(layer).__name__} is computed by something else already;"
-            " take that off before weight norm."
-        )
     groups = 1
     if dim is None:
-        transposed = isinstance(layer, _TRANSPOSED)
-        dim = 1 if transposed else 0
-        groups = cast(int, layer.groups) if transposed else 1
+        dim, groups = _units(layer)
     c = None if log_scale is False else float(log_scale)
-    parametrize.register_parametrization(
-        layer, "weight", WeightNorm(dim, groups=groups, c=c), unsafe=False
-    )
+    parametrize.register_parametrization(layer, "weight", WeightNorm(dim, groups=groups, c=c))
     return layer
+
+
+def _units(layer: Any) -> tuple[int, int]:
+    """The dimension of a layer's weight that holds the output units, and in how many groups."""
+    return (1, layer.groups) if isinstance(layer, _TRANSPOSED) else (0, 1)
+
+
+def check_weight(layer: nn.Module, name: str = "") -> None:
+    """InputError for a layer that can have no weight norm."""
+    what = f"{type(layer).__name__} '{name}'" if name else type(layer).__name__
+    if not isinstance(layer, WEIGHTED):
+        raise InputError(f"Weight norm is for linear and convolution layers, not for {what}.")
+    if not weight_normed(layer) and not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        raise InputError(
+            f"The weight of {what} is computed from other tensors already; take off what computes"
+            " it before weight norm."
+        )
 
 
 def weight_normed(layer: nn.Module) -> bool:
     """Whether a layer's weight has a weight norm, bnfold's or torch's."""
-    if not parametrize.is_parametrized(layer, "weight"):
-        return False
-    (first, *_) = cast(nn.ModuleDict, layer.parametrizations)["weight"]
-    return isinstance(first, WeightNorm | nn.utils.parametrizations._WeightNorm)
+    norm = _parametrization(layer)[0] if parametrize.is_parametrized(layer, "weight") else None
+    return isinstance(norm, WeightNorm | torch.nn.utils.parametrizations._WeightNorm)
+
+
+def _parametrization(layer: Any) -> Any:
+    """What computes a layer's weight, and the tensors that it computes it from."""
+    return layer.parametrizations["weight"]
 
 
 # --- data-dependent initialisation ---------------------------------------------------------------
@@ -134,83 +134,76 @@ def initialise(
     channel that is constant on the batch keeps its scale. Modes stay as they were; the pass itself
     is in eval mode. Returns the names of the layers that were set.
 
-    Raises UsageError where there is no weight-normed layer, or the batch reaches none.
+    Raises UsageError where no such layer runs.
     """
-    set_: dict[int, str] = {}
+    done: dict[int, str] = {}
     modes = {part: part.training for part in model.modules()}
     hooks = []
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def act(layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            if id(layer) in set_:
-                return None
-            set_[id(layer)] = name
-            if isinstance(layer, MeanOnlyBatchNorm):
-                return _centre(layer, args[0], output)
-            return _standardise(layer, output)
-
-        return act
-
     for name, part in parts(model):
         if weight_normed(part) or isinstance(part, MeanOnlyBatchNorm):
-            hooks.append(part.register_forward_hook(hook(name)))
+            hooks.append(part.register_forward_hook(_setting(name, done)))
     try:
         model.eval()
-        (forward or (lambda m, b: m(b)))(model, batch)
+        model(batch) if forward is None else forward(model, batch)
     finally:
-        for handle in hooks:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
         for part, mode in modes.items():
             part.training = mode
-    if not set_:
+    if not done:
         raise UsageError(
             "No weight-normed layer ran, so there is nothing to initialise; convert the model to"
-            " 'weight' or 'weight-mean-only' first, and give a batch that it can take."
+            " 'weight' or 'weight-mean-only' first, and give a batch that reaches its layers."
         )
-    return list(set_.values())
+    return list(done.values())
 
 
-def _standardise(layer: nn.Module, output: Tensor) -> Tensor:
+def _setting(name: str, done: dict[int, str]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    """A forward hook that sets a layer at its first call, and puts down its name."""
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if id(layer) in done:
+            return None
+        done[id(layer)] = name
+        if isinstance(layer, MeanOnlyBatchNorm):
+            return _centre(layer, args[0], output)
+        return _standardise(layer, output)
+
+    return hook
+
+
+def _standardise(layer: Any, output: Tensor) -> Tensor:
     """Scale and shift a layer to outputs of mean 0 and deviation 1; these outputs."""
     axis = output.dim() - 1 - len(getattr(layer, "kernel_size", ()))
-    shape = [-1 if d == axis else 1 for d in range(output.dim())]
-    var, mean = torch.var_mean(
-        output.double(), [d for d in range(output.dim()) if d != axis], correction=0
-    )
-    std = var.sqrt()
-    factor = torch.where(std > 1e-6 * mean.abs(), 1 / std, torch.ones_like(std))
+    rows = output.double().movedim(axis, 0).flatten(1)
+    mean, std = rows.mean(1), rows.std(1, correction=0)
+    factor = torch.where(std > 1e-6 * mean.abs(), 1 / std, 1.0)
     _rescale(layer, factor)
-    bias = cast(Tensor | None, layer.bias)
-    origin = mean
-    if bias is None:
-        origin = torch.zeros_like(mean)
+    if layer.bias is None:
+        mean = torch.zeros_like(mean)
     else:
-        bias.copy_((bias.double() - mean) * factor)
-    return ((output - origin.view(shape)) * factor.view(shape)).to(output.dtype)
+        layer.bias.copy_((layer.bias - mean) * factor)
+    shape = [-1 if dim == axis else 1 for dim in range(output.dim())]
+    return ((output - mean.view(shape)) * factor.view(shape)).to(output.dtype)
 
 
-def _rescale(layer: nn.Module, factor: Tensor) -> None:
+def _rescale(layer: Any, factor: Tensor) -> None:
     """Multiply a layer's output units by positive factors."""
-    held = cast(nn.ModuleDict, layer.parametrizations)["weight"]
+    held, (dim, groups) = _parametrization(layer), _units(layer)
     norm = held[0]
-    weight = cast(Tensor, layer.weight)
-    by_units = isinstance(layer, _TRANSPOSED) == (norm.dim == 1)
-    if isinstance(norm, WeightNorm) and by_units:
+    if isinstance(norm, WeightNorm) and (norm.dim, norm.groups) == (dim, groups):
         held.original0.copy_(norm.rescaled(held.original0, factor))
-    elif isinstance(layer, _TRANSPOSED):
-        groups = cast(int, layer.groups)
-        rows = weight.unflatten(0, (groups, -1))
-        scale = factor.to(weight.dtype).view(groups, 1, -1, *[1] * (weight.dim() - 2))
-        layer.weight = (rows * scale).view_as(weight)
-    else:
-        layer.weight = weight * factor.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+        return
+    weight = layer.weight  # lengths of other units: the whole weight anew
+    rows = weight.view(groups, -1, *weight.shape[1:]).movedim(dim + 1, 1)
+    scaled = rows * factor.view(groups, -1, *[1] * (weight.dim() - 1))
+    layer.weight = scaled.movedim(1, dim + 1).reshape(weight.shape).to(weight.dtype)
 
 
 def _centre(norm: MeanOnlyBatchNorm, input: Tensor, output: Tensor) -> Tensor:
     """Give a mean-only batch norm the mean of its input; what it then gives."""
     assert norm.running_mean is not None
     mean = input.double().transpose(0, 1).flatten(1).mean(1)
-    shape = [-1 if d == 1 else 1 for d in range(input.dim())]
-    shifted = output + (norm.running_mean - mean).to(output.dtype).view(shape)
+    shift = norm.running_mean - mean
     norm.running_mean.copy_(mean)
-    return shifted
+    return output + shift.to(output.dtype).view(-1, *[1] * (input.dim() - 2))
