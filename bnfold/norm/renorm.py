@@ -65,25 +65,24 @@ class Clipping:
 
     def at(self, step: int) -> tuple[float, float]:
         """(r_max, d_max) after `step` batches."""
-        r_max, d_max = self.bounds(torch.tensor(step))
+        r_max, d_max = self.bounds(torch.tensor(step), torch.float64)
         return float(r_max), float(d_max)
 
-    def bounds(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """As `at`, where the count is a tensor: on a GPU nothing waits for it."""
+    def bounds(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `at`, from a count that is a tensor: on a GPU nothing waits for it."""
         return (
-            _ramp(step, self.start, self.r_end, 1.0, self.r_max),
-            _ramp(step, self.start, self.d_end, 0.0, self.d_max),
+            _ramp(step, self.start, self.r_end, 1.0, self.r_max, dtype),
+            _ramp(step, self.start, self.d_end, 0.0, self.d_max, dtype),
         )
 
 
-def _ramp(step: Tensor, start: int, end: int, first: float, last: float) -> Tensor:
+def _ramp(
+    step: Tensor, start: int, end: int, first: float, last: float, dtype: torch.dtype
+) -> Tensor:
     if start == end or math.isinf(last):
-        return torch.where(step >= end, last, first)
-    return torch.lerp(
-        step.new_tensor(first, dtype=torch.float32),
-        step.new_tensor(last, dtype=torch.float32),
-        ((step - start) / (end - start)).clamp(0, 1),
-    )
+        return torch.where(step >= end, last, torch.full_like(step, first, dtype=dtype))
+    part = (step - start).to(dtype).div_(end - start).clamp_(0, 1)
+    return part.mul_(last - first).add_(first)
 
 
 class BatchRenorm(BatchNorm):
@@ -126,10 +125,10 @@ class BatchRenorm(BatchNorm):
         bias = d if self.weight is None else self.weight * d
         if self.bias is not None:
             bias = bias + self.bias
-        rate = self.count()
-        scratch = torch.zeros_like(self.running_var)  # torch's average is not the one kept
+        mean, rate = self.running_mean, self.count()
+        scratch = torch.zeros_like(mean)  # torch's average of variances, which is not kept
         output = functional.batch_norm(
-            input, self.running_mean, scratch, weight, bias, True, rate, self.eps
+            input, mean, scratch, weight.to(mean.dtype), bias.to(mean.dtype), True, rate, self.eps
         )
         with torch.no_grad():
             average = torch.lerp(self.running_std, std, rate)
@@ -143,7 +142,7 @@ class BatchRenorm(BatchNorm):
         assert self.num_batches_tracked is not None
         mean, var = moments(input)
         s, std = self.running_std, (var + self.eps).sqrt()
-        r_max, d_max = self.schedule.bounds(self.num_batches_tracked)
+        r_max, d_max = self.schedule.bounds(self.num_batches_tracked, std.dtype)
         r = (std / s).clamp(1 / r_max, r_max)
         d = ((mean - _wide(self.running_mean)) / s).clamp(-d_max, d_max)
         return r, d, std

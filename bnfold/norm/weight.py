@@ -38,7 +38,7 @@ class WeightNorm(nn.Module):
         norm = self._norm(rows)
         length = g if self.c is None else (self.c * g).exp()
         weight: Tensor = length * (rows / torch.where(norm == 0, 1, norm))
-        return weight.view_as(v)
+        return weight.view(v.shape)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(g, v) of a weight, v being the weight itself."""
