@@ -2,17 +2,20 @@
 
 A weight norm, a spectral norm or a pruning mask computes the weight anew in every forward, from
 tensors that no fold may touch; what it computes in eval mode is a constant, so that constant takes
-its place. A frozen batch norm spells its arithmetic out; it becomes the batch norm that it is.
-The module that the user gave stays as it was.
+its place. A frozen batch norm spells its arithmetic out, and bnfold's own variants (batch renorm,
+ghost, mean-only, frozen) differ from a batch norm in training alone; each becomes torch's batch
+norm of the same numbers. The module that the user gave stays as it was.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from bnfold.errors import InputError
@@ -46,7 +49,7 @@ def plain(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
     Raises InputError if a module that is not plain cannot be copied.
     """
-    if not any(_computed(part) or _frozen(part) for _, part in parts(module)):
+    if not any(_computed(p) or _variant(p) or _frozen(p) for _, p in parts(module)):
         return module, ()
     copied = copy_of(module)
     return copied, make_plain(copied)
@@ -65,13 +68,16 @@ def make_plain(module: nn.Module) -> tuple[str, ...]:
                 f"The weight of '{name}' is computed by a hook or a parametrization that cannot be"
                 f" taken off ({' '.join(str(error).split())[:200]}); take it off before folding."
             ) from error
-    frozen = _thaw(module)
+    variants = _replace(module, _variant, _torchs_own)
+    frozen = _replace(module, _frozen, _batch_norm)
     notes = []
     if computed:
         notes.append(
             f"the computed weights of {_listed(computed)} (weight norm, spectral norm, pruning or"
             " another parametrization) were replaced by their values"
         )
+    if variants:
+        notes.append(f"the variants of batch norm {_listed(variants)} were read as batch norms")
     if frozen:
         notes.append(f"the frozen batch norms {_listed(frozen)} were read as batch norms")
     return tuple(notes)
@@ -133,23 +139,54 @@ def _hold_weights(part: nn.Module) -> None:
             prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]
 
 
-# --- frozen batch norms --------------------------------------------------------------------------
+# --- frozen batch norms, and bnfold's variants ----------------------------------------------------
 
 
-def _thaw(module: nn.Module) -> list[str]:
-    """Replace frozen batch norms by batch norms with the same numbers; their names."""
+def _replace(
+    module: nn.Module, chosen: Callable[[nn.Module], bool], new: Callable[[nn.Module], nn.Module]
+) -> list[str]:
+    """Put something else in the place of the parts that are chosen, wherever they are; the names.
+
+    The module itself stays what it is.
+    """
     done: dict[int, nn.Module] = {}
     names = []
     for path, part in list(parts(module)):
         for leaf, child in part._modules.items():
             if child is None:
                 continue
-            if id(child) not in done and _frozen(child):
-                done[id(child)] = _batch_norm(child)
+            if id(child) not in done and chosen(child):
+                done[id(child)] = new(child)
             if id(child) in done:
                 part._modules[leaf] = done[id(child)]
                 names.append(f"{path}.{leaf}" if path else leaf)
     return names
+
+
+def _variant(part: nn.Module) -> bool:
+    """True for a batch norm of `bnfold.norm`: at inference it is torch's, with the same state."""
+    ours = type(part).__module__.startswith("bnfold.norm.")
+    return ours and isinstance(part, _BatchNorm) and not hooked(part)
+
+
+_RANKS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _torchs_own(part: nn.Module) -> nn.Module:
+    """Torch's batch norm with the tensors of a variant, in eval mode.
+
+    Of a variant that takes any rank it is the synchronised one, which takes any rank too.
+    """
+    assert isinstance(part, _BatchNorm)
+    kind = next((rank for rank in _RANKS if isinstance(part, rank)), nn.SyncBatchNorm)
+    norm = kind(part.num_features, eps=part.eps, momentum=part.momentum, affine=part.affine)
+    for name in ("weight", "bias"):
+        held = getattr(part, name)
+        frozen = held is not None and not isinstance(held, nn.Parameter)
+        setattr(norm, name, nn.Parameter(held, requires_grad=False) if frozen else held)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(norm, name, getattr(part, name))
+    return norm.eval()
 
 
 def _frozen(part: nn.Module) -> bool:
