@@ -91,6 +91,7 @@ class Draw:
         name, size, kind, attributes, x = match.groups()
         channels, rng = int(size), self._rng(match[1])
         kind = kind or ""
+        same, kind = kind.endswith("same"), kind.removesuffix("same")
         pure_shift = kind.endswith("shift")
         pure_scale = kind.endswith("scale")
         signs = kind.removesuffix("shift").removesuffix("scale")
@@ -103,6 +104,9 @@ class Draw:
             "running_mean": zero * rng.integers(-3, 4, channels),
             "running_var": spread - EPS,
         }
+        if same:  # in every channel the numbers of the first, and a shift that is not 0
+            vectors = {part: np.full(channels, v[0]) for part, v in vectors.items()}
+            vectors |= {"beta": np.full(channels, 3), "running_mean": np.full(channels, -1)}
         for part, vector in vectors.items():
             self.constants.setdefault(f"{name}.{part}", vector.astype(float))
         reads = ", ".join(f"{name}.{part}" for part in vectors)

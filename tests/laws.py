@@ -600,6 +600,45 @@ REPAIRED = [
     Law("bn, padded conv, free batch, repaired", "Conv", "x[N,4,4,4] > y; b = BN4(x); y = Conv<pads=[1,1,1,1]>(b, V[4,4,3,3])", 1, repairs=("border",)),
 ]
 
+# The repairs that nobody needs to ask for, and the Pad.
+ONE_NUMBER = [
+    Law("conv, relu, bn of one shift, padded conv", "Relu", f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); d = BN4:possame(r); y = Conv<{PAD}>(d, V[4,4,3,3])", 1),
+    Law("conv, relu, bn of one shift", "Relu", f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); y = BN4:possame(r); z = Floor(y)", 1),
+    Law("bn of one shift, relu, conv", "Relu", f"{X} > y; b = BN4:possame(x); r = Relu(b); y = Conv(r, W[4,4,3,3])", 1),
+    Law("bn of one shift, relu, padded conv", "", f"{X} > y; b = BN4:possame(x); r = Relu(b); y = Conv<{PAD}>(r, W[4,4,3,3])", 0, ("pads with zeros",)),
+    Law("conv, relu, max pool, bn of one shift, padded conv", "MaxPool", f"{X} > y; c = Conv(x, W[4,4,1,1]); r = Relu(c); m = MaxPool<kernel_shape=[2,2], {PAD}>(r); d = BN4:possame(m); y = Conv<{PAD}>(d, V[4,4,3,3])", 1),
+    Law("conv, relu, bn of one negative shift", "", f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); y = BN4:negsame(r); z = Floor(y)", 0, ("positive",)),
+    Law("conv, relu, bn of one shift and several scales", "Relu", f"{X} > y; c = Conv(x, W[4,4,1,1]); r = Relu(c); s = BN4:posscale(r); d = BN4:shiftsame(s); y = Conv<{PAD}>(d, V[4,4,3,3])", 2),
+    Law("conv, relu, bn of one shift, old opset", "", f"{X} > z; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); y = BN4:possame(r); z = Floor(y)", 0, ("Relu",), opset=10, ir_version=5),
+    Law("conv, relu, sub, div, padded conv", "Relu", f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); m = Sub(r, M); d = Div(m, S); y = Conv<{PAD}>(d, V[4,4,3,3])", 0, absorbed=2, constants={"M": np.float32(0.75), "S": np.float32(0.5)}),
+    Law("conv, relu, sub, div, padded conv, residual", "Add", f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); m = Sub(r, M); d = Div(m, S); e = Conv<{PAD}>(d, V[4,4,3,3]); a = Add(e, d); s = Relu(a); n = Sub(s, M); y = Conv<{PAD}>(n, U[4,4,3,3])", 0, absorbed=3, constants={"M": np.float32(0.75), "S": np.float32(0.5)}),
+    Law("conv, relu, sub of a number per channel, padded conv", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); r = Relu(c); m = Sub(r, M[4,1,1]); d = Div(m, S); y = Conv<{PAD}>(d, V[4,4,3,3])", 0, absorbed=1, constants={"S": np.float32(0.5)}),
+    Law("conv, leaky relu, sub, padded conv", "", f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); r = LeakyRelu<alpha=0.5>(c); m = Sub(r, M); y = Conv<{PAD}>(m, V[4,4,3,3])", 0, absorbed=0, constants={"M": np.float32(0.75)}),
+    Law("conv, leaky relu, sub, padded conv, with a pad", "Conv", f"{X} > y; c = Conv(x, W[4,4,1,1], B[4]); r = LeakyRelu<alpha=0.5>(c); m = Sub(r, M); y = Conv<{PAD}>(m, V[4,4,3,3])", 0, absorbed=1, constants={"M": np.float32(0.75)}, repairs=("pad",)),
+    Law("one sub, two padded convs, with pads", "", f"{X} > y z; f = Floor(x); m = Sub(f, M); y = Conv<{PAD}>(m, V[4,4,3,3]); z = Conv<{PAD}>(m, W[4,4,3,3])", 0, absorbed=0, constants={"M": np.float32(0.75)}, repairs=("pad",)),
+    Law("bn of one shift of the input, padded conv", "Conv", f"{X} > y; b = BN4:same(x); y = Conv<{PAD}>(b, W[4,4,3,3])", 1),
+    Law("sub and div of the input, padded conv", "Conv", f"{X} > y; m = Sub(x, M); d = Div(m, S); y = Conv<{PAD}>(d, W[4,4,3,3], B[4])", 0, absorbed=2, constants={"M": np.float32(0.75), "S": np.float32(0.5)}),
+    Law("bn of one shift of an input of one channel", "Conv", "x[4,1,4,4] > y; b = BN1:pos(x); y = Conv<pads=[1,1,1,1]>(b, W[4,1,3,3])", 1, constants={"b.beta": np.float32([3])}),
+    Law("bn of one shift of the input, two padded convs", "", f"{X} > y z; b = BN4:same(x); y = Conv<{PAD}>(b, W[4,4,3,3]); z = Conv<{PAD}>(b, V[4,4,3,3])", 0, ("operators would come",)),
+    Law("bn of one shift, padded conv", "", f"{X} > y; f = Floor(x); b = BN4:same(f); y = Conv<{PAD}>(b, W[4,4,3,3])", 0, ("pads with zeros",)),
+    Law("bn of one shift, padded conv, with a pad", "Conv", f"{X} > y; f = Floor(x); b = BN4:same(f); y = Conv<{PAD}>(b, W[4,4,3,3])", 1, repairs=("pad",)),
+    Law("bn of one negative shift, padded conv, with a pad", "Conv", f"{X} > y; f = Floor(x); b = BN4:negsame(f); y = Conv<{PAD}>(b, W[4,4,3,3], B[4])", 1, repairs=("pad",)),
+    Law("bn, padded conv, no pad", "", f"{X} > y; f = Floor(x); b = BN4(f); y = Conv<{PAD}>(b, W[4,4,3,3])", 0, ("pads with zeros",), repairs=("pad",)),
+    Law("bn of one shift, padded conv of free size, with a pad", "Conv", "x[N,4,H,W] > y; f = Floor(x); b = BN4:same(f); y = Conv<pads=[1,1,1,1]>(b, W[4,4,3,3])", 1, repairs=("pad",)),
+    Law("bn of one shift, SAME_UPPER conv of free size, no pad", "", 'x[N,4,H,W] > y; f = Floor(x); b = BN4:same(f); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,3,3])', 0, ("pads with zeros",), repairs=("pad",)),
+    Law("bn of one shift, conv padded at one end, with a pad", "Conv", f"{X} > y; f = Floor(x); b = BN4:same(f); y = Conv<pads=[0,2,1,0], strides=[1,2], dilations=[1,2]>(b, W[4,4,3,2])", 1, repairs=("pad",)),
+    Law("bn of one shift, SAME_UPPER conv, with a pad", "Conv", f'{X} > y; f = Floor(x); b = BN4:same(f); y = Conv<auto_pad="SAME_UPPER">(b, W[4,4,2,3])', 1, repairs=("pad",)),
+    Law("bn of one shift, SAME_LOWER conv, with a pad", "Conv", f'{X} > y; f = Floor(x); b = BN4:same(f); y = Conv<auto_pad="SAME_LOWER", strides=[2,2]>(b, W[4,4,3,2])', 1, repairs=("pad",)),
+    Law("bn of one shift, padded grouped conv, with a pad", "Conv", f"{X} > y; f = Floor(x); b = BN4:same(f); y = Conv<{PAD}, group=2>(b, W[4,2,3,3])", 1, repairs=("pad",)),
+    Law("bn of one shift, padded depthwise conv, with a pad", "Conv", f"{X} > y; f = Floor(x); b = BN4:same(f); y = Conv<{PAD}, group=4>(b, W[8,1,3,3], B[8])", 1, repairs=("pad",)),
+    Law("bn of one shift, padded conv 1-D, with a pad", "Conv", "x[4,4,4] > y; f = Floor(x); b = BN4:same(f); y = Conv<pads=[1,2]>(b, W[4,4,3])", 1, repairs=("pad",)),
+    Law("bn of one shift, padded conv 3-D, with a pad", "Conv", "x[2,2,2,2,2] > y; f = Floor(x); b = BN2:same(f); y = Conv<pads=[1,0,1,0,1,1]>(b, W[2,2,2,2,2])", 1, repairs=("pad",)),
+    Law("bn of one shift and several, both repairs", "Conv", f"{X} > y z; f = Floor(x); b = BN4:same(f); y = Conv<{PAD}>(b, W[4,4,3,3]); d = BN4:alt(f); z = Conv<{PAD}>(d, V[4,4,3,3])", 2, repairs=("pad", "border")),
+    Law("bn of one shift, padded average pool", "", f"{X} > y; f = Floor(x); b = BN4:same(f); p = AveragePool<kernel_shape=[2,2], {PAD}, count_include_pad=1>(b); y = Conv(p, W[4,4,1,1])", 0, ("AveragePool",)),
+    Law("bn of one shift, padded average pool, with a pad", "AveragePool", f"{X} > y; f = Floor(x); b = BN4:same(f); p = AveragePool<kernel_shape=[2,2], strides=[2,1], {PAD}, count_include_pad=1>(b); y = Conv(p, W[4,4,1,1])", 1, repairs=("pad",)),
+    Law("bn of one shift, rounded up average pool, no pad", "", f"{X} > y; f = Floor(x); b = BN4:same(f); p = AveragePool<kernel_shape=[2,2], strides=[2,2], {PAD}, count_include_pad=1, ceil_mode=1>(b); y = Conv(p, W[4,4,1,1])", 0, ("AveragePool",), repairs=("pad",)),
+]
+
 LAWS: list[Law] = [
-    *MAPS, *REPAIRED, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *PARALLEL, *CHAIN_LAWS, *GATES, *EINSUMS, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
+    *MAPS, *REPAIRED, *ONE_NUMBER, *LINEAR, *GEMM, *DIAGONAL, *PASSING, *WINDOWS, *STRUCTURE, *SEVERAL, *STREAMS, *PARALLEL, *CHAIN_LAWS, *GATES, *EINSUMS, *SEQUENCES, *GRAPHS, *CONSTANT_LAWS,
 ]

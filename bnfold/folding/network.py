@@ -32,7 +32,8 @@ class Network:
 
     gone: the per-channel maps that disappear. trying: the one under trial, which is among them.
     held: the batch norms that are to stay untouched, each with the reason.
-    repairs: the names of the exact repairs that nodes may take. visited: the values that waves have
+    repairs: the names of the exact repairs that nodes may take. room: how many operators may come in
+    the place of one that goes, None for any number. visited: the values that waves have
     reached, changed: those around which something was agreed, since they were last emptied.
     merges: the sums that become one convolution each; what lies inside them has no gauge any more.
     restricted: a scope stood in the way of something.
@@ -44,6 +45,7 @@ class Network:
     trying: ir.Node | None = None
     held: dict[ir.Node, str] = field(default_factory=dict)
     repairs: frozenset[str] = frozenset()
+    room: int | None = None
     visited: set[ir.Value] = field(default_factory=set)
     changed: set[ir.Value] = field(default_factory=set)
     merges: list[Merge] = field(default_factory=list)
@@ -87,9 +89,10 @@ class Network:
         return self._repairs[node]
 
     def allow(self, repairs: frozenset[str]) -> None:
-        """From now on nodes may take these repairs. What was agreed before stays right."""
+        """From now on nodes may take these repairs, of which what was agreed so far is among."""
         self.repairs = repairs
         self._relations.clear()
+        self._repairs.clear()
 
     def map_of(self, node: ir.Node) -> ChannelMap:
         """The per-channel map of a node that is one. Raises Opaque."""

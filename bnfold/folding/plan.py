@@ -11,7 +11,7 @@ A plan never changes the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,10 +142,12 @@ def plan(
         if scope is None:
             wanted = [parallel_sums] * merge + [CHAINS[name] for name in CHAINS if name in clean_up]
             progress |= any(_merge(network, guard, find, norms, others) for find in wanted)
-    _take_out_freely(network, norms, others, guard, scope)
+    _take_out_freely(network, FREE.keys(), (norms, others), guard, scope)
     if repairs and any(isinstance(outcome, str) for outcome in norms.values()):
         network.allow(network.repairs | repairs)
         _take_out(network, norms, guard, scope)
+    if "pad" in repairs:
+        _take_out_freely(network, {"pad"}, (others,), guard, scope)
     reasons = {node: network.held.get(node) or norms[node] for node in found}
     kept = [Kept(name_of(n), n, why) for n, why in reasons.items() if isinstance(why, str)]
     kept += [Kept(name_of(node), node, why) for node, why in _inside_functions(model)]
@@ -227,24 +229,28 @@ def _is_map(node: ir.Node) -> bool:
 
 
 def _take_out_freely(
-    network: Network, norms: Outcomes, others: Outcomes, guard: Guard, scope: Scope | None
+    network: Network,
+    repairs: Iterable[str],
+    kinds: tuple[Outcomes, ...],
+    guard: Guard,
+    scope: Scope | None,
 ) -> None:
-    """Try what still stays with the repairs that cost nothing.
+    """Try what still stays with repairs that bring no more operators than go.
 
-    They take a shift that is one number; other nodes are not tried, so that what stays of an
-    ordinary network is known for the reason that it had.
+    They take a shift that is one number. Other nodes are not tried, so what stays of an ordinary
+    network stays for the reason that it had.
     """
-    hopeful = [
-        {n: o for n, o in outcomes.items() if isinstance(o, str) and _shifts_by_one_number(network, n)}
-        for outcomes in (norms, others)
-    ]
-    before = network.repairs
-    network.allow(before | FREE.keys())
-    gone = [_take_out(network, outcomes, guard, scope) for outcomes in hopeful]
-    if not any(gone):
+    before, network.room = network.repairs, 1
+    network.allow(before | set(repairs))
+    any_gone = False
+    for outcomes in kinds:
+        waiting = {node: why for node, why in outcomes.items() if isinstance(why, str)}
+        hopeful = {n: w for n, w in waiting.items() if _shifts_by_one_number(network, n)}
+        any_gone |= _take_out(network, hopeful, guard, scope)
+        outcomes.update(hopeful)
+    network.room = None
+    if not any_gone:
         network.allow(before)
-    for outcomes, tried in zip((norms, others), hopeful, strict=True):
-        outcomes.update(tried)
 
 
 def _shifts_by_one_number(network: Network, node: ir.Node) -> bool:

@@ -89,7 +89,10 @@ def _checked(trial: Trial, guard: Guard, scope: Scope | None) -> Trial:
     if scope is not None:
         check_scope(trial, scope)
     guard.check(trial.network, trial.touched, trial.gauge)
-    return replace(trial, extra=extra_operators(trial))
+    extra, room = extra_operators(trial), trial.network.room
+    if room is not None and extra > room:
+        raise Conflict(f"{extra} operators would come in the place of one")
+    return replace(trial, extra=extra)
 
 
 def _rescaled(
