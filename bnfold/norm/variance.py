@@ -9,10 +9,13 @@ does nothing else here; what cannot be followed is refused in words.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from bnfold.errors import InputError
@@ -81,16 +84,16 @@ class Variances:
         self._pooling = pooling
         graph = _trace(model)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self.first = [str(n.target) for n in inputs[0].users if n.op == "call_module"]
-        if len(inputs) != 1 or len(self.first) != len(inputs[0].users):
-            self.first = []
+        readers = [reader for node in inputs for reader in node.users]
+        alone = len(inputs) == 1 and all(node.op == "call_module" for node in readers)
+        self.first = [str(node.target) for node in readers] if alone else []
         leads_on = _leading_to(graph, lambda node: isinstance(self._module(node), LINEAR))
         self._signals: dict[fx.Node, Signal | None] = {}
         for node in graph.nodes:
             if node in leads_on:
                 self._signals[node] = self._follow(node)
         for node in graph.nodes:
-            if node not in leads_on and str(node.target) in self.activations:
+            if node not in leads_on and str(node.target) in self.activations | self.pools:
                 raise _shared(str(node.target), "inside the network and behind its last layer")
 
     def _module(self, node: fx.Node) -> nn.Module:
@@ -174,6 +177,7 @@ class Variances:
 
 
 _NOTHING = nn.Module()
+_TORCH = str(Path(torch.__file__).parent)
 
 
 class _Tracer(fx.Tracer):
@@ -228,9 +232,10 @@ def _name(node: fx.Node) -> str:
 
 
 def _place(node: fx.Node) -> str:
-    """The line of the user's source, where torch.fx saw it."""
-    lines = (node.stack_trace or "").strip().splitlines()
-    return f" in the line '{lines[-1].strip()}'" if lines else ""
+    """The line of the user's source that made a node, as torch.fx saw it."""
+    frames = re.findall(r'File "(.*)", line \d+, in .*\n +(.*)', node.stack_trace or "")
+    lines = [line for file, line in frames if not file.startswith(_TORCH)]
+    return f" in the line '{lines[-1]}'" if lines else ""
 
 
 def _unknown(what: str) -> InputError:
@@ -243,6 +248,6 @@ def _unknown(what: str) -> InputError:
 
 def _shared(name: str, where: str) -> InputError:
     return InputError(
-        f"The activation '{name}' is used in several places, {where}, which need different"
+        f"The module '{name}' is used in several places, {where}, which need different"
         " constants; give each place a module of its own."
     )
