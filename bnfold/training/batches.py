@@ -34,7 +34,8 @@ class Samples(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """See above."""
 
     def __len__(self) -> int: ...
 

@@ -1,4 +1,4 @@
-"""What a run is asked for: its settings, the optimizer over a network, the learning rate by step."""
+"""What a run is asked for: its settings, the optimizer, the learning rate by step."""
 
 from __future__ import annotations
 

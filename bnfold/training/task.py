@@ -20,7 +20,8 @@ class Task(Protocol):
     """How outputs are judged. name: by which a resumed run knows it again."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """See above."""
 
     def targets(self, y: Tensor, name: str) -> Tensor:
         """y (N, ...) as the loss takes it. Raises UsageError for what it cannot take."""

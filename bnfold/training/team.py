@@ -104,7 +104,9 @@ class Team:
             flat = torch.cat([buffer.flatten() for buffer in group])
             dist.all_reduce(flat)
             flat /= self.size
-            for buffer, mean in zip(group, torch.split(flat, [b.numel() for b in group]), strict=True):
+            for buffer, mean in zip(
+                group, torch.split(flat, [b.numel() for b in group]), strict=True
+            ):
                 buffer.copy_(mean.view_as(buffer))
 
 
