@@ -1,4 +1,4 @@
-"""Batch renormalization: against the NumPy oracle, and against torch's batch norm where it is one."""
+"""Batch renormalization: against the NumPy oracle, and torch's batch norm where it is one."""
 
 import math
 

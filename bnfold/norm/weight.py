@@ -38,13 +38,13 @@ class WeightNorm(nn.Module):
         norm = self._norm(rows)
         length = g if self.c is None else (self.c * g).exp()
         weight: Tensor = length * (rows / torch.where(norm == 0, 1, norm))
-        return weight.view(v.shape)
+        return weight.reshape(v.shape)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(g, v) of a weight, v being the weight itself."""
         rows = self._rows(weight)
         norm = self._norm(rows)
-        v = torch.where(norm == 0, 1, rows).view_as(weight)
+        v = torch.where(norm == 0, 1, rows).reshape(weight.shape)
         if self.c is None:
             return norm, v
         return norm.clamp(min=torch.finfo(norm.dtype).tiny).log() / self.c, v
@@ -60,7 +60,8 @@ class WeightNorm(nn.Module):
     def _norm(self, rows: Tensor) -> Tensor:
         kept = {self.dim % rows.dim()} if self.groups == 1 else {0, 2}
         others = [dim for dim in range(rows.dim()) if dim not in kept]
-        return torch.linalg.vector_norm(rows, dim=others, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=others, keepdim=True)
+        return norm
 
     def extra_repr(self) -> str:
         """The arguments."""
