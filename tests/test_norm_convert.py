@@ -364,6 +364,6 @@ def test_calls_that_are_wrong():
 def test_a_model_that_cannot_be_copied():
     net = nn.Sequential(nn.BatchNorm1d(2))
     net.left = net[0].weight * 2
-    with pytest.raises(InputError, match="Sequential cannot be copied .* in place"):
+    with pytest.raises(InputError, match=r"Sequential cannot be copied .* in place"):
         convert(net, "renorm")
     assert convert(net, "renorm", inplace=True) is net
