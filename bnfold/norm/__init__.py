@@ -19,6 +19,7 @@ from bnfold.norm.batch import (
     MeanOnlyBatchNorm3d,
 )
 from bnfold.norm.convert import KINDS, Kind, convert
+from bnfold.norm.propagation import Propagated, propagate
 from bnfold.norm.renorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Clipping
 from bnfold.norm.weight import WeightNorm, initialise, weight_norm
 
@@ -46,8 +47,10 @@ __all__ = [
     "MeanOnlyBatchNorm1d",
     "MeanOnlyBatchNorm2d",
     "MeanOnlyBatchNorm3d",
+    "Propagated",
     "WeightNorm",
     "convert",
     "initialise",
+    "propagate",
     "weight_norm",
 ]

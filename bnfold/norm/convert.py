@@ -95,7 +95,7 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
         allowed = ", ".join(sorted(_OPTIONS[kind])) or "none"
         raise UsageError(f"'{kind}' has no option '{min(unknown)}'; its options: {allowed}.")
     if kind == "normprop":
-        from bnfold.norm.propagation import propagate
+        from bnfold.norm.propagation import propagate  # which converts to 'none'
 
         return propagate(model, inplace=inplace, **options)
     if not inplace:
