@@ -33,7 +33,8 @@ _SAME_CHANNELS = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d),
+    *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),  # and ZeroPad
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d),
 )
 _OTHER_CHANNELS = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 _POOL_CALLS = {f"{kind}_pool{n}d" for kind in ("max", "avg") for n in "123"}
