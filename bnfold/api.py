@@ -173,7 +173,8 @@ def fold(
     not changed. factory: the network of a checkpoint path ("path.py:name").
     freeze_inputs: treat initializers that a caller could override as constants. repair: exact
     repairs ("clamp", "pad", "border") that may put other operators in the place of a batch norm; they are
-    of the graph, so the result of a module is its folded ONNX graph then. clean_up: what may be
+    of the graph, so the result of a module is its folded ONNX graph then, or with writeback "graph"
+    a graph module. clean_up: what may be
     simplified besides, in the graph too: "pad" (a Pad with zeros becomes the convolution's own),
     "conv-chain" (a 1x1 convolution of a convolution, where one costs no more), "dead-channels".
     keep, only: shell-style patterns of batch norms' names (`layer1.*`). One that matches keep, or
@@ -187,7 +188,7 @@ def fold(
     return fold_source(
         _source(model, example_inputs, opset, freeze_inputs, factory),
         model,
-        writeback=None if repair or clean_up else writeback,
+        writeback=None if clean_up or (repair and writeback != "graph") else writeback,
         repair=repair,
         selection=_selection(keep, only),
         clean_up=clean_up,
@@ -286,7 +287,7 @@ def fold_source(
         return _with_record(replace(result_of(source, chosen, folded, model), choices=choices))
     from bnfold.writeback import fold_torch
 
-    found = fold_torch(source, writeback, selection)
+    found = fold_torch(source, writeback, selection, repair)
     model = found.module if found.module is not None else found.folded.model
     if source.kind is Kind.EXPORTED_PROGRAM and found.program is not None:
         model = found.program

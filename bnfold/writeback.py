@@ -7,7 +7,7 @@ where it takes more, and where nothing of the user's own code would be lost with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,15 +53,22 @@ class TorchFold:
     notes: tuple[str, ...] = ()
 
 
-def fold_torch(source: Source, way: Way = "auto", selection: Selection | None = None) -> TorchFold:
+def fold_torch(
+    source: Source,
+    way: Way = "auto",
+    selection: Selection | None = None,
+    repairs: Collection[str] = (),
+) -> TorchFold:
     """Fold a torch source the way that is asked for, or the one that takes most.
+
+    repairs: the exact repairs that a graph module may use; a class holds none that is asked for.
 
     Raises UsageError for a way that the source does not have or a selection that matches nothing,
     InputError where torch cannot hold the fold.
     """
     if way not in ("auto", "class", "graph"):
         raise UsageError(f"writeback is {way!r}; it is 'auto', 'class' or 'graph'.")
-    return _Task(source, way, selection).done()
+    return _Task(source, way, selection, frozenset(repairs)).done()
 
 
 def class_scope(source: Source) -> Scope:
@@ -79,6 +86,7 @@ class _Task:
     source: Source
     way: Way
     selection: Selection | None
+    repairs: frozenset[str] = frozenset()
 
     def done(self) -> TorchFold:
         source = self.source
@@ -90,7 +98,7 @@ class _Task:
         better = self.for_graph()
         assert source.plain is not None
         stays = self.way == "class" or hooked_parts(source.plain)
-        if stays or len(better.removed) <= len(chosen.removed):
+        if stays or _taken_out(better) <= _taken_out(chosen):
             return self.into_class(chosen, better)
         return self.into_graph(better, _why_not_class(source, chosen, better))
 
@@ -103,7 +111,8 @@ class _Task:
                 f"{self.source.path} carries an ONNX graph and weights, from which no graph module"
                 " can be made; name its network with --model."
             )
-        return self.planned(scope_of_program(self.source.exported))
+        scope = scope_of_program(self.source.exported)
+        return plan(self.source.graph, scope, selection=self.selection, repairs=self.repairs)
 
     def into_class(self, chosen: FoldPlan, better: FoldPlan) -> TorchFold:
         source, folded = self.source, apply(chosen)
@@ -158,10 +167,21 @@ class _Task:
         return (f"{more} more batch norms would fold in ONNX alone (-o NAME.onnx, no torch file).",)
 
 
+def _taken_out(plan: FoldPlan) -> int:
+    """How many batch norms go, and operators of propagated constants."""
+    return len(plan.removed) + len(plan.absorbed)
+
+
 def _why_not_class(source: Source, chosen: FoldPlan, better: FoldPlan) -> tuple[str, ...]:
     gone = {removed.node for removed in better.removed}
-    first = next(kept for kept in chosen.kept if kept.node in gone)
+    first = next((kept for kept in chosen.kept if kept.node in gone), None)
     more = len(better.removed) - len(chosen.removed)
+    if first is None:
+        return (
+            f"The result is a graph module: it takes {_taken_out(better) - _taken_out(chosen)} more"
+            f" operators of propagated constants than the class {type(source.plain).__name__} can."
+            " (writeback 'class', or -o NAME.pt, keeps the class.)",
+        )
     return (
         f"The result is a graph module: it takes {more} more batch norms than the class"
         f" {type(source.plain).__name__} can. '{first.name}' would stay in the class:"

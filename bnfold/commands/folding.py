@@ -159,7 +159,9 @@ def _outputs_of_fold(args: argparse.Namespace) -> tuple[list[Path], Writeback]:
 
 def _repairs(args: argparse.Namespace) -> tuple[str, ...]:
     """The exact repairs that were asked for."""
-    return ("clamp", "pad", "border") if "all" in args.repairs else tuple(dict.fromkeys(args.repairs))
+    return (
+        ("clamp", "pad", "border") if "all" in args.repairs else tuple(dict.fromkeys(args.repairs))
+    )
 
 
 def _clean_up(args: argparse.Namespace) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from bnfold.folding.plan import FoldPlan
 from bnfold.folding.quantized import requantized
 from bnfold.folding.rules import RULES, rewritten
 from bnfold.folding.rules.node import label, optional_input
-from bnfold.folding.rules.relations import Padding, Step
+from bnfold.folding.rules.relations import Form, Padding, Step
 from bnfold.folding.rules.repairs import repair_of
 from bnfold.graph import fresh_name, names_in
 
@@ -66,8 +66,7 @@ def apply(plan: FoldPlan) -> Folded:
         if node in forms:
             writer.rewrite(nodes[node], _news(node, forms[node].constants or {}))
         if node in touched:
-            repair = repair_of(node, plan.repairs)
-            form = repair.form(plan.gauge) if repair is not None else None
+            form = form_of(plan, node)
             if form is not None:
                 writer.rewrite(nodes[node], _news(node, form.constants or {}))
                 if form.padding is not None:
@@ -85,15 +84,23 @@ def apply(plan: FoldPlan) -> Folded:
     return Folded(model, aliases, writer.biases, writer.written)
 
 
-def changes(plan: FoldPlan) -> Iterator[tuple[ir.Node, list[New]]]:
-    """The nodes of the plan's own model whose constants change, in its order, each with the new.
+def changes(plan: FoldPlan) -> Iterator[tuple[ir.Node, list[New], Form | None]]:
+    """The nodes of the plan's own model that change, in its order: new constants, another form.
 
-    That is all of a plan without repairs and merges, besides what it takes out.
+    That is all of a plan without merges, besides what it takes out.
     """
     touched = _touched(plan)
     for node in (node for graph in plan.model.graphs() for node in graph if node in touched):
-        if news := _news(node, rewritten(node, plan.gauge)):
-            yield node, news
+        form = form_of(plan, node)
+        constants = rewritten(node, plan.gauge) if form is None else form.constants or {}
+        if (news := _news(node, constants)) or form is not None:
+            yield node, news, form
+
+
+def form_of(plan: FoldPlan, node: ir.Node) -> Form | None:
+    """The other form that a node takes by a plan, if it takes one."""
+    repair = repair_of(node, plan.repairs)
+    return repair.form(plan.gauge) if repair is not None else None
 
 
 def correspondence(before: ir.Model, after: ir.Model) -> dict[ir.Node, ir.Node]:

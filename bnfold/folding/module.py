@@ -7,6 +7,7 @@ folded batch norm becomes an Identity, a layer that had no bias gets one registe
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,17 +17,20 @@ import torch
 from torch import nn
 
 from bnfold.errors import InputError
-from bnfold.folding.apply import Folded
+from bnfold.folding.apply import Folded, changes
+from bnfold.folding.constants import constant
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules.node import name_of
 from bnfold.folding.scope import Scope
 from bnfold.graph import MODULE, is_batch_norm
 from bnfold.parts import parts
 from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
-from bnfold.reading.plain import copy_of, ends_in_act, hooked, make_plain
+from bnfold.reading.plain import copy_of, ends_in_act, hooked, make_plain, plain
 from bnfold.reading.weights import load_into
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Constants of normalization propagation: (act(x) - mean) / std.
+PROPAGATED = "bnfold.norm.propagation.Propagated"
 # Their forward reads `self.bias` and works with or without it.
 _LAYERS = (
     nn.Linear,
@@ -70,6 +74,7 @@ def scope_of(module: nn.Module, graph: ir.Model) -> Scope:
         for key in (*child._parameters, *child._buffers)
     }
     seen, hidden = _seen_by_hooks(module, graph)
+    maps, forms = _constants_and_floors(named, places, graph)
     closed = "".join(
         f"a hook on '{name}' looks at a value unknown to the graph" for name in hidden[:1]
     )
@@ -79,7 +84,38 @@ def scope_of(module: nn.Module, graph: ir.Model) -> Scope:
         frozenset(norms),
         watched=seen,
         closed=closed,
+        maps=maps,
+        forms=forms,
     )
+
+
+def _constants_and_floors(
+    named: Sequence[tuple[str, nn.Module]], places: Mapping[int, int], graph: ir.Model
+) -> tuple[frozenset[str], dict[str, str]]:
+    """The nodes of propagated constants, which can go; the Relus that may get another floor."""
+    nodes = [node for g in graph.graphs() for node in g]
+    relus = Counter(node.meta.get(MODULE) for node in nodes if node.op_type == "Relu")
+    maps: set[str] = set()
+    forms: dict[str, str] = {}
+    for name, child in named:
+        if places[id(child)] != 1 or hooked(child):
+            continue
+        if _kind(child) == PROPAGATED:
+            for key in _NEUTRAL:
+                value = graph.graph.initializers.get(f"{name}.{key}")
+                users = [user for user, _ in value.uses()] if value is not None else []
+                maps |= {str(user.name) for user in users if len(users) == 1}
+        elif type(child) is nn.ReLU and relus[name] == 1:
+            forms |= {str(n.name): name for n in nodes if n.meta.get(MODULE) == name}
+    return frozenset(maps), forms
+
+
+# What a propagated constant is that does nothing.
+_NEUTRAL = {"mean": 0.0, "std": 1.0}
+
+
+def _kind(child: nn.Module) -> str:
+    return f"{type(child).__module__}.{type(child).__qualname__}"
 
 
 def _seen_by_hooks(module: nn.Module, graph: ir.Model) -> tuple[dict[str, str], list[str]]:
@@ -124,9 +160,14 @@ def _tied(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
 def behind(child: nn.Module) -> nn.Module | None:
     """What is left of a batch norm when its normalization goes; None where that is not known.
 
+    Of propagated constants it is their activation.
     An Identity for torch's own classes and for subclasses that keep their forward, `drop` and `act`
     for those that end in them. A subclass with another forward may add to it whatever it likes.
     """
+    if _kind(child) == PROPAGATED and not hooked(child):
+        act = child.act
+        assert isinstance(act, nn.Module)
+        return act
     if ends_in_act(child):
         left = nn.Sequential()
         for leaf in ("drop", "act"):
@@ -150,7 +191,7 @@ def write_back(module: nn.Module, plan: FoldPlan, folded: Folded) -> nn.Module:
     """
     result = copy_of(module)
     new = _new_tensors(_tensors_of(module), plan, folded)
-    _take_shape(result, new, {removed.name for removed in plan.removed})
+    _take_shape(result, new, gone_of(plan), floors_of(plan))
     for name, part in parts(result):
         # each a tensor of its own: what was tied to it may need another value
         for key, parameter in part._parameters.items():
@@ -185,7 +226,7 @@ def folded_state(
 
     Raises InputError if a constant that was written has no place in it.
     """
-    gone = {removed.name for removed in plan.removed}
+    gone = gone_of(plan)
     kept = {
         name: copy.deepcopy(tensor)
         for name, tensor in state_dict.items()
@@ -200,6 +241,8 @@ def _new_tensors(
     """The tensors that the fold changes or adds, by name. Raises InputError where one cannot be."""
     initializers = folded.model.graph.initializers
     new: dict[str, torch.Tensor] = {}
+    for path, key in _constants_gone(plan):
+        new[f"{path}.{key}"] = torch.full_like(tensors[f"{path}.{key}"], _NEUTRAL[key])
     for name, written in folded.written.items():
         if name not in tensors or written != (name,):
             raise _unfit(name)
@@ -215,6 +258,33 @@ def _new_tensors(
             raise _unfit(name)
         new[name] = tensor_of(initializers[biases[0]].const_value, tensors[weight])
     return new
+
+
+def gone_of(plan: FoldPlan) -> set[str]:
+    """The modules that a fold takes out: its batch norms, and constants of which none is left."""
+    went = _constants_gone(plan)
+    both = {path for path, key in went if all((path, other) in went for other in _NEUTRAL)}
+    return {removed.name for removed in plan.removed} | both
+
+
+def _constants_gone(plan: FoldPlan) -> set[tuple[str, str]]:
+    """(module, "mean" or "std") of each propagated constant that a fold takes out."""
+    found = set()
+    for removed in plan.absorbed:
+        held = constant(removed.node.inputs[1 - removed.slot])
+        path, _, key = str(held.root.name if held is not None else "").rpartition(".")
+        found.add((path, key))
+    return found
+
+
+def floors_of(plan: FoldPlan) -> dict[str, float]:
+    """By module, the number below which a Relu cuts off in the folded network, where it is not 0."""
+    floors = {}
+    for node, _, form in changes(plan):
+        path = plan.scope.forms.get(str(node.name)) if plan.scope is not None else None
+        if form is not None and path:
+            floors[path] = float(form.steps[0].constant)
+    return floors
 
 
 def _unfit(name: str) -> InputError:
@@ -241,12 +311,26 @@ def take_shape_of(module: nn.Module, checkpoint: Checkpoint) -> None:
     if described.get("kind") != "fold":
         raise InputError("The checkpoint is not one that bnfold has folded.")
     make_plain(module)
-    _take_shape(module, checkpoint.state_dict, set(described.get("folded", ())))
+    floors = described.get("floors") or {}
+    _take_shape(module, checkpoint.state_dict, set(described.get("folded", ())), floors)
 
 
 def _take_shape(
-    module: nn.Module, state_dict: Mapping[str, torch.Tensor], gone: Collection[str]
+    module: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    gone: Collection[str],
+    floors: Mapping[str, float],
 ) -> None:
+    for name, floor in floors.items():
+        parent, _, leaf = name.rpartition(".")
+        relu = module.get_submodule(name)
+        if type(relu) is not nn.ReLU:
+            raise InputError(
+                f"'{name}' was a ReLU when it was folded; in this module it is a"
+                f" {type(relu).__name__}."
+            )
+        cut = nn.Hardtanh(floor, math.inf, inplace=relu.inplace).train(relu.training)
+        setattr(module.get_submodule(parent), leaf, cut)
     for name, child in list(parts(module)):
         if name in gone:
             left = behind(child)
@@ -276,13 +360,27 @@ def load_folded(module: nn.Module, path: Path | str) -> nn.Module:
 
 def plain_modules(scope: Scope) -> dict[str, list[str]]:
     """The part of a scope that a checkpoint keeps for when the module is not at hand."""
-    norms = () if scope.closed or scope.watched else scope.norms
-    return {"layers": sorted(scope.layers), "norms": sorted(norms)}
+    held = Scope(frozenset(), frozenset(), frozenset()) if scope.closed or scope.watched else scope
+    return {
+        "layers": sorted(scope.layers),
+        "norms": sorted(held.norms),
+        "maps": sorted(held.maps),
+        "forms": sorted(f"{node} {path}" for node, path in held.forms.items()),
+    }
+
+
+def plain_parts(module: nn.Module, graph: ir.Model) -> dict[str, list[str]]:
+    """`plain_modules` of a module as it is when it is folded, its variants read as batch norms.
+
+    graph: of the module, made plain or not: its names are the same.
+    """
+    return plain_modules(scope_of(plain(module)[0], graph))
 
 
 def scope_of_names(
     state_dict: Mapping[str, torch.Tensor], plain: Mapping[str, Sequence[str]]
 ) -> Scope:
     """What may change where the module is not at hand, only what `plain_modules` kept of it."""
-    layers, norms = plain.get("layers", ()), plain.get("norms", ())
-    return Scope(frozenset(state_dict), frozenset(layers), frozenset(norms))
+    layers, norms, maps = (frozenset(plain.get(key, ())) for key in ("layers", "norms", "maps"))
+    forms = dict(entry.split(" ", 1) for entry in plain.get("forms", ()))
+    return Scope(frozenset(state_dict), layers, norms, maps=maps, forms=forms)

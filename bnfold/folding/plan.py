@@ -133,8 +133,9 @@ def plan(
     network.held.update((selection or Selection()).held(found))
     guard = Guard(network)
     norms: Outcomes = {node: "" for node in found if node not in network.held}
-    absorb = absorb and scope is None  # a module's own arithmetic is code, no parameter
-    others: Outcomes = {n: "" for n in network.nodes if absorb and _is_map(n)}
+    # a module's own arithmetic is code, no parameter, but for what its scope names
+    listed = (n for n in network.nodes if absorb and (scope is None or n.name in scope.maps))
+    others: Outcomes = {n: "" for n in listed if _is_map(n)}
     progress = True
     while progress:
         _take_out(network, norms, guard, scope)
@@ -245,7 +246,7 @@ def _take_out_freely(
     any_gone = False
     for outcomes in kinds:
         waiting = {node: why for node, why in outcomes.items() if isinstance(why, str)}
-        hopeful = {n: w for n, w in waiting.items() if _shifts_by_one_number(network, n)}
+        hopeful: Outcomes = {n: w for n, w in waiting.items() if _shifts_by_one_number(network, n)}
         any_gone |= _take_out(network, hopeful, guard, scope)
         outcomes.update(hopeful)
     network.room = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import io
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -27,10 +28,11 @@ from bnfold.errors import InputError
 from bnfold.folding.affine import Array
 from bnfold.folding.apply import New, changes, rounded
 from bnfold.folding.constants import constant, readers
-from bnfold.folding.module import tensor_of
+from bnfold.folding.module import PROPAGATED, tensor_of
 from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules import rewritable_slots
 from bnfold.folding.rules.node import layer_name, name_of
+from bnfold.folding.rules.relations import Form, Padding
 from bnfold.folding.scope import Scope
 from bnfold.graph import OPERATOR, Exported, is_batch_norm
 
@@ -45,6 +47,22 @@ _BIAS_AT: dict[Any, int] = dict.fromkeys(
     2,
 )
 _PRODUCTS = (_aten.mm.default, _aten.matmul.default, _aten.bmm.default)
+_CONVS = (
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
+    _aten.convolution.default,
+)
+_AVERAGES = (*(_aten.avg_pool1d.default, _aten.avg_pool2d.default, _aten.avg_pool3d.default),)
+# The operators that may take another form, by the ONNX operator that they are.
+_FORMED = {
+    "Relu": (_aten.relu.default,),
+    "Clip": (_aten.hardtanh.default, _aten.clamp.default, _aten.relu6.default),
+    "Conv": _CONVS,
+    "AveragePool": _AVERAGES,
+    "ConvTranspose": (_aten.conv_transpose2d.input, _aten.convolution.default),
+}
+_PADDING_AT = dict.fromkeys(_CONVS, 4) | dict.fromkeys(_AVERAGES, 3)
+_STEPS = {"Max": _aten.maximum.default, "Min": _aten.minimum.default, "Add": _aten.add.Tensor}
+_ARITHMETIC = (_aten.sub.Tensor, _aten.div.Tensor)
 _NORMS = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
 # Operators that only look at a tensor in another way: a copy of them serves a copy of the tensor.
 _VIEWS = (
@@ -111,8 +129,16 @@ def scope_of_program(exported: Exported) -> Scope:
     calls = {call.name: call for call in program.graph.nodes}
     layers: dict[str, bool] = {}
     norms: dict[str, bool] = {}
-    for node in (node for g in model.graphs() for node in g):
+    nodes = [node for g in model.graphs() for node in g]
+    made_of = Counter(node.meta.get(OPERATOR, "") for node in nodes)
+    forms, maps = set(), set()
+    for node in nodes:
         call = calls.get(node.meta.get(OPERATOR, ""))
+        if call is not None and made_of[call.name] == 1:
+            if _can_take_a_form(call, node):
+                forms.add(str(node.name))
+            if call.target in _ARITHMETIC and _runs_in(call, PROPAGATED):
+                maps.add(str(node.name))
         if slots := rewritable_slots(node):
             layer = layer_name(node, slots[0])
             takes = call is not None and (call.target in _BIAS_AT or call.target in _PRODUCTS)
@@ -129,7 +155,21 @@ def scope_of_program(exported: Exported) -> Scope:
         layers=frozenset(name for name, takes in layers.items() if takes),
         norms=frozenset(name for name, goes in norms.items() if goes),
         one_value=False,
+        maps=frozenset(maps),
+        forms=dict.fromkeys(forms, ""),
     )
+
+
+def _can_take_a_form(call: fx.Node, node: ir.Node) -> bool:
+    """True where the operator is what the node is, not a part of it, so that it can be changed."""
+    return call.target in _FORMED.get(node.op_type, ())
+
+
+def _runs_in(call: fx.Node, kind: str) -> bool:
+    """Whether an operator stands in the forward of a module of this class."""
+    stack = list(call.meta.get("nn_module_stack", {}).values())
+    names = [c if isinstance(c, str) else f"{c.__module__}.{c.__qualname__}" for _, c in stack[-1:]]
+    return kind in names
 
 
 def _is_held(value: ir.Value, calls: Mapping[str, fx.Node], placeholder: str) -> bool:
@@ -191,15 +231,21 @@ def fold_program(program: ExportedProgram, plan: FoldPlan) -> ExportedProgram:
     Raises InputError if the plan asks for what the program cannot hold.
     """
     writer = _Writer(program)
-    for node, news in changes(plan):
+    found = list(changes(plan))
+    for node, news, _ in found:
         for new in news:
             if new.held is None:
                 writer.add_bias(node, new)
             elif not np.array_equal(new.array, new.held.array):
                 writer.write(node, new)
     writer.flush()
+    for node, _, form in found:
+        if form is not None:
+            writer.reform(node, form)
     for removed in plan.removed:
         writer.bypass(removed.node)
+    for removed in plan.absorbed:
+        writer.bypass_map(removed.node, removed.slot)
     return writer.finish()
 
 
@@ -272,7 +318,7 @@ class _Writer:
             with self.graph.inserting_after(call):
                 added = self.graph.call_function(_aten.add.Tensor, (call, bias))
             added.meta = dict(call.meta)
-            call.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+            _hand_over(call, added)
         else:
             raise _unfit(root)
 
@@ -296,6 +342,66 @@ class _Writer:
             self.graph.erase_node(output)
         if call not in outputs:
             self.graph.erase_node(call)
+
+    def bypass_map(self, node: ir.Node, slot: int) -> None:
+        """Let the readers of an operator with a constant read its other operand."""
+        call = self._call(node)
+        if call.target not in _ARITHMETIC:
+            raise _unfit(str(node.name))
+        call.replace_all_uses_with(cast(fx.Node, call.args[slot]))
+        self.graph.erase_node(call)
+
+    def reform(self, node: ir.Node, form: Form) -> None:
+        """Give an operator its other form: a Pad in front, steps behind it or in its place."""
+        call = self._call(node)
+        if not _can_take_a_form(call, node):
+            raise _unfit(str(node.name))
+        dtype = node.outputs[0].dtype
+        assert dtype is not None
+        if form.padding is not None:
+            self._put_pad(call, form.padding, dtype)
+        last = call
+        for step in form.steps:
+            bound = rounded(step.constant, dtype, node.name).numpy()
+            with self.graph.inserting_after(last):
+                if step.op_type == "Clip":
+                    floor = float(bound)
+                    behind = self.graph.call_function(_aten.clamp.default, (last, floor))
+                else:
+                    held = self._constant(f"{call.name}_{step.op_type.lower()}", bound, dtype)
+                    behind = self.graph.call_function(_STEPS[step.op_type], (last, held))
+            behind.meta = dict(call.meta)
+            _hand_over(last, behind)
+            last = behind
+        if form.constants is None:
+            call.replace_all_uses_with(cast(fx.Node, call.args[0]))
+            self.graph.erase_node(call)
+
+    def _put_pad(self, call: fx.Node, padding: Padding, dtype: ir.DataType) -> None:
+        """A Pad of what a convolution or pooling reads, which does not pad any more."""
+        x = cast(fx.Node, call.args[0])
+        pairs = list(zip(padding.before, padding.after, strict=True))
+        counts = [count for pair in reversed(pairs) for count in pair]  # the last axis first
+        number = float(rounded(np.asarray(padding.number), dtype, call.name).numpy())
+        with self.graph.inserting_before(call):
+            padded = self.graph.call_function(_aten.constant_pad_nd.default, (x, counts, number))
+        value = x.meta["val"]
+        sizes = [n + b + a for n, (b, a) in zip(value.shape[2:], pairs, strict=True)]
+        with value.fake_mode:  # by its sizes: to run the Pad would tie the batch to the example's
+            padded.meta = {**call.meta, "val": value.new_empty([*value.shape[:2], *sizes])}
+        at = _PADDING_AT[call.target]
+        target: Any = call.target
+        defaults = [argument.default_value for argument in target._schema.arguments]
+        given = [*call.args, *defaults[len(call.args) :]]
+        given[0], given[at] = padded, [0] * len(pairs)
+        call.args = tuple(given)
+
+    def _constant(self, name: str, array: np.ndarray[Any, Any], dtype: ir.DataType) -> fx.Node:
+        """A placeholder for a constant that the network did not have."""
+        beside = next(call for call, spec in self.specs.items() if str(spec.target) in self.state)
+        like = self._value(str(self.specs[beside].target))
+        held = ir.Tensor(array, dtype=dtype)
+        return self._new(name, tensor_of(held, like), beside=beside)
 
     def finish(self) -> ExportedProgram:
         """The new program, without what nothing reads any more."""
@@ -367,6 +473,11 @@ class _Writer:
         parameter = like.kind is InputKind.PARAMETER
         holder[target] = torch.nn.Parameter(tensor) if parameter else tensor
         return fresh
+
+
+def _hand_over(call: fx.Node, behind: fx.Node) -> None:
+    """Let all that read an operator read the one behind it."""
+    call.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
 
 
 def _tensor(array: Array, dtype: ir.DataType, name: str, like: torch.Tensor) -> torch.Tensor:

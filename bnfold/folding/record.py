@@ -276,6 +276,8 @@ def _choices_facts(choices: Choices) -> dict[str, Any]:
             "one_value": scope.one_value,
             "watched": dict(scope.watched),
             "closed": scope.closed,
+            "maps": sorted(scope.maps),
+            "forms": dict(scope.forms),
         },
     }
 
@@ -296,6 +298,8 @@ def _choices(facts: Any) -> Choices | None:
             bool(held["one_value"]),
             {str(value): str(hooked) for value, hooked in held["watched"].items()},
             str(held["closed"]),
+            frozenset(str(name) for name in held.get("maps", ())),
+            {str(node): str(path) for node, path in held.get("forms", {}).items()},
         )
     return Choices(
         listed(facts, "repairs"),

@@ -10,7 +10,7 @@ import numpy as np
 from bnfold.folding.affine import Array
 from bnfold.folding.constants import Constant, constant, readers
 from bnfold.folding.rules import rewritable_slots, rewritten
-from bnfold.folding.rules.node import layer_name, optional_input
+from bnfold.folding.rules.node import label, layer_name, optional_input
 from bnfold.folding.trial import Trial
 from bnfold.folding.wave import Conflict
 
@@ -20,7 +20,9 @@ class Scope:
     """What may change where the result goes back into torch: all by name.
 
     parameters: the tensors that can be given a new value. layers: those that can be given a bias.
-    norms: the batch norms that can be taken out. one_value: a tensor has one value wherever it is
+    norms: the batch norms that can be taken out. maps: the constant additions and multiplications
+    that can, by the nodes' names. forms: the nodes that can take another form (`rules.repairs`), by
+    name, each with the module that it is. one_value: a tensor has one value wherever it is
     read, as a module's parameters do; a graph can hold a copy for each reader. watched: the values
     that must stay as they are, each with the hooked module that looks at it. closed: why nothing
     may change at all, if so.
@@ -32,6 +34,8 @@ class Scope:
     one_value: bool = True
     watched: Mapping[str, str] = field(default_factory=dict)
     closed: str = ""
+    maps: frozenset[str] = frozenset()
+    forms: Mapping[str, str] = field(default_factory=dict)
 
 
 class OutOfScope(Conflict):
@@ -45,6 +49,9 @@ def check_scope(trial: Trial, scope: Scope) -> None:
         if watcher is not None and not trial.gauge(value).is_identity:
             raise OutOfScope(f"a hook on '{watcher}' looks at '{value.name}', which would change")
     for node, slots in trial.around.items():
+        repair = trial.network.repair(node)
+        if repair and repair.form(trial.gauge) and node.name not in scope.forms:
+            raise OutOfScope(f"{label(node)} would take another form, which the module cannot hold")
         for slot, array in rewritten(node, trial.gauge).items() if slots else ():
             held = constant(optional_input(node, slot))
             if held is None:

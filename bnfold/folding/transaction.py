@@ -41,7 +41,8 @@ def remove(
     network: Network, node: ir.Node, guard: Guard, scope: Scope | None
 ) -> tuple[str, ...] | str:
     """Make one node disappear: the layers that take it up, or the reason why it stays."""
-    if scope is not None and (scope.closed or name_of(node) not in scope.norms):
+    may_go = scope is None or name_of(node) in scope.norms or node.name in scope.maps
+    if scope is not None and (scope.closed or not may_go):
         network.restricted = True
         return scope.closed or _NO_MODULE
     network.try_without(node)

@@ -285,7 +285,7 @@ def _pads_only(node: ir.Node) -> bool:
 def _pads(node: ir.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How much a Conv or a pooling pads in front of each axis and behind it."""
     if not auto_padded(node):
-        pads = integers(node, "pads")
+        pads = integers(node, "pads") or []
         return tuple(pads[: len(pads) // 2]), tuple(pads[len(pads) // 2 :])
     x, y = input_of(node, 0), node.outputs[0]
     kernel = integers(node, "kernel_shape") or list(weights(node, 1).shape[2:])
