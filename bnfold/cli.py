@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -153,7 +154,8 @@ def _add_data(parser: argparse.ArgumentParser, name: str, what: str, *, required
         required=required,
         metavar="DATA",
         help=f"{what}: a folder of images, .npy, .npz, .safetensors, webdataset .tar, hf:NAME,"
-        " path.py:factory, digits or digits:test; in random order, by --seed",
+        " path.py:factory, digits, mnist:DIR, usps:DIR or cifar10:DIR, with :train or :test; in"
+        " random order, by --seed",
     )
     group.add_argument("--batch-size", type=int, default=64, metavar="N", help="default 64")
     group.add_argument("--samples", type=int, metavar="N", help="use N samples of the data")
@@ -284,7 +286,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_source(inspect)
     _add_report(inspect)
 
-    _add_train(verbs.add_parser("train", help="train a network with batch normalization"))
+    _add_train(
+        verbs.add_parser(
+            "train",
+            help="train a network with batch normalization or a variant",
+            description="Train a classifier; the checkpoint describes itself, so that it folds,"
+            " adapts and exports without another word. In several processes: torchrun"
+            " --nproc-per-node=N -m bnfold train ..., each with --batch-size samples of a step.",
+        )
+    )
 
     doctor = verbs.add_parser("doctor", help="what is installed, and which providers really load")
     _add_report(doctor)
@@ -436,25 +446,136 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
         _add_report(parser)
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    """`num_classes=10`: a name and a JSON value, or a text where it is no JSON."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"'{text}' is no setting; write NAME=VALUE")
+    with contextlib.suppress(ValueError):
+        return name, json.loads(value)
+    return name, value
+
+
 def _add_train(train: argparse.ArgumentParser) -> None:
-    train.add_argument("factory", metavar="SPEC", help="path.py:name or pkg.mod:name of a network")
-    _add_data(train, "--data", "training samples with labels (.npz with x and y)", required=True)
-    train.add_argument("--test-data", metavar="DATA", help="samples to measure the accuracy on")
-    train.add_argument("--epochs", type=int, default=10, metavar="N", help="default 10")
-    train.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default sgd")
     train.add_argument(
+        "factory",
+        metavar="SPEC",
+        help="the network: path.py:name, pkg.mod:name, torchvision:NAME or timm:NAME",
+    )
+    _add_data(train, "--data", "training samples with labels", required=False)
+    train.set_defaults(data="digits")
+    _add_network(train)
+    _add_training(train)
+    _add_run(train)
+    _add_output(train, "checkpoint, .pt (default NAME.pt here)")
+    _add_report(train)
+
+
+def _add_network(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("network")
+    group.add_argument(
+        "--set",
+        dest="arguments",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the factory, such as num_classes=10; repeat for several",
+    )
+    group.add_argument(
+        "--norm",
+        metavar="KIND",
+        help="normalisation in place of every batch norm: batch, renorm, ghost, mean-only, weight,"
+        " weight-mean-only, normprop, frozen, sync, none",
+    )
+    group.add_argument(
+        "--norm-set",
+        dest="norm_options",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the normalisation: ghost_size=16 (ghost), r_max=3 and d_max=5 (renorm;"
+        " reached over the run), momentum=0.1, eps=1e-5; repeat for several",
+    )
+    group.add_argument(
+        "--statistics",
+        choices=("moving", "exact"),
+        default="moving",
+        help="of the trained network: moving averages (default), or exactly those of the training"
+        " set, measured after training",
+    )
+
+
+def _add_training(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("training")
+    group.add_argument(
+        "--test-data", metavar="DATA", help="samples to measure on (of a known data set: its test)"
+    )
+    group.add_argument(
+        "--download", action="store_true", help="let torchvision fetch a data set that is not there"
+    )
+    group.add_argument("--epochs", type=int, default=10, metavar="N", help="default 10")
+    group.add_argument(
+        "--optimizer",
+        choices=("sgd", "adam", "adamw", "rmsprop"),
+        default="sgd",
+        help="default sgd, with Nesterov momentum",
+    )
+    group.add_argument(
         "--schedule",
         choices=("onecycle", "cosine", "constant"),
         default="onecycle",
         help="of the learning rate (default onecycle)",
     )
-    train.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate")
-    train.add_argument("--weight-decay", type=float, metavar="W", help="default 5e-4, adamw 1e-2")
-    train.add_argument("--device", default="cpu", help="cpu or cuda")
-    train.add_argument("--checkpoint", type=Path, metavar="FILE", help="run state after each epoch")
-    train.add_argument("--resume", type=Path, metavar="FILE", help="continue from a run state")
-    _add_output(train, "checkpoint, .pt (default NAME.pt here)")
-    _add_report(train)
+    group.add_argument(
+        "--lr", type=float, metavar="RATE", help="peak learning rate (default sgd 0.1, others 3e-3)"
+    )
+    group.add_argument(
+        "--weight-decay", type=float, metavar="W", help="default sgd 5e-4, adamw 1e-2, others 0"
+    )
+    group.add_argument(
+        "--momentum", type=float, metavar="M", help="of sgd (default 0.9) and rmsprop (default 0)"
+    )
+    group.add_argument(
+        "--label-smoothing", type=float, default=0.0, metavar="S", help="default 0, none"
+    )
+    group.add_argument(
+        "--clip-norm", type=float, metavar="N", help="the most that the gradients' norm may be"
+    )
+    group.add_argument(
+        "--augment", metavar="path.py:fn", help="your function, batch of inputs -> other ones"
+    )
+    group.add_argument("--amp", action="store_true", help="forward in bfloat16 where torch can")
+    group.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    group.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read ahead (default 0)"
+    )
+    group.add_argument(
+        "--keep",
+        choices=("last", "best"),
+        default="last",
+        help="the last epoch's network (default), or the best one's on the test data",
+    )
+
+
+def _add_run(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("run")
+    group.add_argument(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="the run's state after each epoch (default NAME.state beside the checkpoint, gone when"
+        " the run is complete)",
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the run of the state file")
+    group.add_argument(
+        "--log", type=Path, metavar="FILE", help="one JSON object per epoch (.jsonl)"
+    )
+    group.add_argument("--tensorboard", type=Path, metavar="DIR", help="curves for TensorBoard")
+    group.add_argument(
+        "--log-every", type=int, metavar="N", help="also every N steps in --log and --tensorboard"
+    )
 
 
 def _terminated(*_: object) -> None:

@@ -57,6 +57,7 @@ def open_samples(
         resize=args.resize,
         input_scale=args.input_scale,
         input_shape=shape and (None, *shape[1:]),
+        download=getattr(args, "download", False),
     )
 
 

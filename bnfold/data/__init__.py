@@ -21,6 +21,7 @@ from bnfold.data.corruptions import CORRUPTIONS as CORRUPTIONS
 from bnfold.data.corruptions import corrupted as corrupted
 from bnfold.data.hub import is_saved, open_dataset
 from bnfold.data.images import FolderReader
+from bnfold.data.labelled import LabelledSamples as LabelledSamples
 from bnfold.data.readers import (
     Labels,
     Reader,
@@ -29,6 +30,7 @@ from bnfold.data.readers import (
     open_array,
     open_digits,
 )
+from bnfold.data.sets import SETS, open_set
 from bnfold.data.shifts import SHIFTS as SHIFTS
 from bnfold.data.shifts import shifted as shifted
 from bnfold.data.tars import TarReader
@@ -57,14 +59,16 @@ def open_data(
     input_scale: float | None = None,
     input_shape: Shape | None = None,
     max_bytes: int = MAX_ARCHIVE_BYTES,
+    download: bool = False,
 ) -> Batches:
     """The data that `spec` names, as batches.
 
     spec: a folder of images; an .npy, .npz or .safetensors file (array `x`, or the only one, labels
     `y`); webdataset tars, `data.tar` or `data-{000..009}.tar`; a Hugging Face data set,
     `hf:NAME[:split]` from the hub or `hf:FOLDER[:split]` as save_to_disk wrote it; `digits`,
-    `digits:train`, `digits:test`; `pkg.mod:factory` or `path.py:factory`, called without arguments
-    for each pass and giving any iterable of batches.
+    `digits:train`, `digits:test`; `mnist:DIR`, `usps:DIR`, `cifar10:DIR` and their like (sets.py),
+    with `:train` or `:test` behind, through torchvision; `pkg.mod:factory` or `path.py:factory`,
+    called without arguments for each pass and giving any iterable of batches.
     samples: use so many, drawn by `seed` (the first ones without `shuffle`). The order is drawn
     once and is the same in each pass.
     Stored images are bytes (N, H, W), (N, H, W, C) or (N, C, H, W), or floats (N, C, H, W); floats
@@ -75,7 +79,8 @@ def open_data(
     factory: from batch to batch), instead of all that.
     input_shape: what the network takes, (N, C, H, W) with None or a name where anything goes: it
     decides what a channel axis is, and is checked.
-    max_bytes: the most that a compressed .npz file may unpack to.
+    max_bytes: the most that a compressed .npz file may unpack to. download: torchvision may fetch
+    a data set that the folder lacks.
 
     Raises UsageError for arguments that contradict each other, InputError for data that cannot be
     read or does not fit, UnsafeInputError for pickles and zip bombs, RuntimeUnavailableError when
@@ -87,7 +92,7 @@ def open_data(
     options = {"mean": mean, "std": std, "resize": resize, "input_scale": input_scale}
     given = [name for name, value in options.items() if value is not None]
     path, text = Path(spec).expanduser(), str(spec)
-    named = text.partition(":")[0] in ("digits", "hf")
+    named = text.partition(":")[0] in ("digits", "hf", *SETS)
     is_factory = ":" in text and not named and not path.exists()
     if given and (preprocess is not None or is_factory):
         why = f"{text} is a factory" if is_factory else "preprocess makes the whole input"
@@ -95,7 +100,7 @@ def open_data(
     if is_factory:
         return FactoryBatches(text, _resolve(text), preprocess, samples)
     prepare = Preparation.of(mean, std, resize, input_scale, input_shape, preprocess)
-    reader = _reader(text, path, prepare.channels, max_bytes)
+    reader = _reader(text, path, prepare.channels, max_bytes, download)
     count = len(reader) if samples is None else min(samples, len(reader))
     order = np.arange(len(reader))
     if shuffle:
@@ -104,12 +109,14 @@ def open_data(
     return ImageBatches(reader, prepare, [order[:count][i : i + batch_size] for i in starts])
 
 
-def _reader(text: str, path: Path, channels: int | None, max_bytes: int) -> Reader:
+def _reader(text: str, path: Path, channels: int | None, max_bytes: int, download: bool) -> Reader:
     head, _, rest = text.partition(":")
     if head == "digits" and not path.exists():
         return open_digits(rest or "all")
     if head == "hf" and rest and not path.exists():
         return open_dataset(rest, channels)
+    if head in SETS and not path.exists():
+        return open_set(head, rest, download=download)
     if path.is_dir():
         return open_dataset(text, channels) if is_saved(path) else FolderReader(path, channels)
     if path.suffix == ".tar":
@@ -164,7 +171,17 @@ class ImageBatches:
     def labels(self) -> Labels | None:
         """(images,) in the order of the batches; None where there are none."""
         labels = self._reader.labels
-        return None if labels is None else labels[np.concatenate([_NO_INDEX, *self._parts])]
+        return None if labels is None else labels[self.order]
+
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """(images,) which of the reader's samples these are."""
+        return np.concatenate([_NO_INDEX, *self._parts])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; none where there are but numbers."""
+        return getattr(self._reader, "classes", ())
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -183,7 +200,7 @@ class ImageBatches:
     def __iter__(self) -> Iterator[Inputs]:
         """Float32 arrays. Raises InputError for what does not fit, or if nothing can be read."""
         for number, part in enumerate(self._parts):
-            ready, self._parts[number] = self._read(part)
+            ready, self._parts[number] = self.read(part)
             if ready is not None:
                 yield ready
         if not self.images and not self._is_shard:
@@ -193,8 +210,8 @@ class ImageBatches:
                 f" {first}: {reason}."
             )
 
-    def _read(self, part: NDArray[np.int64]) -> tuple[Inputs | None, NDArray[np.int64]]:
-        """The inputs of one batch, and which samples they are.
+    def read(self, part: NDArray[np.int64]) -> tuple[Inputs | None, NDArray[np.int64]]:
+        """The inputs of some of the reader's samples, and which of them could be read.
 
         Where they become smaller on the way, a few at a time: 64 photographs would take gigabytes.
         """

@@ -17,7 +17,7 @@ import inspect
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -63,11 +63,11 @@ def resolve_factory(spec: str) -> Callable[..., Any]:
     return call
 
 
-def build_module(spec: str) -> nn.Module:
-    """The module that the factory `spec` builds when called without arguments.
+def build_module(spec: str, **arguments: Any) -> nn.Module:
+    """The module that the factory `spec` builds when called with these arguments, by name.
 
     Its mode, train or eval, is left as the factory leaves it.
-    Raises UsageError when the factory needs arguments or returns something else, and what
+    Raises UsageError when the factory needs other arguments or returns something else, and what
     `resolve_factory` raises.
     """
     import torch
@@ -78,13 +78,11 @@ def build_module(spec: str) -> nn.Module:
         raise UsageError(
             f"{spec} is a module that exists already; name a function that builds and returns it."
         )
-    needed = _required_arguments(target)
-    if needed:
-        raise UsageError(
-            f"{spec} cannot be called without arguments (it needs {', '.join(needed)}); name a "
-            "factory that fills them in, such as def net(): return Net(num_classes=10)."
-        )
-    module = factory()
+    _check_arguments(spec, target, arguments)
+    try:
+        module = factory(**arguments)
+    except TypeError as error:  # of a collection's builder, which passes them on
+        raise UsageError(f"{spec} does not take these arguments: {error}.") from error
     if isinstance(module, torch.jit.ScriptModule):
         raise UsageError(f"{spec} returned TorchScript; return the nn.Module it was made from.")
     if not isinstance(module, torch.nn.Module):
@@ -92,17 +90,29 @@ def build_module(spec: str) -> nn.Module:
     return module
 
 
-def _required_arguments(target: Callable[..., Any]) -> list[str]:
+def _check_arguments(spec: str, target: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raises UsageError for arguments that are missing or unknown, with those that there are."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # builtins without a signature
-        return []
-    return [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
+        return
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [parameter for parameter in parameters if parameter.kind not in starred]
+    by_name = [p.name for p in named if p.kind is not p.POSITIONAL_ONLY]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    unknown = [] if takes_any else [name for name in given if name not in by_name]
+    if unknown:
+        raise UsageError(
+            f"{spec} has no argument {unknown[0]!r}{_did_you_mean(unknown[0], by_name)}; it takes"
+            f" {', '.join(by_name) or 'none'}."
+        )
+    needed = [p.name for p in named if p.default is p.empty and p.name not in given]
+    if needed:
+        raise UsageError(
+            f"{spec} cannot be called without arguments (it needs {', '.join(needed)}); name a "
+            "factory that fills them in, such as def net(): return Net(num_classes=10), or, to"
+            f" train it, give --set {needed[0]}=VALUE."
+        )
 
 
 # --- importing what the user named ---------------------------------------------------------------
@@ -249,7 +259,7 @@ def _torchvision(name: str) -> Callable[..., Any]:
         raise UsageError(
             f"torchvision has no model {name!r}{_did_you_mean(name, models.list_models())}."
         )
-    options = {"weights": None}
+    options: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         options["weights_backbone"] = None  # its default is a download
     return functools.partial(models.get_model, name, **options)

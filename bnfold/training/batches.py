@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeGuard, cast, runtime_checkable
 
 import numpy as np
@@ -39,7 +39,8 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, index: Index) -> tuple[Array, Array]: ...
+    def take(self, index: Index) -> tuple[Array, Array]:
+        """See above."""
 
 
 Pair = tuple[Array, Array]
@@ -66,7 +67,11 @@ class Share(NamedTuple):
 
 
 class Source(Protocol):
-    """Where the batches of each epoch come from."""
+    """Where the batches of each epoch come from. unread: samples left out so far, and why."""
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """See above."""
 
     def count(self) -> int:
         """Batches per epoch, of one process."""
@@ -152,6 +157,7 @@ class SampleBatches:
     seed: int | None
     share: Share
     workers: int
+    unread: dict[str, str] = field(default_factory=dict)
 
     def count(self) -> int:
         """See Source."""
@@ -182,10 +188,10 @@ class SampleBatches:
     def _read(self, parts: list[Index]) -> Iterator[tuple[Tensor, Tensor]]:
         """x and y of each part, read ahead where there are workers for it."""
         reading = _Reading(self.samples)
-        found: Iterable[Any] = map(reading.__getitem__, parts)
+        read: Iterable[Any] = map(reading.__getitem__, parts)
         if self.workers:
             # a generator of its own: what the loop draws must not depend on who reads
-            found = DataLoader(
+            read = DataLoader(
                 reading,
                 sampler=cast(Any, parts),
                 batch_size=None,
@@ -193,9 +199,11 @@ class SampleBatches:
                 collate_fn=_as_it_is,
                 generator=torch.Generator(),
             )
-        for pair in found:
-            if isinstance(pair, BnfoldError):
-                raise pair
+        for found in read:
+            if isinstance(found, BnfoldError):
+                raise found
+            pair, unread = found
+            self.unread.update(unread)
             yield _checked(pair, self.samples.name, self.task, may_be_empty=True)
 
     def digest(self) -> str:
@@ -217,13 +225,13 @@ class _Reading(Dataset[Any]):
 
     def __getitem__(self, index: Index) -> Any:
         try:
-            return self._samples.take(index)
+            return self._samples.take(index), dict(getattr(self._samples, "skipped", {}))
         except BnfoldError as error:
             return error
 
 
-def _as_it_is(pair: Any) -> Any:
-    return pair
+def _as_it_is(found: Any) -> Any:
+    return found
 
 
 def _digest(arrays: Iterable[Tensor]) -> str:
@@ -245,6 +253,7 @@ class GivenBatches:
     name: str
     task: Task
     share: Share
+    unread: dict[str, str] = field(default_factory=dict)
 
     def count(self) -> int:
         """See Source. By one pass where the object has no length."""
@@ -255,7 +264,7 @@ class GivenBatches:
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """The object's batches, in its order."""
-        del number
+        del number  # it begins anew by itself
         for batch in self.data:
             if not _is_pair(batch):
                 raise UsageError(

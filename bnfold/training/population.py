@@ -16,7 +16,7 @@ from bnfold.measuring.ranks import Ranks
 from bnfold.norm.batch import FrozenBatchNorm
 from bnfold.parts import parts
 from bnfold.training.batches import Source
-from bnfold.training.run import seed_by
+from bnfold.training.settings import seed_by
 
 
 def exact_statistics(module: nn.Module, source: Source, ranks: Ranks, seed: int) -> nn.Module:

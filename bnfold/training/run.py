@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bnfold.errors import UsageError
 from bnfold.training.batches import Batch, Source
 from bnfold.training.evaluation import Score, output_of, score, to_device
-from bnfold.training.settings import schedule_factor
+from bnfold.training.settings import schedule_factor, seed_by
 from bnfold.training.state import Best, EpochMetrics, State
 from bnfold.training.task import Task
 from bnfold.training.team import Team
@@ -180,8 +179,3 @@ def best_of(history: list[EpochMetrics]) -> EpochMetrics:
     if history[0].test_accuracy is not None:
         return max(history, key=lambda metrics: metrics.test_accuracy or 0.0)
     return min(history, key=lambda metrics: metrics.test_loss or 0.0)
-
-
-def seed_by(*numbers: int) -> None:
-    """Seed torch's generators."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))

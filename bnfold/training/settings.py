@@ -1,4 +1,4 @@
-"""What a run is asked for: its settings, the optimizer, the learning rate by step."""
+"""What a run is asked for: settings, the optimizer, the learning rate by step, the seeds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -122,3 +123,8 @@ def schedule_factor(schedule: Schedule, done: float) -> float:
             return START_FACTOR + (1 - START_FACTOR) * done / WARM_UP
         done = (done - WARM_UP) / (1 - WARM_UP)
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def seed_by(*numbers: int) -> None:
+    """Seed torch's generators."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))

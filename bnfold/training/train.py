@@ -8,8 +8,8 @@ would have.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,6 +52,7 @@ class TrainResult:
     test_loss, test_accuracy: of the module as it is; None without test data.
     epoch: whose network it is, the last one's or the best one's.
     moving: the test loss and accuracy with moving averages, where its statistics are exact.
+    unread: samples that could not be read and were left out, and why.
     """
 
     module: nn.Module
@@ -60,6 +61,7 @@ class TrainResult:
     test_loss: float | None
     epoch: int
     moving: tuple[float, float | None] | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -189,13 +191,19 @@ def train(
 def _finished(run: Run, statistics: Statistics) -> TrainResult:
     """The network that is kept, with the statistics that are asked for, and its scores."""
     state, tests = run.state, run.tests
+    unread = run.team.ranks.share(run.source.unread | (tests.unread if tests else {}))
     chosen = state.history[-1]
     if state.best is not None:
         chosen = state.history[state.best.epoch - 1]
         state.module.load_state_dict(state.best.state_dict)
     module = state.module.eval()
     found = TrainResult(
-        module, tuple(state.history), chosen.test_accuracy, chosen.test_loss, chosen.epoch
+        module,
+        tuple(state.history),
+        chosen.test_accuracy,
+        chosen.test_loss,
+        chosen.epoch,
+        unread={name: why for part in unread for name, why in part.items()},
     )
     if statistics == "moving":
         return found

@@ -1,0 +1,78 @@
+"""The network to train: a factory called with its arguments, with the normalisation asked for.
+
+Two variants want to know the run that they are in. Batch renorm's bounds open over its length;
+weight norm starts from lengths and biases that give the first samples mean 0 and deviation 1 behind
+each layer (Salimans & Kingma 2016, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfold.errors import UsageError
+from bnfold.norm import Clipping, convert, initialise
+from bnfold.reading.factory import build_module
+from bnfold.training.batches import Data, labelled
+from bnfold.training.settings import seed_by
+from bnfold.training.task import Task
+from bnfold.training.words import one_line
+
+FIRST_SAMPLES = 500  # as many as the authors' code initialises with
+_BY_DATA = ("weight", "weight-mean-only")
+
+
+def build_network(
+    spec: str,
+    arguments: Mapping[str, Any],
+    *,
+    norm: str | None,
+    options: Mapping[str, Any],
+    steps: int,
+    seed: int,
+) -> nn.Module:
+    """The factory's network, its batch norms as `norm` says, drawn by `seed`.
+
+    options: of the kind, see `bnfold.norm.convert`; of batch renorm also `r_max` and `d_max`, the
+    bounds that its clipping reaches over the `steps` of the run.
+    Raises UsageError for arguments and options that there are not, and what `convert` raises.
+    """
+    torch.manual_seed(seed)
+    module = build_module(spec, **arguments)
+    if norm is None:
+        return module
+    options = dict(options)
+    try:
+        if norm == "renorm" and "schedule" not in options:
+            bounds = {name: options.pop(name) for name in ("r_max", "d_max") if name in options}
+            options["schedule"] = Clipping.over(steps, **bounds)
+        return convert(module, norm, **options)  # type: ignore[arg-type]  # it checks the kind
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise UsageError(f"{norm} does not take {given}: {one_line(error)}.") from error
+
+
+def is_started_by_data(norm: str | None) -> bool:
+    """Whether the kind starts from what the first samples show."""
+    return norm in _BY_DATA
+
+
+def start_by_data(module: nn.Module, data: Data, task: Task, *, batch_size: int, seed: int) -> None:
+    """Set weight norm's lengths and biases by the first samples of training, in place.
+
+    Every process takes the same samples, and so comes to the same weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        seed_by(seed, 1)
+        source = labelled(data, task=task, batch_size=batch_size, seed=seed, name="train_data")
+        found: list[Tensor] = []
+        for batch in source.epoch(1):
+            found.append(batch.x)
+            if sum(map(len, found)) >= FIRST_SAMPLES:
+                break
+    first = torch.cat(found)[:FIRST_SAMPLES]
+    parameter = next(module.parameters())
+    initialise(module, first.to(parameter.device, parameter.dtype))
