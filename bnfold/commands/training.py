@@ -182,7 +182,7 @@ def _trained(args: argparse.Namespace, data: _Named, files: _Files, ranks: Ranks
     ).to(device)
     if is_started_by_data(args.norm) and not args.resume:
         start_by_data(module, data.train, task, batch_size=args.batch_size, seed=args.seed)
-    journals = _journals(args, files) if ranks.rank == 0 else []
+    journals = _journals(args, data, files) if ranks.rank == 0 else []
     with files.telling() if ranks.rank == 0 else contextlib.nullcontext(), _bar(args) as bar:
 
         def log(metrics: dict[str, Any]) -> None:
@@ -233,12 +233,12 @@ def _resolved(spec: str | None) -> Callable[..., Any] | None:
     return None if spec is None else resolve_factory(spec)
 
 
-def _journals(args: argparse.Namespace, files: _Files) -> list[Journal]:
+def _journals(args: argparse.Namespace, data: _Named, files: _Files) -> list[Journal]:
     from bnfold.training.journal import Curves, Lines
 
     made: list[Journal] = []
     if args.log is not None:
-        about = _about(args, None)
+        about = _about(args, data)
         made.append(Lines(args.log, about, every=args.log_every, goes_on=files.resumes))
     if args.tensorboard is not None:
         made.append(Curves(args.tensorboard, every=args.log_every))
@@ -354,7 +354,7 @@ _RECORDED = (
 _PREPARATION = ("mean", "std", "resize", "input_scale", "preprocess")
 
 
-def _about(args: argparse.Namespace, data: _Named | None) -> dict[str, Any]:
+def _about(args: argparse.Namespace, data: _Named) -> dict[str, Any]:
     """The run in words and numbers, as JSON: all that it takes to repeat it."""
     from bnfold.training.settings import defaults_of
 
@@ -365,12 +365,12 @@ def _about(args: argparse.Namespace, data: _Named | None) -> dict[str, Any]:
         "model": args.factory,
         "arguments": dict(args.arguments),
         "norm_options": dict(args.norm_options),
-        "data": data.name if data else args.data,
-        "test_data": data.test_name if data else args.test_data,
+        "data": data.name,
+        "test_data": data.test_name,
         "preprocessing": {name: getattr(args, name) for name in _PREPARATION},
         "versions": report.versions(),
     }
-    if data is not None and data.classes:
+    if data.classes:
         about["classes"] = list(data.classes)
     loaded: dict[str, Any] = json.loads(json.dumps(about, default=str))
     return loaded

@@ -103,8 +103,8 @@ def _check_arguments(spec: str, target: Callable[..., Any], given: Mapping[str, 
     unknown = [] if takes_any else [name for name in given if name not in by_name]
     if unknown:
         raise UsageError(
-            f"{spec} has no argument {unknown[0]!r}{_did_you_mean(unknown[0], by_name)}; it takes"
-            f" {', '.join(by_name) or 'none'}."
+            f"{spec} has no argument {unknown[0]!r}, it takes {', '.join(by_name) or 'none'}"
+            f"{_did_you_mean(unknown[0], by_name)}."
         )
     needed = [p.name for p in named if p.default is p.empty and p.name not in given]
     if needed:

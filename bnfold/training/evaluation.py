@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -97,9 +98,20 @@ def output_of(module: nn.Module, x: Tensor, y: Tensor, task: Task) -> Tensor:
         raise
     except Exception as error:  # the user's forward may raise anything
         raise UsageError(
-            f"The network does not take a batch of shape {shape}: {one_line(error)}"
+            f"The network does not take a batch of shape {shape}: {one_line(error)}{_hint(error)}"
         ) from error
     return task.check(output, shape, y)
+
+
+def _hint(error: BaseException) -> str:
+    """What to do where it is the number of channels that does not fit."""
+    found = re.search(r"to have (\d+) channels, but got (\d+) channels", str(error))
+    if found is None:
+        return ""
+    return (
+        f". It takes {found[1]} channels and the data has {found[2]}: build it for the data, such as"
+        f" with in_channels={found[2]} (bnfold train: --set in_channels={found[2]})."
+    )
 
 
 def device_of(device: str | torch.device) -> torch.device:

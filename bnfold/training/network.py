@@ -44,6 +44,7 @@ def build_network(
     module = build_module(spec, **arguments)
     if norm is None:
         return module
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
     options = dict(options)
     try:
         if norm == "renorm" and "schedule" not in options:
@@ -51,7 +52,6 @@ def build_network(
             options["schedule"] = Clipping.over(steps, **bounds)
         return convert(module, norm, **options)  # type: ignore[arg-type]  # it checks the kind
     except (TypeError, ValueError) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise UsageError(f"{norm} does not take {given}: {one_line(error)}.") from error
 
 

@@ -88,7 +88,8 @@ class Classification:
         if int(y.max()) >= output.shape[1]:
             raise UsageError(
                 f"The data has the label {int(y.max())}, but the network has {output.shape[1]}"
-                f" outputs (classes 0 to {output.shape[1] - 1})."
+                f" outputs (classes 0 to {output.shape[1] - 1}). Build it with more, such as"
+                f" num_classes={int(y.max()) + 1} (bnfold train: --set num_classes=...)."
             )
         return output
 
