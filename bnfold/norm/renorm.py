@@ -68,21 +68,20 @@ class Clipping:
         r_max, d_max = self.bounds(torch.tensor(step), torch.float64)
         return float(r_max), float(d_max)
 
-    def bounds(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def bounds(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
         """As `at`, from a count that is a tensor: on a GPU nothing waits for it."""
         return (
-            _ramp(step, self.start, self.r_end, 1.0, self.r_max, dtype),
-            _ramp(step, self.start, self.d_end, 0.0, self.d_max, dtype),
+            _ramp(step.to(dtype), self.start, self.r_end, 1.0, self.r_max),
+            _ramp(step.to(dtype), self.start, self.d_end, 0.0, self.d_max),
         )
 
 
-def _ramp(
-    step: Tensor, start: int, end: int, first: float, last: float, dtype: torch.dtype
-) -> Tensor:
+def _ramp(step: Tensor, start: int, end: int, first: float, last: float) -> Tensor | float:
+    if end == 0:
+        return last
     if start == end or math.isinf(last):
-        return torch.where(step >= end, last, torch.full_like(step, first, dtype=dtype))
-    part = (step - start).to(dtype).div_(end - start).clamp_(0, 1)
-    return part.mul_(last - first).add_(first)
+        return torch.where(step >= end, last, first).to(step.dtype)
+    return ((step - start) / (end - start)).clamp_(0, 1).mul_(last - first).add_(first)
 
 
 class BatchRenorm(BatchNorm):
@@ -120,32 +119,38 @@ class BatchRenorm(BatchNorm):
         self._check_input_dim(input)
         assert self.running_mean is not None
         assert self.running_var is not None
-        r, d, std = self._correction(input)
-        weight = r if self.weight is None else self.weight * r
-        bias = d if self.weight is None else self.weight * d
+        with torch.no_grad():
+            mean, var = moments(input)
+            s, std = self.running_std, (var + self.eps).sqrt()
+            r, d = self._correction(mean, std, s)
+        weight, bias = r, d
+        if self.weight is not None:
+            weight, bias = self.weight * r, self.weight * d
         if self.bias is not None:
             bias = bias + self.bias
-        mean, rate = self.running_mean, self.count()
-        scratch = torch.zeros_like(mean)  # torch's average of variances, which is not kept
+        dtype, rate = self.running_var.dtype, self.count()
         output = functional.batch_norm(
-            input, mean, scratch, weight.to(mean.dtype), bias.to(mean.dtype), True, rate, self.eps
+            input,
+            self.running_mean,
+            torch.empty_like(self.running_var),  # for an average of variances, which is not kept
+            weight.to(dtype),
+            bias.to(dtype),
+            training=True,
+            momentum=rate,
+            eps=self.eps,
         )
         with torch.no_grad():
-            average = torch.lerp(self.running_std, std, rate)
-            self.running_var.copy_((average.square() - self.eps).clamp_(min=0))
+            self.running_var.copy_((s.lerp_(std, rate).square_() - self.eps).clamp_(min=0))
         return output
 
-    @torch.no_grad()
-    def _correction(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """r, d and the batch's deviation, each (C,)."""
+    def _correction(self, mean: Tensor, std: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """r and d of a batch."""
         assert self.running_mean is not None
         assert self.num_batches_tracked is not None
-        mean, var = moments(input)
-        s, std = self.running_std, (var + self.eps).sqrt()
-        r_max, d_max = self.schedule.bounds(self.num_batches_tracked, std.dtype)
-        r = (std / s).clamp(1 / r_max, r_max)
-        d = ((mean - _wide(self.running_mean)) / s).clamp(-d_max, d_max)
-        return r, d, std
+        r_max, d_max = self.schedule.bounds(self.num_batches_tracked, s.dtype)
+        r = (std / s).clamp_(1 / r_max, r_max)
+        d = ((mean - self.running_mean) / s).clamp_(-d_max, d_max)
+        return r, d
 
     def extra_repr(self) -> str:
         """The arguments."""
