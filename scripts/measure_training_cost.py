@@ -1,12 +1,13 @@
 """What a training step of each kind of normalization costs, over one with torch's batch norm.
 
-    OMP_NUM_THREADS=1 .venv/bin/python scripts/measure_training_cost.py > docs/results/training_cost.md
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/measure_training_cost.py
 
-A step is forward, loss, backward and an SGD update on one batch of random images. The kinds take
-turns, one step each per round, in one process; a ratio is that of a step to the step with batch
-norm of the same round, so that what else the machine does falls on both. `batch` runs twice: the
-second one shows what a ratio is worth. On a CPU the time is the processor's, of all threads; on
-CUDA, with `--device cuda`, the clock's, with the device waited for.
+It prints the page docs/results/training_cost.md. A step is forward, loss, backward and an SGD
+update on one batch of random images. The kinds take turns, one step each per round, in one process;
+a ratio is that of a step to the step with batch norm of the same round, so that what else the
+machine does falls on both. `batch` runs twice: the second one shows what a ratio is worth. On a CPU
+the time is the processor's, of all threads; on CUDA (`--device cuda`) the clock's, with the device
+waited for.
 """
 
 from __future__ import annotations

@@ -277,18 +277,25 @@ def test_mean_only_batch_norms_are_centred(kind, training):
     )
     net, x = convert(net, kind).train(training), 3 * torch.randn(40, 2, 6, 6) + 1
     names = initialise(net, x)
-    assert names == (["0", "1", "4", "5"] if kind == "weight-mean-only" else ["1", "5"])
+    assert names == ["0", "1", "4", "5"]
     after = {}
     for part in net:
         if isinstance(part, MeanOnlyBatchNorm):
             part.register_forward_hook(lambda norm, _, output: after.update({norm: output}))
     evaluated = net.eval()(x)
     for norm, output in after.items():
-        if kind == "weight-mean-only":
-            standard(norm, output)
-        else:
-            assert by_unit(norm, output).mean(1).abs().max() < 1e-5
+        standard(norm, output)
     torch.testing.assert_close(net.train()(x), evaluated, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if "sequences" not in n])
+def test_plain_layers_of_a_mean_only_network_get_its_scale(name):
+    layer, x = made(name), 3 * torch.randn(LAYERS[name][1]).double() + 1
+    parameter = layer.weight
+    net = nn.Sequential(layer, MeanOnlyBatchNorm(len(layer.bias)).double()).eval()
+    assert initialise(net, x) == ["0", "1"]
+    standard(layer, net(x), 1e-10)
+    assert layer.weight is parameter
 
 
 def test_a_dead_channel_keeps_its_scale():

@@ -68,8 +68,8 @@ class Clipping:
         r_max, d_max = self.bounds(torch.tensor(step), torch.float64)
         return float(r_max), float(d_max)
 
-    def bounds(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
-        """As `at`, from a count that is a tensor: on a GPU nothing waits for it."""
+    def bounds(self, step: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
+        """As `at`, numbers or tensors, from a tensor: on a GPU nothing waits for the count."""
         return (
             _ramp(step.to(dtype), self.start, self.r_end, 1.0, self.r_max),
             _ramp(step.to(dtype), self.start, self.d_end, 0.0, self.d_max),

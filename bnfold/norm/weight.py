@@ -130,8 +130,9 @@ def initialise(
 
     One forward pass, in place: a layer's lengths and bias are set as the batch reaches it, so the
     layers behind it see what it then gives. A layer without bias gets its scale alone; a mean-only
-    batch norm gets the batch's mean as its running mean. `forward(model, batch)` is how the model
-    is called, `model(batch)` by default. A layer that runs twice is set by its first call; a
+    batch norm gets the batch's mean as its running mean, and in a network with such norms, which
+    have no scale, the layers without weight norm are set too. `forward(model, batch)` is how the
+    model is called, `model(batch)` by default. A layer that runs twice is set by its first call; a
     channel that is constant on the batch keeps its scale. Modes stay as they were; the pass itself
     is in eval mode. Returns the names of the layers that were set.
 
@@ -140,8 +141,10 @@ def initialise(
     done: dict[int, str] = {}
     modes = {part: part.training for part in model.modules()}
     hooks = []
+    mean_only = any(isinstance(part, MeanOnlyBatchNorm) for part in modes)
+    settable = (MeanOnlyBatchNorm, *WEIGHTED) if mean_only else ()
     for name, part in parts(model):
-        if weight_normed(part) or isinstance(part, MeanOnlyBatchNorm):
+        if weight_normed(part) or isinstance(part, settable):
             hooks.append(part.register_forward_hook(_setting(name, done)))
     try:
         model.eval()
@@ -190,15 +193,21 @@ def _standardise(layer: Any, output: Tensor) -> Tensor:
 
 def _rescale(layer: Any, factor: Tensor) -> None:
     """Multiply a layer's output units by positive factors."""
-    held, (dim, groups) = _parametrization(layer), _units(layer)
-    norm = held[0]
-    if isinstance(norm, WeightNorm) and (norm.dim, norm.groups) == (dim, groups):
-        held.original0.copy_(norm.rescaled(held.original0, factor))
-        return
-    weight = layer.weight  # lengths of other units: the whole weight anew
+    dim, groups = _units(layer)
+    if weight_normed(layer):
+        held = _parametrization(layer)
+        norm = held[0]
+        if isinstance(norm, WeightNorm) and (norm.dim, norm.groups) == (dim, groups):
+            held.original0.copy_(norm.rescaled(held.original0, factor))
+            return
+    weight = layer.weight  # it has no lengths of output units: the whole weight anew
     rows = weight.view(groups, -1, *weight.shape[1:]).movedim(dim + 1, 1)
     scaled = rows * factor.view(groups, -1, *[1] * (weight.dim() - 1))
-    layer.weight = scaled.movedim(1, dim + 1).reshape(weight.shape).to(weight.dtype)
+    scaled = scaled.movedim(1, dim + 1).reshape(weight.shape).to(weight.dtype)
+    if isinstance(weight, nn.Parameter):
+        weight.copy_(scaled)
+    else:
+        layer.weight = scaled
 
 
 def _centre(norm: MeanOnlyBatchNorm, input: Tensor, output: Tensor) -> Tensor:
