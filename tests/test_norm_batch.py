@@ -1,5 +1,8 @@
 """Ghost, mean-only and frozen batch norm: against the NumPy oracle and against torch's own."""
 
+import copy
+import pickle
+
 import norm_reference as ref
 import numpy as np
 import pytest
@@ -279,12 +282,38 @@ def test_frozen_loads_a_batch_norm():
     net.load_state_dict(nn.Sequential(plain).state_dict())
     x = batch((5, C, 3, 2), 1)
     assert torch.equal(net(x), plain.eval()(x))
+    thawed = nn.Sequential(nn.BatchNorm2d(C, EPS)).double()
+    thawed.load_state_dict(net.state_dict())
+    assert torch.equal(thawed.eval()(x), net(x))
     again = nn.Sequential(norm.FrozenBatchNorm2d(C, EPS)).double()
     again.load_state_dict(net.state_dict())
     again[0].reset_parameters()
     assert torch.equal(again[0].running_var, torch.ones(C))
 
 
-@pytest.mark.parametrize("family", ["GhostBatchNorm", "MeanOnlyBatchNorm", "FrozenBatchNorm"])
+# --- all of them ---------------------------------------------------------------------------------
+
+FAMILIES = ["BatchRenorm", "GhostBatchNorm", "MeanOnlyBatchNorm", "FrozenBatchNorm"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_can_be_pickled_and_copied(family):
+    layer = make(family, "2d")
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert repr(other) == repr(layer)
+        x = batch((5, C, 3, 2))
+        assert torch.equal(other(x), copy.deepcopy(layer)(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_compiles_whole(family):
+    layer, x = make(family, "2d"), batch((5, C, 3, 2))
+    expected = copy.deepcopy(layer)(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_layer_is_can_be_read(family):
     assert f"{family}2d({C}, " in repr(getattr(norm, family + "2d")(C))
