@@ -210,6 +210,27 @@ def test_layers_get_what_the_kind_is_made_of(kind):
         assert len(layers[1].parametrizations.weight.original0.ravel()) == 6
 
 
+class PreActivation(nn.Module):
+    """A block whose activation overwrites what the batch norm gives it, and not the stream."""
+
+    def __init__(self, *, inplace):
+        super().__init__()
+        self.norm, self.act, self.layer = nn.BatchNorm1d(4), nn.ReLU(inplace), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.layer(self.act(self.norm(x)))
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_an_activation_in_place_leaves_the_stream_alone(kind):
+    one, two = PreActivation(inplace=False), PreActivation(inplace=True)
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(8, 4)
+    one, two = (convert(net, kind).eval() for net in (one, two))
+    assert torch.equal(one(x.clone()), two(x.clone()))
+    assert two.act.inplace == (kind not in ("weight", "none"))
+
+
 def test_log_scale_is_handed_on():
     new = convert(network(), "weight", log_scale=2.0)
     assert new[3].parametrizations.weight[0].c == 2.0

@@ -78,7 +78,9 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     `bnfold.norm.propagation.propagate`. Modes, device, type, requires_grad, eps and momentum carry
     over, except that batch renorm averages at its own pace, 0.01. A module in two places stays one
     module. timm's norm and activation in one become a Sequential of `norm`, `drop` and `act`.
-    From `sync`, which does not tell the rank of its inputs, come norms that take any rank.
+    From `sync`, which does not tell the rank of its inputs, come norms that take any rank. Where
+    batch norms are taken out, activations no longer work in place: what they would overwrite is
+    now the batch norm's input, which other layers may read.
 
     `options` are those of the kind's class (`schedule`, `ghost_size`, `momentum`, ...), and
     `log_scale` of weight norm. Returns the model itself if `inplace`, unless it is a batch norm;
@@ -105,6 +107,8 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
         _check_weights(model)
     model = _replace(model, kind, options)
     for _, layer in list(parts(model)):
+        if kind in ("weight", "none") and getattr(layer, "inplace", False) is True:
+            layer.inplace = False  # type: ignore[assignment]  # see the docstring
         if isinstance(layer, WEIGHTED):
             if kind in ("weight", "none") and layer.bias is None:
                 _add_bias(layer)
