@@ -242,7 +242,9 @@ def _new_tensors(
     initializers = folded.model.graph.initializers
     new: dict[str, torch.Tensor] = {}
     for path, key in _constants_gone(plan):
-        new[f"{path}.{key}"] = torch.full_like(tensors[f"{path}.{key}"], _NEUTRAL[key])
+        if (name := f"{path}.{key}") not in tensors:
+            raise _unfit(name)
+        new[name] = torch.full_like(tensors[name], _NEUTRAL[key])
     for name, written in folded.written.items():
         if name not in tensors or written != (name,):
             raise _unfit(name)
@@ -273,12 +275,13 @@ def _constants_gone(plan: FoldPlan) -> set[tuple[str, str]]:
     for removed in plan.absorbed:
         held = constant(removed.node.inputs[1 - removed.slot])
         path, _, key = str(held.root.name if held is not None else "").rpartition(".")
-        found.add((path, key))
+        if key in _NEUTRAL:
+            found.add((path, key))
     return found
 
 
 def floors_of(plan: FoldPlan) -> dict[str, float]:
-    """By module, the number below which a Relu cuts off in the folded network, where it is not 0."""
+    """By module, the number below which a Relu of the folded network cuts off, where not 0."""
     floors = {}
     for node, _, form in changes(plan):
         path = plan.scope.forms.get(str(node.name)) if plan.scope is not None else None

@@ -32,8 +32,8 @@ class Network:
 
     gone: the per-channel maps that disappear. trying: the one under trial, which is among them.
     held: the batch norms that are to stay untouched, each with the reason.
-    repairs: the names of the exact repairs that nodes may take. room: how many operators may come in
-    the place of one that goes, None for any number. visited: the values that waves have
+    repairs: the names of the exact repairs that nodes may take. room: how many operators may come
+    in the place of one that goes, None for any number. visited: the values that waves have
     reached, changed: those around which something was agreed, since they were last emptied.
     merges: the sums that become one convolution each; what lies inside them has no gauge any more.
     restricted: a scope stood in the way of something.
