@@ -36,6 +36,7 @@ from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.folding.selection import Selection
 from bnfold.folding.undo import TorchSide
 from bnfold.reading.sniff import Kind
+from bnfold.reading.computed import held
 from bnfold.reading.source import (
     Source,
     open_source,
@@ -172,9 +173,9 @@ def fold(
     of forward), an exported program, an onnx_ir or onnx model, or the path of a model file. It is
     not changed. factory: the network of a checkpoint path ("path.py:name").
     freeze_inputs: treat initializers that a caller could override as constants. repair: exact
-    repairs ("clamp", "pad", "border") that may put other operators in the place of a batch norm; they are
-    of the graph, so the result of a module is its folded ONNX graph then, or with writeback "graph"
-    a graph module. clean_up: what may be
+    repairs ("clamp", "pad", "border") that may put other operators in the place of a batch norm;
+    they are of the graph, so the result of a module is its folded ONNX graph then, or a graph
+    module with writeback "graph". clean_up: what may be
     simplified besides, in the graph too: "pad" (a Pad with zeros becomes the convolution's own),
     "conv-chain" (a 1x1 convolution of a convolution, where one costs no more), "dead-channels".
     keep, only: shell-style patterns of batch norms' names (`layer1.*`). One that matches keep, or
@@ -273,6 +274,7 @@ def fold_source(
     """
     _check_names("repair", repair, REPAIRS)
     _check_names("clean-up", clean_up, CLEAN_UPS)
+    source = held(source) if source.state_dict is not None else source
     asked = selection or Selection()
     choices = Choices(tuple(repair), tuple(clean_up), asked.keep, asked.only)
     is_torch = source.state_dict is not None or source.exported is not None

@@ -36,6 +36,7 @@ def checkpoint_bytes(
     metrics: Mapping[str, Any] | None = None,
     plain: Mapping[str, Sequence[str]] | None = None,
     folded: Sequence[str] = (),
+    floors: Mapping[str, float] | None = None,
 ) -> bytes:
     """The file as bytes: `state_dict`, and `bnfold` with the graph, which loads weights_only.
 
@@ -43,8 +44,9 @@ def checkpoint_bytes(
     left out of it.
     kind: what wrote it ("train", "adapt", "fold"). model: the factory it came from, for people to
     read; it is never imported from here. metrics: numbers and strings, nested as JSON.
-    plain: "layers" and "norms": the modules of plain torch classes, which a fold may change.
-    folded: the batch norms that are gone.
+    plain: what a fold may change without the module at hand (`folding.module.plain_modules`).
+    folded: the batch norms that are gone. floors: by module, where a Relu of the folded network
+    cuts off, where that is not 0.
     Raises UsageError for metrics that are not JSON, InputError where the file could not be loaded
     safely again.
     """
@@ -66,6 +68,7 @@ def checkpoint_bytes(
             "metrics": as_json(metrics or {}),
             "plain": {key: list(names) for key, names in (plain or {}).items()},
             "folded": list(folded),
+            "floors": dict(floors or {}),
             "created_by": f"bnfold {VERSION}",
         },
     }

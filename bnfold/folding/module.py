@@ -241,7 +241,10 @@ def _new_tensors(
     """The tensors that the fold changes or adds, by name. Raises InputError where one cannot be."""
     initializers = folded.model.graph.initializers
     new: dict[str, torch.Tensor] = {}
+    gone = gone_of(plan)
     for path, key in _constants_gone(plan):
+        if path in gone and path:
+            continue  # the module goes, and its constants with it
         if (name := f"{path}.{key}") not in tensors:
             raise _unfit(name)
         new[name] = torch.full_like(tensors[name], _NEUTRAL[key])

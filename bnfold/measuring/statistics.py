@@ -8,7 +8,7 @@ common corruptions by covariate shift adaptation", 2020 (section 3): the source 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -42,12 +42,25 @@ class Layer:
         """The number of channels."""
         return len(self.source.mean)
 
+    @property
+    def mean_only(self) -> bool:
+        """True for a mean-only batch norm: eps 0 and a variance of exactly 1 in every channel.
+
+        Salimans & Kingma, "Weight Normalization", 2016, section 4: its mean is a statistic, its
+        scale is learnt with the weights ahead. No measured variance is 1 to the last bit in every
+        channel, and where a tool has written 1 for what it took into gamma, the target's own
+        variance would be as wrong. So nothing but these numbers has to say what the layer is, in
+        torch, in ONNX and in a folded model's record.
+        """
+        return self.eps == 0 and bool(np.all(self.source.var == 1))
+
 
 @dataclass(frozen=True)
 class Rule:
     """From what a layer saw of the target to the statistics it gets.
 
-    part: of both statistics, or of one alone; the other stays the source's.
+    part: of both statistics, or of one alone; the other stays the source's. A layer that has a mean
+    alone (`Layer.mean_only`) keeps its variance of 1 whatever is asked for.
     prior: the source counts as so many images (0: not at all); "auto": per channel as far as the
     distance to the source is no more than the standard error explains.
     weight: the share of the source, 0 to 1, whatever the number of images; instead of `prior`.
@@ -102,7 +115,7 @@ class Rule:
         mean, var = self._blended(layer.source, target, moments)
         return Statistics(
             layer.source.mean if self.part == "var" else mean,
-            layer.source.var if self.part == "mean" else var,
+            layer.source.var if self.part == "mean" or layer.mean_only else var,
         )
 
     def _matched(self, layer: Layer, moments: ImageMoments) -> Statistics:
@@ -111,6 +124,8 @@ class Rule:
         seen = self.reference.get(layer.name)
         if seen is None:
             return target
+        if layer.mean_only:
+            return replace(target, mean=target.mean - (seen.pixels.mean - layer.source.mean))
         unit = layer.source.var + layer.eps
         tiny = _DEAD * unit  # a channel that is constant on the source is so on the target too
         ratio = (target.var + tiny) / (seen.pixels.var_unbiased + tiny)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnfold.errors import InputError
-from bnfold.folding.module import plain_modules, scope_of
+from bnfold.folding.module import plain_parts
 from bnfold.graph import export_module, graph_inputs
 from bnfold.saving import checkpoint_bytes, write_bytes
 from bnfold.training.words import one_line
@@ -48,7 +48,7 @@ def save_checkpoint(
         model=model_spec,
         shapes=shapes,
         metrics=metrics,
-        plain=plain_modules(scope_of(portable, graph)),
+        plain=plain_parts(portable, graph),
     )
     write_bytes(path, data)
 
