@@ -461,6 +461,22 @@ def test_one_module_in_two_places_stays_one():
     assert model[1] is model[3]
 
 
+def test_an_activation_in_place_leaves_the_stream_alone():
+    class PreActivation(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.norm, self.act = nn.BatchNorm1d(4), nn.ReLU(inplace)
+            self.layer, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(x + self.layer(self.act(self.norm(x))))
+
+    one, two = PreActivation(inplace=False), PreActivation(inplace=True)
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(8, 4)
+    assert torch.equal(propagate(one)(x.clone()), propagate(two)(x.clone()))
+
+
 # --- the input ------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,9 @@ class Propagated(nn.Module):
 
     def __init__(self, act: nn.Module, moments: Moments, **factory: Any) -> None:
         super().__init__()
+        if getattr(act, "inplace", False):
+            # without the batch norm before it, it would overwrite what others read, too
+            cast(Any, act).inplace = False
         self.act = act
         self.register_buffer("mean", torch.tensor(moments.mean, **factory))
         self.register_buffer("std", torch.tensor(moments.std, **factory))
