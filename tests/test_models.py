@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import inspect
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,15 @@ import pytest
 import realdata
 import torch
 from conftest import ROOT
+from digit_tasks import TASKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfold.errors import UsageError
+from bnfold.norm import KINDS, initialise
 from models import (
+    dcgan,
+    densenet,
     digits,
     dncnn,
     lenet,
@@ -23,6 +30,10 @@ from models import (
     preact_resnet,
     resnet,
     resnet_cifar,
+    slim320,
+    tcn,
+    unet,
+    vgg,
 )
 
 # factory, one sample's shape, output width, batch norms, parameters (millions as the papers round)
@@ -36,6 +47,11 @@ NETWORKS = [
     (preact_resnet.preact_resnet18, (3, 32, 32), 10, 17, 11.17),
     (resnet.resnet18, (3, 224, 224), 1000, 20, 11.69),
     (mobilenet_v2.mobilenet_v2, (3, 224, 224), 1000, 52, 3.50),
+    (vgg.vgg11, (3, 32, 32), 10, 8, 9.23),
+    (vgg.vgg7, (3, 32, 32), 10, 6, 0.29),
+    (densenet.densenet_bc, (3, 32, 32), 10, 39, 0.18),
+    (mobilenet_v2.mobilenet_v2_small, (3, 32, 32), 10, 52, 0.70),
+    (tcn.tcn, (1, 28, 28), 10, 16, 0.07),
     (digits.cnn, (1, 28, 28), 10, 2, 0.01),
     (digits.resnet, (1, 28, 28), 10, 6, 0.01),
     (digits.digits_cnn, (1, 8, 8), 10, 4, 0.02),
@@ -92,9 +108,75 @@ def test_factory_needs_no_arguments_and_builds_the_published_size(
 
 
 def test_num_classes_sets_the_width_of_the_output():
-    for factory, shape, *_ in NETWORKS[-6:]:
+    for factory, shape, *_ in NETWORKS[9:]:
         with torch.no_grad():
             assert factory(num_classes=3).eval()(torch.ones(2, *shape)).shape == (2, 3)
+
+
+def factories():
+    """Every public factory of every file of models/."""
+    for path in sorted((ROOT / "models").glob("*.py")):
+        module = importlib.import_module(f"models.{path.stem}")
+        for name, member in inspect.getmembers(module, inspect.isfunction):
+            if member.__module__ == module.__name__ and not name.startswith("_"):
+                yield pytest.param(member, id=f"{path.stem}.{name}")
+
+
+@pytest.mark.parametrize("factory", list(factories()))
+def test_a_factory_says_how_many_batch_norms_it_builds_and_takes_the_norm(factory):
+    said = re.search(r"(\d+) batch norms", factory.__doc__)
+    assert said is not None
+    module = factory()
+    assert sum(isinstance(m, _BatchNorm) for m in module.modules()) == int(said[1])
+    if millions := re.search(r"([\d.]+) million", factory.__doc__):
+        parameters = sum(p.numel() for p in module.parameters())
+        digits_said = len(millions[1].partition(".")[2])
+        assert f"{parameters / 1e6:.{digits_said}f}" == millions[1]
+    parameters = inspect.signature(factory).parameters
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    assert parameters["norm"].default == "batch"
+    with pytest.raises(UsageError, match="batch"):
+        factory(norm="bath")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("batch", "sync")])
+@pytest.mark.parametrize("name", TASKS)
+def test_each_network_learns_with_each_norm(name, kind):
+    """Forward, backward, a gradient other than zero at each parameter."""
+    task = TASKS[name]
+    x = task.data().train.x[:8]
+    torch.manual_seed(0)
+    module = task.factory(**task.options, norm=kind).train()
+    if "weight" in kind or "mean" in kind:
+        initialise(module, x)
+    assert not sum(type(m).__name__.startswith("BatchNorm") for m in module.modules())
+    outputs = module(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum((output**2).mean() for output in outputs).backward()
+    for parameter, value in module.named_parameters():
+        assert value.grad is not None, parameter
+        assert torch.isfinite(value.grad).all(), parameter
+        assert value.grad.any(), parameter
+
+
+@pytest.mark.parametrize(
+    ("factory", "channels", "sizes"),
+    [
+        (vgg.vgg7, 3, ((8, 8), (32, 48))),
+        (densenet.densenet_bc, 3, ((8, 8), (33, 20))),
+        (mobilenet_v2.mobilenet_v2_small, 3, ((8, 8), (40, 56))),
+        (resnet.resnet18, 3, ((32, 32), (65, 40))),
+        (resnet_cifar.resnet20, 3, ((8, 8), (31, 40))),
+        (preact_resnet.preact_resnet20, 3, ((8, 8), (31, 40))),
+        (tcn.tcn, 1, ((8, 8), (5, 7))),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_classifiers_that_pool_take_any_size(factory, channels, sizes):
+    module = factory(num_classes=4).eval()
+    for height, width in sizes:
+        with torch.no_grad():
+            assert module(torch.rand(2, channels, height, width)).shape == (2, 4)
 
 
 def test_dncnn_returns_an_image_of_any_size():
@@ -103,20 +185,83 @@ def test_dncnn_returns_an_image_of_any_size():
         assert module(torch.zeros(1, 1, 17, 23)).shape == (1, 1, 17, 23)
 
 
-def test_each_definition_stands_alone():
-    """A factory is addressed as `file.py:name`, so no file may need another one."""
-    for path in sorted((ROOT / "models").glob("*.py")):
-        spec = importlib.util.spec_from_file_location(f"alone_{path.stem}", path)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        assert "from models" not in path.read_text()
+def test_unet_says_a_class_for_each_pixel_and_hands_the_fine_levels_across():
+    module = unet.unet(num_classes=3, in_channels=2, width=4).eval()
+    x = torch.rand(1, 2, 24, 40)
+    with torch.no_grad():
+        assert module(x).shape == (1, 3, 24, 40)
+        for up in module.up:  # nothing comes up from below: what is left came across
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+        reference = module(x)
+        x[:, :, 20, 20] += 1
+        touched = (module(x) != reference).any(dim=1)[0]
+    assert touched[20, 20]
+    rows, columns = touched.nonzero(as_tuple=True)
+    # four 3x3 convolutions see four pixels to each side
+    assert (int(rows.min()), int(rows.max())) == (16, 23)
+    assert (int(columns.min()), int(columns.max())) == (16, 24)
 
 
-@pytest.mark.parametrize("factory", TORCHVISION_LAYOUT, ids=lambda f: f.__name__)
-def test_imagenet_parameters_carry_the_names_of_torchvision(factory):
-    module = factory()
-    assert layout_digest(module) == TORCHVISION_LAYOUT[factory]
-    module.register_parameter("misnamed", nn.Parameter(torch.zeros(1)))
-    assert layout_digest(module) != TORCHVISION_LAYOUT[factory]
+def test_tcn_never_sees_the_future_and_sees_as_far_back_as_it_says():
+    module = tcn.tcn(levels=3, kernel_size=3, width=8).eval()
+    sees = 1 + 2 * (3 - 1) * (2**3 - 1)
+    x = torch.rand(1, 1, 60, dtype=torch.float64)
+    module = module.double()
+    with torch.no_grad():
+        before = module.blocks(x)
+        said = module(x)
+        later = x.clone()
+        later[:, :, 40:] += 1
+        assert torch.equal(module.blocks(later)[:, :, :40], before[:, :, :40])
+        assert not torch.equal(module.blocks(later)[:, :, 40], before[:, :, 40])
+        last_seen, too_old = x.clone(), x.clone()
+        last_seen[:, :, 60 - sees] += 5
+        too_old[:, :, 60 - sees - 1] += 5
+        assert torch.equal(module(too_old), said)
+        assert not torch.equal(module(last_seen), said)
+
+
+def test_a_dense_layer_puts_its_channels_behind_those_it_read():
+    layer = densenet.DenseLayer(6, 4).eval()
+    x = torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == (2, 10, 5, 5)
+    assert torch.equal(y[:, :6], x)
+    with pytest.raises(ValueError, match="6n \\+ 4"):
+        densenet.densenet_bc(depth=41)
+
+
+def test_dcgan_draws_images_of_the_size_that_is_asked_for():
+    for size, layers in ((8, 2), (16, 3), (64, 5)):
+        module = dcgan.generator(code=7, channels=1, width=4, size=size).eval()
+        assert sum(isinstance(m, nn.ConvTranspose2d) for m in module.modules()) == layers
+        with torch.no_grad():
+            image = module(torch.randn(2, 7))
+            assert not torch.equal(image[0], image[1])
+        assert image.shape == (2, 1, size, size)
+        assert image.abs().max() <= 1
+    with pytest.raises(ValueError, match="power of two"):
+        dcgan.generator(size=28)
+
+
+def test_slim320_keeps_the_published_layout_at_another_width():
+    module = slim320.slim320(num_classes=5, in_channels=1, width=4).eval()
+    with torch.no_grad():
+        scores, boxes = module(torch.rand(2, 1, 64, 64))
+    assert scores.shape[::2] == (2, 5)
+    assert boxes.shape == (2, scores.shape[1], 4)
+    assert torch.allclose(scores.sum(2), torch.ones(scores.shape[:2]))
+
+
+def test_mobilenet_widths_are_multiples_of_eight_near_what_was_asked():
+    module = mobilenet_v2.mobilenet_v2(width=0.35)
+    blocks = [m for m in module.features if isinstance(m, mobilenet_v2.InvertedResidual)]
+    widths = list(dict.fromkeys(block.conv[-1].num_features for block in blocks))
+    # 0.35 times 16, 24, 32, 64, 96, 160, 320; 11.2 becomes 16, as 8 were less than nine tenths
+    assert widths == [8, 16, 24, 32, 56, 112]
+    assert module.classifier[1].in_features == 1280  # the last layer is never made narrower
 
 
 def test_pre_activation_stream_carries_nothing_but_sums():
