@@ -12,10 +12,10 @@ R <= 4 comes out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -42,35 +42,34 @@ from digit_tasks import (  # noqa: E402
 from bnfold.norm import KINDS  # noqa: E402
 
 MEASURED = tuple(kind for kind in KINDS if kind != "sync")  # which needs several processes
-HEAD = ("model", "norm", "operators", "left", "original", "torch", "onnxruntime", "changed", "R")
+HEAD = (
+    "| model | norm | norms | left | original | torch | onnxruntime | changed | R | gates | holds |",
+    "| --- " * 11 + "|",
+)
 
 
 def main() -> int:
-    """Print the table, write the page; 1 where a row does not hold."""
+    """Print the table and write the page; 1 where a row does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=Path, help="the page; its other rows stay")
     parser.add_argument("--models", default=",".join(TASKS))
     parser.add_argument("--kinds", default=",".join(MEASURED))
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # the torch exporter's own
-    started = time.perf_counter()
-    rows = [f"| {' | '.join(HEAD)} | gates |", "| --- " * (len(HEAD) + 1) + "|"]
+    rows = rows_of(args.output) if args.output and args.output.exists() else {}
     failures: list[str] = []
-    print("\n".join(rows))
+    print(*HEAD, sep="\n")
     for name in args.models.split(","):
         for kind in args.kinds.split(","):
             outcome = folded(TASKS[name], trained(TASKS[name], kind))
-            rows.append(row(name, kind, TASKS[name], outcome))
-            print(rows[-1], flush=True)
+            rows[name, kind] = row(name, kind, TASKS[name], outcome)
+            print(rows[name, kind], flush=True)
             if not outcome.holds:
-                failures.append(
-                    f"- {name}, {kind}: " + "; ".join(outcome.notes or ("see the row",))
-                )
-    minutes = (time.perf_counter() - started) / 60
-    print("\n".join(failures))
-    if args.output:
-        args.output.write_text(page(rows, failures, minutes), encoding="utf-8")
+                failures.append(f"{name}, {kind}: " + "; ".join(outcome.notes or ("see its row",)))
+            if args.output:
+                args.output.write_text(page(rows), encoding="utf-8")
+    print(*failures, sep="\n")
     return 1 if failures else 0
 
 
@@ -79,20 +78,29 @@ def row(name: str, kind: str, task: Task, outcome: Outcome) -> str:
     digits = 4 if task.unit == "dB" else 2
     figures = [f"{figure:.{digits}f}" for figure in outcome.figures]
     counts = [str(outcome.before), str(outcome.left), *figures, str(outcome.changed)]
-    verdict = "pass" if outcome.passed else "FAIL"
-    return "| " + " | ".join([name, kind, *counts, f"{outcome.r:.2f}", verdict]) + " |"
+    gates = "pass" if outcome.passed else "FAIL"
+    verdict = "yes" if outcome.holds else "NO"
+    return "| " + " | ".join([name, kind, *counts, f"{outcome.r:.2f}", gates, verdict]) + " |"
 
 
-def page(rows: list[str], failures: list[str], minutes: float) -> str:
-    """The results as Markdown."""
-    repaired = {name: task.repair for name, task in TASKS.items() if task.repair}
-    needs = "; ".join(f"{name} `{' '.join(repair)}`" for name, repair in repaired.items())
+def rows_of(page: Path) -> dict[tuple[str, str], str]:
+    """The rows of a page that was written before, by model and kind."""
+    found = {}
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = line.strip("| ").split(" | ")
+        if cells[0] in TASKS and line.startswith("| "):
+            found[cells[0], cells[1]] = line
+    return found
+
+
+def page(rows: dict[tuple[str, str], str]) -> str:
+    """The results as Markdown, in the order of the tasks."""
+    ordered = [rows[key] for key in itertools.product(TASKS, MEASURED) if key in rows]
+    hold = sum(line.endswith("| yes |") for line in ordered)
     noise = denoised()
-    verdict = "\n".join(["What did not hold:", "", *failures]) if failures else "Every row holds."
     return TEXT.format(
         torch=torch.__version__,
         ort=onnxruntime.__version__,
-        minutes=round(minutes),
         epochs=EPOCHS,
         more=EPOCHS // 4,
         batch=BATCH,
@@ -100,17 +108,17 @@ def page(rows: list[str], failures: list[str], minutes: float) -> str:
         train=len(noise.train.x),
         test=len(noise.test.x),
         noisy=-10 * math.log10(float((noise.test.y**2).mean())),
-        needs=needs,
-        rows="\n".join(rows),
-        verdict=verdict,
+        needs="; ".join(f"{name} `{' '.join(t.repair)}`" for name, t in TASKS.items() if t.repair),
+        rows="\n".join([*HEAD, *ordered]),
+        hold=f"{hold} of {len(ordered)} rows hold",
     )
 
 
 TEXT = """\
 # Every variant, every architecture, folded
 
-Printed by `scripts/measure_variants.py` in {minutes} minutes on one core (torch {torch} on the
-CPU, onnxruntime {ort}, CPU provider, all optimisations on). Each file of `models/` at a small width
+Printed by `scripts/measure_variants.py` (torch {torch} on the CPU, one thread;
+onnxruntime {ort}, CPU provider, all optimisations on). Each file of `models/` at a small width
 learns {epochs} epochs on the {train} training digits of scikit-learn's data set (AdamW, one cycle,
 batches of {batch}, seed 0) with each kind of normalization. `frozen` is trained with batch norms,
 frozen, then trained on for {more} epochs at a tenth of the learning rate; `none` is the control.
@@ -121,7 +129,7 @@ by pixel), `dcgan` draws a digit from its {code} principal components (accuracy 
 training digit to the drawing), `slim320` says a digit's class by its scores,
 averaged over all priors.
 
-- operators: normalisations in the exported graph before the fold, where additions, subtractions,
+- norms: normalisations in the exported graph before the fold, where additions, subtractions,
   multiplications and divisions by constants count as such; left: after it. Weight normalization
   has none: what is exported are the weights that it computes.
 - original, torch, onnxruntime: the figure of the trained network, of the folded one in torch and
@@ -135,9 +143,9 @@ averaged over all priors.
 Nothing is compared here but a network with its own fold: {epochs} epochs at a width chosen for
 speed do not say which variant is better.
 
-{rows}
+{hold}: no operator left, no decision changed, all gates passed, R at most 4.
 
-{verdict}
+{rows}
 """
 
 
