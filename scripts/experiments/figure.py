@@ -10,6 +10,7 @@ words. Each experiment is a module with `main(arguments)`, run from the root of 
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import platform
 import re
@@ -23,6 +24,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from bnfold.version import VERSION
 
@@ -98,7 +100,7 @@ class Spread:
 
 def compared(
     one: str, a: Spread, other: str, b: Spread, *, unit: str = "points", spec: str = ".1f",
-    is_lower_better: bool = False,
+    is_lower_better: bool = False, word: str = "better",
 ) -> str:  # fmt: skip
     """A clause: with which of two it is better and by how much, or that it cannot be told."""
     gain = b - a if is_lower_better else a - b
@@ -106,7 +108,7 @@ def compared(
         return f"no difference beyond the spread between {one} and {other} ({gain:{spec}} {unit})"
     if gain.mean < 0:
         one, other, gain = other, one, Spread.of(-v for v in gain.values)
-    return f"better with {one} than with {other}, by {gain:{spec}} {unit}"
+    return f"{word} with {one} than with {other}, by {gain:{spec}} {unit}"
 
 
 def sentence(text: str) -> str:
@@ -194,7 +196,9 @@ def write(run: Run, page: Page, figure: Figure) -> None:
     """NAME.md and NAME.png into the folder, and its index anew. Refuses too large a figure."""
     run.out.mkdir(parents=True, exist_ok=True)
     picture = run.out / f"{page.name}.png"
-    figure.savefig(picture, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None})
+    Image.open(drawn).convert("RGB").quantize(64).save(picture, optimize=True)
     size = picture.stat().st_size
     if size > MAX_BYTES:
         raise SystemExit(f"{picture} has {size} bytes; draw it smaller than {MAX_BYTES}.")
@@ -203,7 +207,7 @@ def write(run: Run, page: Page, figure: Figure) -> None:
         f"# {page.title}",
         filled(page.about),
         f"**{first}**",
-        *([filled(" ".join(others))] if others else []),
+        *(["\n".join(f"- {claim}" for claim in others)] if others else []),
         f"![{page.title}]({page.name}.png)",
         *page.tables,
         "## Setting",

@@ -165,8 +165,8 @@ def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
         bottom.minorticks_off()
     axes[0, 0].set_ylabel("test accuracy, %")
     axes[1, 0].set_ylabel(r"error of the averages, $\sigma$")
-    axes[0, 1].legend(loc="lower right")
-    axes[1, 0].legend(loc="lower left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -241,7 +241,8 @@ def page(groups: Mapping[str, list[Case]], results: Results) -> Page:
         setting=f"Scikit-learn's digits, {SAMPLES} for training, 360 for the test;"
         " `models/digits.py:digits_cnn`; SGD with momentum at a constant rate of 0.05, times"
         " batch size / 32 below 32. What is not varied:"
-        f" {described(base)}. All batch sizes see the same number of samples."
+        f" {described(base)}. All batch sizes see the same number of samples, so the largest take"
+        " few steps. A last batch of 2 takes a step like the others, and is averaged like them."
         " The exact statistics are `bnfold.adapt` on the training images, each layer with exact"
         " layers before it; both tests are of the same weights.",
     )

@@ -147,8 +147,9 @@ def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
     for panel in axes[0]:
         panel.set(xscale="log", ylim=(0, 102))
         panel.axhline(TRAINED, color="black", linewidth=0.6)
-    sigmoid.legend(loc="center left")
-    figure.legend(*rate.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    sigmoid.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
+    handles, labels = rate.get_legend_handles_labels()
+    rate.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=3)
     return figure
 
 
@@ -186,24 +187,22 @@ def claims(groups: Mapping[str, list[Case]], results: Results) -> list[str]:
     return said
 
 
+def by_arm(members: Sequence[Case], results: Results, key: str, title: str) -> str:
+    """A table with a row for each value of what is varied."""
+    arms = list(dict.fromkeys(case.arm for case in members))
+    rows: dict[float, list[str]] = {}
+    for case in members:  # of one arm after the other, in the same order
+        rows.setdefault(getattr(case, key), []).append(f"{results[case]:.1f}")
+    lines = [[f"{value:g}", *shown] for value, shown in rows.items()]
+    return table([title, *(NAMES[arm] for arm in arms)], lines)
+
+
 def page(groups: Mapping[str, list[Case]], results: Results) -> Page:
     """All of it."""
     wide = [
         [what, arm, f"{decades(groups[group], results, arm):.1f}"]
         for group, what in (("rate", "learning rate"), ("scale", "initial scale"))
         for arm in ARMS
-    ]
-    rows = [
-        [
-            f"{'sigmoid' if case.sigmoid else 'Relu'}, {case.depth} layers",
-            case.optimizer,
-            case.arm,
-            f"{case.rate:g}",
-            f"{case.scale:g}",
-            f"{results[case]:.1f}",
-        ]
-        for members in groups.values()
-        for case in members
     ]
     first, deep = groups["rate"][0], groups["sigmoid"][0]
     return Page(
@@ -215,8 +214,13 @@ def page(groups: Mapping[str, list[Case]], results: Results) -> Page:
         claims=claims(groups, results),
         tables=[
             table(["range of", "batch norm", f"decades that reach {TRAINED:.0f} %"], wide),
-            table(
-                ["network", "optimiser", "batch norm", "rate", "scale", "test accuracy, %"], rows
+            "Relu, test accuracy, %:",
+            by_arm(groups["rate"], results, "rate", "learning rate"),
+            by_arm(groups["scale"], results, "scale", "initial scale"),
+            f"{deep.depth} layers of sigmoids, test accuracy, %:",
+            *(
+                by_arm([c for c in groups["sigmoid"] if c.optimizer == o], results, "rate", o)
+                for o in SIGMOID_RATES
             ),
         ],
         setting=f"Scikit-learn's digits, 1437 for training, 360 for the test; hidden layers of"
