@@ -43,7 +43,10 @@ KINDS = ("batch", "renorm")
 
 @dataclass(frozen=True)
 class Case:
-    """How batches are made; classes: that a batch holds in equal parts, None for a fair draw."""
+    """How batches are made, and how many samples a run sees.
+
+    classes: that a batch holds in equal parts, None for a fair draw.
+    """
 
     batch_size: int
     classes: int | None
@@ -52,7 +55,7 @@ class Case:
     @property
     def steps(self) -> int:
         """Of a run."""
-        return max(self.samples // self.batch_size, LEAST_STEPS)
+        return self.samples // self.batch_size
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,11 @@ Results = Mapping[Case, Sequence[Found]]
 
 def cases(quick: bool) -> dict[str, list[Case]]:
     """By what they vary."""
-    samples = 640 if quick else SAMPLES
+    samples, least = (640, 25) if quick else (SAMPLES, LEAST_STEPS)
     base = Case(REFERENCE, None, samples)
     sizes, classes, paired = ((8, 64), (5, 1), (8,)) if quick else (SIZES, CLASSES, PAIRED)
     return {
-        "size": [replace(base, batch_size=size) for size in sizes],
+        "size": [Case(size, None, max(samples, least * size)) for size in sizes],
         "classes": [replace(base, classes=n, samples=2 * samples) for n in classes],
         "pairs": [Case(size, size // 2, samples) for size in paired],
     }
@@ -215,9 +218,9 @@ def page(groups: Mapping[str, list[Case]], results: Results) -> Page:
     return Page(
         name="batch_size",
         title="Small and unfair batches: batch norm and batch renorm",
-        about="How batch norm and batch renorm do at inference, with moving averages, after training"
-        " in small batches and in batches of few classes (Ioffe 2017, sections 4.2 and 4.3, in"
-        " miniature).",
+        about="How batch norm and batch renorm do at inference, with moving averages, after"
+        " training in small batches and in batches of few classes (Ioffe 2017, sections 4.2 and"
+        " 4.3, in miniature).",
         claims=claims(groups, results),
         tables=[
             table([*head, "batch norm in such batches, %"], rows),

@@ -129,14 +129,26 @@ def canvas(
 
 
 def curve(
-    axes: Any, x: Sequence[float], spreads: Sequence[Spread], number: int, label: str
+    axes: Any,
+    x: Sequence[float],
+    spreads: Sequence[Spread],
+    number: int,
+    label: str,
+    *,
+    is_log: bool = False,
 ) -> None:
-    """Means with a band of one standard deviation, in the style of the so-many-th line."""
+    """Means with a band of one standard deviation, in the style of the so-many-th line.
+
+    is_log: for a logarithmic axis; the band goes from the least value to the greatest.
+    """
     mean = np.array([s.mean for s in spreads])
     std = np.array([s.std for s in spreads])
+    low, high = mean - std, mean + std
+    if is_log:
+        low, high = (np.array([f(s.values) for s in spreads]) for f in (min, max))
     colour = COLOURS[number]
     axes.plot(x, mean, color=colour, linestyle=DASHES[number], marker=MARKERS[number], label=label)
-    axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 # --- pages ----------------------------------------------------------------------------------------

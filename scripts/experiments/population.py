@@ -159,7 +159,7 @@ def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
         curve(top, x, [spread(f, "moving") for f in found], 1, "moving averages")
         for number, layer in enumerate(LAYERS):
             by_layer = [Spread.of(one.errors[layer] for one in f) for f in found]
-            curve(bottom, x, by_layer, number, f"{layer} (layer {number + 1})")
+            curve(bottom, x, by_layer, number, f"{layer} (layer {number + 1})", is_log=True)
         bottom.set(xscale="log", yscale="log", xlabel=name)
         bottom.set_xticks(x, [f"{v:g}" for v in x])
         bottom.minorticks_off()
