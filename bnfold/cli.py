@@ -570,11 +570,14 @@ def _add_run(train: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--resume", action="store_true", help="go on with the run of the state file")
     group.add_argument(
-        "--log", type=Path, metavar="FILE", help="one JSON object per epoch (.jsonl)"
+        "--log-file", type=Path, metavar="FILE", help="one JSON object per epoch (.jsonl)"
     )
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help="curves for TensorBoard")
     group.add_argument(
-        "--log-every", type=int, metavar="N", help="also every N steps in --log and --tensorboard"
+        "--log-every",
+        type=int,
+        metavar="N",
+        help="also every N steps in --log-file and --tensorboard",
     )
 
 

@@ -116,7 +116,7 @@ class _Files:
     def of(cls, args: argparse.Namespace, outputs: Sequence[Path]) -> _Files:
         """Checked: nothing of an earlier run is written over by chance."""
         state = args.state or outputs[0].with_name(f"{outputs[0].stem}.state")
-        for path, what in ((state, "--state"), (args.log, "--log")):
+        for path, what in ((state, "--state"), (args.log_file, "--log-file")):
             if path is not None and (not path.parent.is_dir() or path.is_dir()):
                 raise UsageError(
                     f"{what} {path}: there is no such folder, or it is one; name a file."
@@ -130,10 +130,16 @@ class _Files:
                 f"{state} is the state of a run that was broken off: --resume goes on with it,"
                 " --overwrite begins anew."
             )
-        if args.log is not None and args.log.exists() and not (args.resume or args.overwrite):
-            raise UsageError(f"--log {args.log} exists; pass --overwrite or another file.")
-        if args.log_every is not None and args.log is None and args.tensorboard is None:
-            raise UsageError("--log-every is of --log or --tensorboard; give one.")
+        if (
+            args.log_file is not None
+            and args.log_file.exists()
+            and not (args.resume or args.overwrite)
+        ):
+            raise UsageError(
+                f"--log-file {args.log_file} exists; pass --overwrite or another file."
+            )
+        if args.log_every is not None and args.log_file is None and args.tensorboard is None:
+            raise UsageError("--log-every is of --log-file or --tensorboard; give one.")
         return cls(state, args.state is not None, args.resume)
 
     @contextlib.contextmanager
@@ -237,9 +243,9 @@ def _journals(args: argparse.Namespace, data: _Named, files: _Files) -> list[Jou
     from bnfold.training.journal import Curves, Lines
 
     made: list[Journal] = []
-    if args.log is not None:
+    if args.log_file is not None:
         about = _about(args, data)
-        made.append(Lines(args.log, about, every=args.log_every, goes_on=files.resumes))
+        made.append(Lines(args.log_file, about, every=args.log_every, goes_on=files.resumes))
     if args.tensorboard is not None:
         made.append(Curves(args.tensorboard, every=args.log_every))
     return made

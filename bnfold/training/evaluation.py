@@ -109,8 +109,8 @@ def _hint(error: BaseException) -> str:
     if found is None:
         return ""
     return (
-        f". It takes {found[1]} channels and the data has {found[2]}: build it for the data, such as"
-        f" with in_channels={found[2]} (bnfold train: --set in_channels={found[2]})."
+        f". It takes {found[1]} channels and the data has {found[2]}: build it for the data, with"
+        f" in_channels={found[2]} or the like (bnfold train: --set in_channels={found[2]})."
     )
 
 

@@ -2,7 +2,8 @@
 
 Gradients are averaged by torch's DistributedDataParallel. Each process normalises by its own part
 of a batch (unless the network is of SyncBatchNorm), so each would have running statistics of its
-own: after every step they are averaged, and all processes hold the same network.
+own: after every step they are averaged, and all processes hold the same network. Other buffers are
+the first process's, which DistributedDataParallel sends round before each forward.
 
 At fixed places of each step the processes exchange a few numbers. A process that fails says so
 there in place of its numbers, so that nobody waits for it; measuring/ranks.py tells its error to
@@ -46,9 +47,7 @@ class Team:
         if self.size == 1:
             return module
         _check_sync(module, self.device)
-        # buffers are made one after each step, and a failed process must not leave others in the
-        # middle of a broadcast
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(module)
 
     def in_step(self, batches: Iterator[Item]) -> Iterator[Item]:
         """The batches, each once every process has its own. Raises the error of one that failed."""
