@@ -20,9 +20,9 @@ from bnfold.measuring.ranks import group_from_environment
 from bnfold.training.train import train
 
 rng = np.random.default_rng(3)
-x = rng.normal(size=(50, 6)).astype(np.float32)
+x = rng.normal(size=(51, 6)).astype(np.float32)
 y = (x @ rng.normal(size=(6, 4))).argmax(axis=1)
-given = [(x[i : i + 12], y[i : i + 12]) for i in range(0, 48, 12)]
+given = [(x[i : i + 11], y[i : i + 11]) for i in range(0, 44, 11)]
 options = {"epochs": 3, "lr": 0.05, "schedule": "cosine", "test_data": (x, y)}
 
 def network(norm=False):
