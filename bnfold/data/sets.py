@@ -15,12 +15,13 @@ import numpy as np
 from bnfold.data.readers import ArrayReader, Stored
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
 
+# the loader's name, and the files that it looks for
 SETS = {
-    "mnist": "MNIST",
-    "fashion-mnist": "FashionMNIST",
-    "usps": "USPS",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
+    "mnist": ("MNIST", "MNIST/raw/train-images-idx3-ubyte and its like"),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte and its like"),
+    "usps": ("USPS", "usps.bz2 and usps.t.bz2"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py/data_batch_1 and its like"),
+    "cifar100": ("CIFAR100", "cifar-100-python/train and its like"),
 }
 PARTS = ("train", "test", "all")
 
@@ -36,7 +37,7 @@ def open_set(name: str, rest: str, *, download: bool) -> ArrayReader:
         folder, part = rest, "all"
     if not folder:
         raise UsageError(f"{name} needs the folder of its files: {name}:DIR or {name}:DIR:train.")
-    loader = getattr(_torchvision(name), SETS[name])
+    loader = getattr(_torchvision(name), SETS[name][0])
     wanted = ("train", "test") if part == "all" else (part,)
     loaded = [_loaded(loader, name, folder, one == "train", download) for one in wanted]
     x = np.concatenate([np.asarray(data.data) for data in loaded])
@@ -67,9 +68,10 @@ def _loaded(loader: Any, name: str, folder: str, is_train: bool, download: bool)
         return loader(str(path), train=is_train, download=download)
     except Exception as error:  # of torchvision, of the files, of the network
         what = " ".join(str(error).split())[:200].rstrip(".")
-        missing = "not found" in what.lower()
-        hint = " --download lets torchvision fetch them." if missing and not download else ""
+        hint = (
+            "" if download else " bnfold train --download lets torchvision fetch what is missing."
+        )
         raise InputError(
-            f"The files of {name}, as torchvision looks for them, cannot be read in {path}"
-            f" ({what}).{hint}"
+            f"torchvision cannot read {name} in {path}, where it looks for {SETS[name][1]}:"
+            f" {what}.{hint}"
         ) from error
