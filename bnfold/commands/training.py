@@ -34,6 +34,8 @@ def train(args: argparse.Namespace) -> Report | None:
     backend = "nccl" if args.device.startswith("cuda") else "gloo"
     with group_from_environment(backend=backend) as ranks:
         check_outputs(outputs, None, args.overwrite, (".pt", ".pth"))
+        if args.norm_options and args.norm is None:
+            raise UsageError("--norm-set is of --norm; name the kind too.")
         files = _Files.of(args, outputs)
         data = _data_of(args)
         result = _trained(args, data, files, ranks)
