@@ -312,10 +312,23 @@ def test_frozen_batch_norms_of_others(module, kind, monkeypatch):
     assert torch.equal(new.eval()(x), torchs(x))
 
 
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+    """The interface of timm's."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        state = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(self.drop(nn.functional.batch_norm(x, *state, eps=self.eps)))
+
+
 @pytest.mark.parametrize("kind", HERE)
-def test_timms_batch_norm_and_activation(kind, monkeypatch):
-    monkeypatch.setattr(BatchNormAct2d, "__module__", "timm.layers.norm_act")
-    net, x = nn.Sequential(nn.Conv2d(2, 3, 1), BatchNormAct2d(3)), torch.randn(4, 2, 3, 3)
+@pytest.mark.parametrize("cls", [BatchNormAct2d, FrozenBatchNormAct2d])
+def test_timms_batch_norm_and_activation(cls, kind, monkeypatch):
+    monkeypatch.setattr(cls, "__module__", "timm.layers.norm_act")
+    net, x = nn.Sequential(nn.Conv2d(2, 3, 1), cls(3)), torch.randn(4, 2, 3, 3)
     net(x)
     expected = net.eval()(x)
     new = convert(net, kind)
