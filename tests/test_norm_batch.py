@@ -305,6 +305,21 @@ def test_a_layer_can_be_pickled_and_copied(family):
         assert torch.equal(other(x), copy.deepcopy(layer)(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("shape", "rank"), SHAPES.items())
+def test_a_layer_on_cuda_is_the_layer_on_a_cpu(family, shape, rank):
+    layer = make(family, rank)
+    given = []
+    for device in ("cpu", "cuda"):
+        own, x = copy.deepcopy(layer).to(device), batch(shape).to(device).requires_grad_()
+        y = own(x)
+        y.backward(batch(shape, 9).to(device))
+        gradients = [p.grad for p in own.parameters()]
+        given.append([t.detach().cpu() for t in (y, x.grad, *gradients, *own.buffers())])
+    torch.testing.assert_close(*given, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_compiles_whole(family):
