@@ -107,13 +107,10 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
         _check_weights(model)
     model = _replace(model, kind, options)
     for _, layer in list(parts(model)):
-        if kind in ("weight", "none") and getattr(layer, "inplace", False) is True:
-            layer.inplace = False  # type: ignore[assignment]  # see the docstring
-        if isinstance(layer, WEIGHTED):
-            if kind in ("weight", "none") and layer.bias is None:
-                _add_bias(layer)
-            if kind in ("weight", "weight-mean-only"):
-                weight_norm(layer, log_scale=log_scale)
+        if kind in ("weight", "none"):
+            _do_without(layer)
+        if kind in ("weight", "weight-mean-only") and isinstance(layer, WEIGHTED):
+            weight_norm(layer, log_scale=log_scale)
     return model
 
 
@@ -267,6 +264,10 @@ def _carry(old: Any, new: Any) -> None:
             setattr(new, leaf, held)
 
 
-def _add_bias(layer: Any) -> None:
-    size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    layer.bias = nn.Parameter(layer.weight.new_zeros(size))
+def _do_without(layer: Any) -> None:
+    """Make a layer fit for a network whose batch norms were taken out."""
+    if isinstance(layer, WEIGHTED) and layer.bias is None:
+        size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        layer.bias = nn.Parameter(layer.weight.new_zeros(size))
+    elif getattr(layer, "inplace", False) is True:
+        layer.inplace = False  # what it overwrites is no longer a value of its own

@@ -70,9 +70,10 @@ class Clipping:
 
     def bounds(self, step: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
         """As `at`, numbers or tensors, from a tensor: on a GPU nothing waits for the count."""
+        step = step.to(dtype)
         return (
-            _ramp(step.to(dtype), self.start, self.r_end, 1.0, self.r_max),
-            _ramp(step.to(dtype), self.start, self.d_end, 0.0, self.d_max),
+            _ramp(step, self.start, self.r_end, 1.0, self.r_max),
+            _ramp(step, self.start, self.d_end, 0.0, self.d_max),
         )
 
 
