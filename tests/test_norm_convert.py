@@ -331,10 +331,11 @@ def test_timms_batch_norm_and_activation(cls, kind, monkeypatch):
     net, x = nn.Sequential(nn.Conv2d(2, 3, 1), cls(3)), torch.randn(4, 2, 3, 3)
     net(x)
     expected = net.eval()(x)
+    net[1].drop.train()
     new = convert(net, kind)
     assert list(new[1]._modules) == ["norm", "drop", "act"]
     assert isinstance(new[1].act, nn.SiLU)
-    assert not new[1].training
+    assert [part.training for part in new[1].modules()] == [False, False, True, False]
     if kind in STATEFUL:
         assert torch.equal(new(x), expected)
     else:
