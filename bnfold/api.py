@@ -35,8 +35,8 @@ from bnfold.folding.record import (
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.folding.selection import Selection
 from bnfold.folding.undo import TorchSide
-from bnfold.reading.sniff import Kind
 from bnfold.reading.computed import held
+from bnfold.reading.sniff import Kind
 from bnfold.reading.source import (
     Source,
     open_source,

@@ -15,6 +15,7 @@ from bnfold.errors import InputError
 from bnfold.folding.scope import Scope
 from bnfold.folding.told import AnyArray
 from bnfold.folding.undo import TorchSide, Undo, original_state
+from bnfold.reading.plain import is_variant
 
 _NORMS = {
     norm.__name__: norm
@@ -39,10 +40,7 @@ def torch_side_of(
     built, counters = {}, set()
     if modules is not None:
         own, exported = modules
-        built = {
-            name: _how(exported.get_submodule(name), type(own.get_submodule(name)).__name__)
-            for name in gone
-        }
+        built = {name: _how(exported.get_submodule(name), own.get_submodule(name)) for name in gone}
         ours = nn.Module.state_dict(own)
         counters = {name for name in before if name.endswith(_COUNTER) and name not in ours}
     return TorchSide(
@@ -54,15 +52,20 @@ def torch_side_of(
     )
 
 
-def _how(norm: nn.Module, own: str) -> dict[str, Any]:
-    """How to build a batch norm like this one, `own` the name of the user's class."""
+def _how(norm: nn.Module, own: nn.Module) -> dict[str, Any]:
+    """How to build a batch norm like this one; `own`: what the user had there.
+
+    One of bnfold's variants comes back as the batch norm that it is at inference, as a computed
+    weight comes back as one that is held.
+    """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)  # a scope has no others
     return {
-        "class": own,
+        "class": type(norm if is_variant(own) else own).__name__,
         "num_features": norm.num_features,
         "eps": norm.eps,
         "momentum": norm.momentum,
         "affine": norm.affine,
+        "weight": norm.weight is not None,
         "bias": norm.bias is not None,
     }
 
@@ -110,8 +113,9 @@ def _put_norm(
     norm = _NORMS[how["class"]](
         how["num_features"], eps=how["eps"], momentum=how["momentum"], affine=how["affine"]
     )
-    if not how["bias"]:
-        norm.register_parameter("bias", None)
+    for key in ("weight", "bias"):
+        if not how.get(key, how["affine"]):
+            norm.register_parameter(key, None)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     dtype = tensors_of({name: state[f"{name}.running_mean"]})[name].dtype
     setattr(module.get_submodule(parent), leaf, norm.to(device=device, dtype=dtype))

@@ -42,7 +42,9 @@ def held(source: Source) -> Source:
     model, state = source.graph.clone(), dict(source.state_dict)
     fixed = _fixed(model)
     for name, keys in made_of.items():
-        like: Any = source.state_dict[next(k for k in keys if k.rpartition(".")[2][:8] == "original")]
+        like: Any = source.state_dict[
+            next(k for k in keys if k.rpartition(".")[2][:8] == "original")
+        ]
         weight = _hold(model, name, keys, fixed)
         state = {k: v for k, v in state.items() if k not in keys}
         state[name] = torch.from_numpy(weight).to(like.dtype)

@@ -49,7 +49,7 @@ def plain(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
     Raises InputError if a module that is not plain cannot be copied.
     """
-    if not any(_computed(p) or _variant(p) or _frozen(p) for _, p in parts(module)):
+    if not any(_computed(p) or is_variant(p) or _frozen(p) for _, p in parts(module)):
         return module, ()
     copied = copy_of(module)
     return copied, make_plain(copied)
@@ -68,7 +68,7 @@ def make_plain(module: nn.Module) -> tuple[str, ...]:
                 f"The weight of '{name}' is computed by a hook or a parametrization that cannot be"
                 f" taken off ({' '.join(str(error).split())[:200]}); take it off before folding."
             ) from error
-    variants = _replace(module, _variant, _torchs_own)
+    variants = _replace(module, is_variant, _torchs_own)
     frozen = _replace(module, _frozen, _batch_norm)
     notes = []
     if computed:
@@ -130,8 +130,13 @@ def _hold_weights(part: nn.Module) -> None:
         # copies share the class that torch made for the one module, and taking off changes it
         own = {k: v for k, v in vars(type(part)).items() if k not in ("__dict__", "__weakref__")}
         part.__class__ = type(type(part).__name__, type(part).__bases__, own)
-        for name in list(part.parametrizations):
+        for name, held in list(part.parametrizations.items()):
+            learnt = any(p.requires_grad for p in held.parameters())
             parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+            if name in part._buffers:  # where it was made of several tensors
+                value = part._buffers.pop(name)
+                assert value is not None
+                part.register_parameter(name, nn.Parameter(value, requires_grad=learnt))
     for hook in list(part._forward_pre_hooks.values()):
         if take_off := _COMPUTED.get(_kind(hook)):
             take_off(part, hook)
@@ -163,7 +168,7 @@ def _replace(
     return names
 
 
-def _variant(part: nn.Module) -> bool:
+def is_variant(part: nn.Module) -> bool:
     """True for a batch norm of `bnfold.norm`: at inference it is torch's, with the same state."""
     ours = type(part).__module__.startswith("bnfold.norm.")
     return ours and isinstance(part, _BatchNorm) and not hooked(part)
