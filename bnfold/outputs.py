@@ -112,13 +112,13 @@ def writer_of(
         raise UsageError(
             f"{path}: an ONNX model {kind}s to .onnx; {path.suffix} needs a torch model."
         )
-    names, floors = _gone(result) if kind == "fold" else ([], {})
+    names, bounds = _gone(result) if kind == "fold" else ([], {})
     if path.suffix.lower() == ".safetensors":
         from safetensors.torch import save
 
         tensors = {name: tensor.contiguous() for name, tensor in result.state_dict.items()}
         about = {"schema": SCHEMA, "kind": kind, "model": args.factory, "folded": names}
-        about |= {"floors": floors} if floors else {}
+        about |= {"bounds": bounds} if bounds else {}
         metadata = {DESCRIPTION_KEY: json.dumps(about)}
         return lambda staged: write_plain(staged, save(tensors, metadata=metadata))
     from bnfold.saving import checkpoint_bytes
@@ -130,19 +130,19 @@ def writer_of(
         model=args.factory or source.description.get("model"),
         shapes=_shapes_of(source),
         folded=names,
-        floors=floors,
+        bounds=bounds,
         plain=plain,
     )
     return lambda staged: write_plain(staged, data)
 
 
-def _gone(result: Any) -> tuple[list[str], dict[str, float]]:
+def _gone(result: Any) -> tuple[list[str], dict[str, Any]]:
     """The modules that a fold takes out, and the Relus that cut off at another number."""
-    from bnfold.folding.module import floors_of, gone_of
+    from bnfold.folding.module import bounds_of, gone_of
 
     norms = [norm.name for norm in result.folded]
     constants = sorted(gone_of(result.plan) - set(norms))
-    return norms + constants, floors_of(result.plan)
+    return norms + constants, bounds_of(result.plan)
 
 
 def _shapes_of(source: Any) -> dict[str, list[int]]:

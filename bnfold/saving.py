@@ -36,7 +36,7 @@ def checkpoint_bytes(
     metrics: Mapping[str, Any] | None = None,
     plain: Mapping[str, Sequence[str]] | None = None,
     folded: Sequence[str] = (),
-    floors: Mapping[str, float] | None = None,
+    bounds: Mapping[str, Sequence[float | None]] | None = None,
 ) -> bytes:
     """The file as bytes: `state_dict`, and `bnfold` with the graph, which loads weights_only.
 
@@ -45,8 +45,8 @@ def checkpoint_bytes(
     kind: what wrote it ("train", "adapt", "fold"). model: the factory it came from, for people to
     read; it is never imported from here. metrics: numbers and strings, nested as JSON.
     plain: what a fold may change without the module at hand (`folding.module.plain_modules`).
-    folded: the batch norms that are gone. floors: by module, where a Relu of the folded network
-    cuts off, where that is not 0.
+    folded: the batch norms that are gone. bounds: by module, the numbers between which a ReLU
+    of the folded network clips, where they are others (None: none).
     Raises UsageError for metrics that are not JSON, InputError where the file could not be loaded
     safely again.
     """
@@ -68,7 +68,7 @@ def checkpoint_bytes(
             "metrics": as_json(metrics or {}),
             "plain": {key: list(names) for key, names in (plain or {}).items()},
             "folded": list(folded),
-            "floors": dict(floors or {}),
+            "bounds": {name: list(pair) for name, pair in (bounds or {}).items()},
             "created_by": f"bnfold {VERSION}",
         },
     }

@@ -216,6 +216,21 @@ def test_the_constants_of_other_activations_go_with_a_pad(act: type[nn.Module]) 
     assert agree(net, asked.model, x)
 
 
+def test_relu6_gets_other_bounds() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 4, 3, padding=1), nn.ReLU6(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU6())
+    net = randomised(convert(nn.Sequential(*layers, nn.Conv2d(4, 3, 3, padding=1)), "normprop"))
+    x = 9 * torch.randn(2, 2, 6, 5)
+    result = bnfold.fold(net, x)
+    assert type(result.model) is nn.Sequential
+    assert normalising(result.graph) == []
+    assert result.verify().passed
+    assert agree(net, result.model, x)
+    first = result.model[1]
+    assert isinstance(first, nn.Hardtanh)
+    assert first.max_val - first.min_val == pytest.approx(6, rel=1e-6)  # shifted, not scaled
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ def scope_of(module: nn.Module, graph: ir.Model) -> Scope:
         for key in (*child._parameters, *child._buffers)
     }
     seen, hidden = _seen_by_hooks(module, graph)
-    maps, forms = _constants_and_floors(named, places, graph)
+    maps, forms = _constants_and_clips(named, places, graph)
     closed = "".join(
         f"a hook on '{name}' looks at a value unknown to the graph" for name in hidden[:1]
     )
@@ -89,12 +89,12 @@ def scope_of(module: nn.Module, graph: ir.Model) -> Scope:
     )
 
 
-def _constants_and_floors(
+def _constants_and_clips(
     named: Sequence[tuple[str, nn.Module]], places: Mapping[int, int], graph: ir.Model
 ) -> tuple[frozenset[str], dict[str, str]]:
-    """The nodes of propagated constants, which can go; the Relus that may get another floor."""
-    nodes = [node for g in graph.graphs() for node in g]
-    relus = Counter(node.meta.get(MODULE) for node in nodes if node.op_type == "Relu")
+    """The nodes of propagated constants, which can go; the ReLUs that may get other bounds."""
+    nodes = [node for g in graph.graphs() for node in g if node.op_type in ("Relu", "Clip")]
+    calls = Counter(node.meta.get(MODULE) for node in nodes)
     maps: set[str] = set()
     forms: dict[str, str] = {}
     for name, child in named:
@@ -105,11 +105,13 @@ def _constants_and_floors(
                 value = graph.graph.initializers.get(f"{name}.{key}")
                 users = [user for user, _ in value.uses()] if value is not None else []
                 maps |= {str(user.name) for user in users if len(users) == 1}
-        elif type(child) is nn.ReLU and relus[name] == 1:
+        elif type(child) in _CLIPS and calls[name] == 1:
             forms |= {str(n.name): name for n in nodes if n.meta.get(MODULE) == name}
     return frozenset(maps), forms
 
 
+# Activations between two bounds, of which a fold may make others.
+_CLIPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 # What a propagated constant is that does nothing.
 _NEUTRAL = {"mean": 0.0, "std": 1.0}
 
@@ -191,7 +193,7 @@ def write_back(module: nn.Module, plan: FoldPlan, folded: Folded) -> nn.Module:
     """
     result = copy_of(module)
     new = _new_tensors(_tensors_of(module), plan, folded)
-    _take_shape(result, new, gone_of(plan), floors_of(plan))
+    _take_shape(result, new, gone_of(plan), bounds_of(plan))
     for name, part in parts(result):
         # each a tensor of its own: what was tied to it may need another value
         for key, parameter in part._parameters.items():
@@ -248,7 +250,10 @@ def _new_tensors(
         if (name := f"{path}.{key}") not in tensors:
             raise _unfit(name)
         new[name] = torch.full_like(tensors[name], _NEUTRAL[key])
+    numbers = _numbers_of_clips(plan)  # a module's attributes, no tensors of it
     for name, written in folded.written.items():
+        if name in numbers:
+            continue
         if name not in tensors or written != (name,):
             raise _unfit(name)
         new[name] = tensor_of(initializers[name].const_value, tensors[name])
@@ -283,14 +288,30 @@ def _constants_gone(plan: FoldPlan) -> set[tuple[str, str]]:
     return found
 
 
-def floors_of(plan: FoldPlan) -> dict[str, float]:
-    """By module, the number below which a Relu of the folded network cuts off, where not 0."""
-    floors = {}
+def _numbers_of_clips(plan: FoldPlan) -> set[str]:
+    """The names of the constants of Clips that get other bounds."""
+    clips = [n for n, _, form in changes(plan) if form is not None and n.op_type == "Clip"]
+    held = [constant(value) for node in clips for value in node.inputs[1:]]
+    return {str(c.root.name) for c in held if c is not None}
+
+
+Bounds = tuple[float | None, float | None]
+
+
+def bounds_of(plan: FoldPlan) -> dict[str, Bounds]:
+    """By module, the numbers between which a ReLU clips in the folded network, where others."""
+    bounds: dict[str, Bounds] = {}
     for node, _, form in changes(plan):
         path = plan.scope.forms.get(str(node.name)) if plan.scope is not None else None
         if form is not None and path:
-            floors[path] = float(form.steps[0].constant)
-    return floors
+            # a Relu has one step, a Clip a constant in each slot that it has
+            numbers = form.constants or {1: form.steps[0].constant}
+            low, high = (numbers.get(slot) for slot in (1, 2))
+            bounds[path] = (
+                None if low is None else float(low),
+                None if high is None else float(high),
+            )
+    return bounds
 
 
 def _unfit(name: str) -> InputError:
@@ -317,26 +338,30 @@ def take_shape_of(module: nn.Module, checkpoint: Checkpoint) -> None:
     if described.get("kind") != "fold":
         raise InputError("The checkpoint is not one that bnfold has folded.")
     make_plain(module)
-    floors = described.get("floors") or {}
-    _take_shape(module, checkpoint.state_dict, set(described.get("folded", ())), floors)
+    bounds = described.get("bounds") or {}
+    _take_shape(module, checkpoint.state_dict, set(described.get("folded", ())), bounds)
 
 
 def _take_shape(
     module: nn.Module,
     state_dict: Mapping[str, torch.Tensor],
     gone: Collection[str],
-    floors: Mapping[str, float],
+    bounds: Mapping[str, Sequence[float | None]],
 ) -> None:
-    for name, floor in floors.items():
+    for name, (low, high) in bounds.items():
         parent, _, leaf = name.rpartition(".")
         relu = module.get_submodule(name)
-        if type(relu) is not nn.ReLU:
+        if type(relu) not in _CLIPS:
             raise InputError(
                 f"'{name}' was a ReLU when it was folded; in this module it is a"
                 f" {type(relu).__name__}."
             )
-        cut = nn.Hardtanh(floor, math.inf, inplace=relu.inplace).train(relu.training)
-        setattr(module.get_submodule(parent), leaf, cut)
+        clip = nn.Hardtanh(
+            -math.inf if low is None else low,
+            math.inf if high is None else high,
+            inplace=bool(relu.inplace),
+        )
+        setattr(module.get_submodule(parent), leaf, clip.train(relu.training))
     for name, child in list(parts(module)):
         if name in gone:
             left = behind(child)

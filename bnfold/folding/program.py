@@ -233,7 +233,7 @@ def fold_program(program: ExportedProgram, plan: FoldPlan) -> ExportedProgram:
     writer = _Writer(program)
     found = list(changes(plan))
     for node, news, _ in found:
-        for new in news:
+        for new in news if node.op_type != "Clip" else ():  # in a program no tensors, but numbers
             if new.held is None:
                 writer.add_bias(node, new)
             elif not np.array_equal(new.array, new.held.array):
@@ -361,6 +361,12 @@ class _Writer:
         if form.padding is not None:
             self._put_pad(call, form.padding, dtype)
         last = call
+        if node.op_type == "Clip" and form.constants is not None:
+            low, high = (form.constants.get(slot) for slot in (1, 2))
+            numbers = [
+                None if n is None else float(rounded(n, dtype, "").numpy()) for n in (low, high)
+            ]
+            call.target, call.args = _aten.clamp.default, (call.args[0], *numbers)
         for step in form.steps:
             bound = rounded(step.constant, dtype, node.name).numpy()
             with self.graph.inserting_after(last):

@@ -10,8 +10,8 @@
 
 A repair puts operators in the place of a batch norm. It is exact, not always quicker: which ones
 may be used is the caller's choice (`docs/decisions/0005`). Two cost nothing, and are always used
-(`docs/decisions/0015`): where the bounds are the same in every channel, a Relu is a Clip with
-another floor; and a Pad in front of the first layer, where a batch norm of the input was.
+(`docs/decisions/0015`): where the bounds are the same in every channel, a Clip between them; and a
+Pad in front of the first layer, where a batch norm of the input was.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from bnfold.folding.rules.node import (
     integers,
     label,
     opset_of,
+    optional_input,
     real,
     string,
     weights,
@@ -86,41 +87,64 @@ def clamp(node: ir.Node) -> Repair:
         relu = np.all((gauge.scale > 0) & ((gauge.origin == 0) | np.isinf(gauge.scale)))
         if same_bounds or (relu and node.op_type == "Relu"):
             return None
-        if _is_floor(node, gauge):
-            return Form((Step("Clip", np.asarray(carried(0.0, gauge))),))
+        if _takes_numbers(node) and np.all(_one_range(gauge, low, high)):
+            return _as_clip(node, [carried(b, gauge) for b in (low, high) if np.isfinite(b)])
         steps = (Step("Max", lower), Step("Min", upper))
         return Form(tuple(step for step in steps if np.any(np.isfinite(step.constant))))
 
     return Repair(relations, form)
 
 
-def floor(node: ir.Node) -> Repair:
-    """Relu as a Clip from below by one number. Raises Opaque where that cannot be.
+def clip(node: ir.Node) -> Repair:
+    """Relu or Clip as a Clip between other numbers. Raises Opaque where that cannot be.
 
     As quick as the Relu: onnxruntime runs it in one with the convolution ahead, as it does a Relu.
     """
-    if node.op_type != "Relu" or opset_of(node) < _CLIP_WITH_INPUTS:
-        raise Opaque("its opset has no Clip with a constant")
+    if not _takes_numbers(node):
+        raise Opaque("its opset has no Clip with constants, or it has an infinite one")
+    low, high = _bounds(node)
     clamped, x, y = clamp(node), input_of(node, 0), node.outputs[0]
-    one_floor = Demand(y, "origin", _one_number, f"{label(node)} passes no shift")
-    asked = (*clamped.relations.demands, positive(x, node), positive(y, node), one_floor)
+    one_range = Demand(
+        y,
+        "origin",
+        lambda scale, origin: _one_range(Gauge(scale, origin), low, high),
+        f"{label(node)} passes no shift",
+    )
+    asked = (*clamped.relations.demands, positive(x, node), positive(y, node), one_range)
     return Repair(replace(clamped.relations, demands=asked), clamped.form)
+
+
+def _takes_numbers(node: ir.Node) -> bool:
+    """True where a Relu can be a Clip, or the bounds of a Clip can be other numbers."""
+    held = [slot for slot in (1, 2) if optional_input(node, slot) is not None]
+    finite = np.count_nonzero(np.isfinite(_bounds(node)))
+    return opset_of(node) >= _CLIP_WITH_INPUTS and (node.op_type == "Relu" or finite == len(held))
 
 
 _CLIP_WITH_INPUTS = 11
 
 
-def _is_floor(node: ir.Node, gauge: Gauge) -> bool:
-    """True where a Relu is max(x~, c) with one number c for all channels."""
-    plain = node.op_type == "Relu" and opset_of(node) >= _CLIP_WITH_INPUTS
-    one = np.all(_one_number(gauge.scale, gauge.origin))
-    return bool(plain and one and np.all(gauge.scale > 0))
+def _one_range(gauge: Gauge, low: float, high: float) -> Mask:
+    """Whether the bounds are the same numbers in all channels, and still the lower and the upper.
+
+    A known constant is between any bounds.
+    """
+    fits = gauge.scale > 0
+    for bound in (low, high):
+        if np.isfinite(bound):
+            fits = fits & (
+                np.isinf(gauge.scale) | is_carried_as(carried(bound, gauge), bound, gauge)
+            )
+    return fits
 
 
-def _one_number(scale: Array, origin: Array) -> Mask:
-    """Whether zero is one number in all channels of the folded graph."""
-    gauge = Gauge(scale, origin)
-    return is_carried_as(carried(0.0, gauge), 0.0, gauge)
+def _as_clip(node: ir.Node, bounds: list[float]) -> Form:
+    """A Clip in the place of a Relu, or a Clip with other constants in the slots that it has."""
+    numbers = [np.asarray(bound) for bound in bounds]
+    if node.op_type == "Relu":
+        return Form((Step("Clip", numbers[0]),))
+    slots = [slot for slot in (1, 2) if optional_input(node, slot) is not None]
+    return Form((), dict(zip(slots, numbers, strict=True)))
 
 
 def _bounds(node: ir.Node) -> tuple[float, float]:
@@ -276,6 +300,12 @@ def pad(node: ir.Node) -> Repair:
 _PAD_WITH_INPUTS = 11
 
 
+def _one_number(scale: Array, origin: Array) -> Mask:
+    """Whether zero is one number in all channels of the folded graph."""
+    gauge = Gauge(scale, origin)
+    return is_carried_as(carried(0.0, gauge), 0.0, gauge)
+
+
 def _pads_only(node: ir.Node) -> bool:
     """True for a pooling that pads, and whose windows end where its pads do."""
     padded = any(integers(node, "pads") or ()) or auto_padded(node)
@@ -326,7 +356,7 @@ Make = Callable[[ir.Node], Repair]
 Table = dict[str, tuple[tuple[str, ...], Make]]
 # Those that nobody needs to ask for, and those that are asked for; the narrower ones first.
 FREE: Table = {
-    "floor": (("Relu",), floor),
+    "clip": (("Relu", "Clip"), clip),
     "first-pad": (("Conv", "AveragePool"), first_pad),
 }
 REPAIRS: Table = {
