@@ -276,6 +276,30 @@ def test_a_sum_adds_variances():
     assert found == {"first": 1.0, "inner": 1.0, "sum": 2.0, "pre": 12.0}
 
 
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [
+        (lambda x, y: x + y, 2.0),
+        (lambda x, y: torch.sub(x, y, alpha=3), 10.0),
+        (lambda x, _: x.add(x), 4.0),
+        (lambda x, _: torch.add(x, x, alpha=2), 9.0),
+        (lambda x, y: 3 * x - y / 2, 9.25),
+        (lambda x, _: -x.mul(2).div(4), 0.25),
+    ],
+)
+def test_arithmetic_is_followed(combine, expected):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+            self.last = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.last(self.act(combine(self.a(x), self.b(x))))
+
+    assert Variances(Two()).activations == {"act": expected}
+
+
 class Joined(nn.Module):
     """A concatenation of 6 channels of variance 1 and 2 of variance 9, and a transposed layer."""
 
@@ -371,6 +395,7 @@ ODD = {
     "it calls mul": lambda m, x: x * m.a(x),
     "it calls mul in": lambda m, x: x * m.scale,
     "it calls add": lambda _, x: x + 1,
+    "it calls sub in": lambda _, x: x - x,
     "it calls matmul": lambda _, x: torch.matmul(x, x),
     "'norm' is a LayerNorm": lambda m, x: m.norm(x),
     "not all of whose channels could be counted": lambda _, x: torch.cat([x[:, :2], 2 * x[:, :2]]),

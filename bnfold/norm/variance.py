@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -47,7 +47,7 @@ _OTHER_CHANNELS_CALLS = {
     *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze"),
     *("mean", "chunk", "split", "getitem", "pixel_shuffle", "pixel_unshuffle"),
 }
-_SUM_CALLS = {"add", "add_", "iadd", "sub", "sub_", "isub"}
+_SUM_CALLS = {"add": 1, "add_": 1, "iadd": 1, "sub": -1, "sub_": -1, "isub": -1}
 _FACTOR_CALLS = {"mul": 1, "mul_": 1, "imul": 1, "truediv": -1, "itruediv": -1, "div": -1}
 _CONCAT_CALLS = {"cat", "concat", "concatenate"}
 _ACTIVATION_CALLS = {
@@ -162,8 +162,11 @@ class Variances:
         terms = [self._term(argument) for argument in node.args]
         one, two = (*terms, None, None)[:2]
         if name in _SUM_CALLS and isinstance(one, Signal) and isinstance(two, Signal):
-            both = 4 * one.variance if node.args[0] is node.args[1] else one.variance + two.variance
-            return Signal(both, one.channels)
+            b = _SUM_CALLS[name] * cast(float, node.kwargs.get("alpha", 1))  # x + b y
+            same = node.args[0] is node.args[1]
+            variance = (1 + b) ** 2 * one.variance if same else one.variance + b**2 * two.variance
+            if variance > 0:
+                return Signal(variance, one.channels)
         if name in _FACTOR_CALLS:
             if isinstance(two, Signal) and not isinstance(one, Signal) and _FACTOR_CALLS[name] > 0:
                 one, two = two, one
