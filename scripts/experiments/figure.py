@@ -156,17 +156,17 @@ def curve(
 
 @dataclass(frozen=True)
 class Run:
-    """What was asked for on the command line. data: a folder of real data, or None."""
+    """What was asked for on the command line.
+
+    data: a folder of real data, or None.  options: as the page's command shows them, without the
+    paths of this machine.
+    """
 
     quick: bool
     out: Path
     seeds: tuple[int, ...]
     data: Path | None
-
-    @property
-    def options(self) -> str:
-        """As the page's command shows them, without the path of the data on this machine."""
-        return " --quick" * self.quick + " --data DIR" * (self.data is not None)
+    options: str = ""
 
 
 def asked(description: str | None, arguments: Sequence[str] | None, seeds: int = 5) -> Run:
@@ -179,8 +179,13 @@ def asked(description: str | None, arguments: Sequence[str] | None, seeds: int =
     parser.add_argument("--seeds", type=int, default=None, help="how many, from 0 on")
     parser.add_argument("--data", type=Path, default=None, help="folder of real data, see the page")
     chosen = parser.parse_args(arguments)
+    if chosen.seeds is not None and chosen.seeds < 1:
+        parser.error(f"--seeds is {chosen.seeds}; it must be at least 1.")
+    options = " --quick" * chosen.quick + " --data DIR" * (chosen.data is not None)
+    if chosen.seeds is not None:
+        options += f" --seeds {chosen.seeds}"
     count = chosen.seeds or (2 if chosen.quick else seeds)
-    return Run(chosen.quick, chosen.out, tuple(range(count)), chosen.data)
+    return Run(chosen.quick, chosen.out, tuple(range(count)), chosen.data, options)
 
 
 @dataclass(frozen=True)
