@@ -496,7 +496,8 @@ def _add_network(train: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="an option of the normalisation: ghost_size=16 (ghost), r_max=3 and d_max=5 (renorm;"
-        " reached over the run), momentum=0.1, eps=1e-5; repeat for several",
+        " reached over the run), input=null (normprop: the data are normalised already),"
+        " momentum=0.1, eps=1e-5; repeat for several",
     )
     group.add_argument(
         "--statistics",
@@ -529,7 +530,11 @@ def _add_training(train: argparse.ArgumentParser) -> None:
         help="of the learning rate (default onecycle)",
     )
     group.add_argument(
-        "--lr", type=float, metavar="RATE", help="peak learning rate (default sgd 0.1, others 3e-3)"
+        "--lr",
+        type=float,
+        metavar="RATE",
+        help="peak learning rate (default sgd 0.1, or 0.01 with --norm weight, weight-mean-only and"
+        " normprop; others 3e-3)",
     )
     group.add_argument(
         "--weight-decay", type=float, metavar="W", help="default sgd 5e-4, adamw 1e-2, others 0"
@@ -548,6 +553,11 @@ def _add_training(train: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--amp", action="store_true", help="forward in bfloat16 where torch can")
     group.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    group.add_argument(
+        "--backend",
+        choices=("gloo", "nccl"),
+        help="by which torchrun's processes talk (default nccl on cuda, else gloo)",
+    )
     group.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that read ahead (default 0)"
     )

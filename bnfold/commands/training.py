@@ -31,8 +31,8 @@ def train(args: argparse.Namespace) -> Report | None:
     from bnfold.measuring.ranks import group_from_environment
 
     outputs = args.outputs or [Path(f"{args.factory.rpartition(':')[2]}.pt")]
-    backend = "nccl" if args.device.startswith("cuda") else "gloo"
-    with group_from_environment(backend=backend) as ranks:
+    args = _with_defaults(args)
+    with group_from_environment(backend=args.backend) as ranks:
         check_outputs(outputs, None, args.overwrite, (".pt", ".pth"))
         if args.norm_options and args.norm is None:
             raise UsageError("--norm-set is of --norm; name the kind too.")
@@ -42,6 +42,18 @@ def train(args: argparse.Namespace) -> Report | None:
         if ranks.rank:
             return None
         return _report(args, outputs, data, files, result, ranks.size)
+
+
+def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """What the user left open and other arguments decide."""
+    from bnfold.training.network import default_rate
+    from bnfold.training.settings import defaults_of
+
+    lr = default_rate(args.norm, args.optimizer) if args.lr is None else args.lr
+    rates = defaults_of(args.optimizer, lr, args.weight_decay, args.momentum)
+    decided = dict(zip(("lr", "weight_decay"), rates, strict=False))
+    backend = args.backend or ("nccl" if args.device.startswith("cuda") else "gloo")
+    return argparse.Namespace(**vars(args) | decided | {"backend": backend})
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -330,13 +342,13 @@ def _report(
 def _summary(args: argparse.Namespace, data: _Named, result: TrainResult, processes: int) -> str:
     said = f"Trained on {data.name} for {args.epochs} epochs"
     said += f" in {processes} processes." if processes > 1 else "."
-    if args.keep == "best":
-        said += f" The best was epoch {result.epoch}."
     if result.test_accuracy is not None:
         said += f" Test accuracy {percent(result.test_accuracy)} %"
         if result.moving is not None:
             said += f" ({percent(result.moving[1])} % with moving averages)"
-        said += f" on {data.test_name}."
+        said += f" on {data.test_name}"
+        chosen = f", by which epoch {result.epoch} was chosen: on other data expect less"
+        said += f"{chosen if args.keep == 'best' else ''}."
     return said
 
 
@@ -368,7 +380,7 @@ def _about(args: argparse.Namespace, data: _Named) -> dict[str, Any]:
 
     about: dict[str, Any] = {name: getattr(args, name) for name in _RECORDED}
     rates = defaults_of(args.optimizer, args.lr, args.weight_decay, args.momentum)
-    about |= dict(zip(("lr", "weight_decay", "momentum"), rates, strict=True))
+    about["momentum"] = rates[2]
     about |= {
         "model": args.factory,
         "arguments": dict(args.arguments),
