@@ -139,7 +139,8 @@ def inspect(args: argparse.Namespace) -> Report:
     done = new_report("inspect", args, result.notes)
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
-    done["summary"] = f"{len(result.folded)} of {counted(found, 'batch norm')} fold exactly."
+    text = f"{len(result.folded)} of {counted(found, 'batch norm')} fold exactly."
+    done["summary"] = text if found or not _besides(result) else f"No batch norm.{_besides(result)}"
     args.verbose = True
     return done
 
@@ -152,7 +153,8 @@ def _outputs_of_fold(args: argparse.Namespace) -> tuple[list[Path], Writeback]:
     suffixes = default_suffixes(kind)[: 1 if in_graph is not None else None]
     outputs = args.outputs or beside(args.model, "folded", suffixes)
     writeback = writeback_of(outputs, named=bool(args.outputs))
-    if writeback is not None and in_graph is not None:
+    holds = writeback == "graph" and in_graph == "--repair" and not args.clean_up
+    if writeback is not None and in_graph is not None and not holds:
         raise UsageError(f"{in_graph} changes operators, not only weights: write .onnx only.")
     return outputs, writeback
 
@@ -216,13 +218,24 @@ def _add_fold(done: Report, result: Any) -> None:
     }
 
 
+def _besides(result: Any) -> str:
+    """What became of a network besides its batch norms, a sentence each."""
+    weights, others, sums = len(result.source.computed), len(result.absorbed), len(result.merged)
+    text = ""
+    if weights:
+        text += f" {counted(weights, 'layer')} with computed weights hold them as plain ones now."
+    if others:
+        text += f" {others} Mul, Add, Sub or Div by constants went too."
+    if sums:
+        text += f" {counted(sums, 'convolution')} took in what stood around."
+    return text
+
+
 def _fold_summary(found: int, result: Any) -> str:
     folded, producer = len(result.folded), result.original.producer_name
-    others = len(result.absorbed)
-    more = f" {others} Mul, Add, Sub or Div by constants went too." if others else ""
-    if result.merged:
-        count = len(result.merged)
-        more += f" {count} convolution{'s' * (count > 1)} took in what stood around."
+    more = _besides(result)
+    if found == 0 and result.source.computed:
+        return f"There is no batch norm in the network.{more}"
     if found == 0:
         hint = " (torch's exporter folds by itself unless optimize=False)"
         return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"

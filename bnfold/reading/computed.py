@@ -49,8 +49,13 @@ def held(source: Source) -> Source:
         state = {k: v for k, v in state.items() if k not in keys}
         state[name] = torch.from_numpy(weight).to(like.dtype)
     RemoveUnusedNodesPass()(model)
-    note = f"the computed weights of {len(made_of)} layers (parametrizations) were computed once"
-    return replace(source, graph=model, state_dict=state, notes=(*source.notes, note))
+    note = (
+        f"the computed weights of {len(made_of)} layers (weight norm or another parametrization)"
+        " were replaced by their values"
+    )
+    layers = tuple(name.rpartition(".")[0] for name in made_of)
+    notes = (*source.notes, note)
+    return replace(source, graph=model, state_dict=state, notes=notes, computed=layers)
 
 
 def _fixed(model: ir.Model) -> set[ir.Value]:

@@ -55,10 +55,15 @@ def plain(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return copied, make_plain(copied)
 
 
+def computed_layers(module: nn.Module) -> tuple[str, ...]:
+    """The parts whose weights are computed anew in every forward, by name."""
+    return tuple(name for name, part in parts(module) if _computed(part))
+
+
 def make_plain(module: nn.Module) -> tuple[str, ...]:
     """Make a module plain in place, in eval mode; a sentence for each kind of change."""
     module.eval()
-    computed = [name for name, part in parts(module) if _computed(part)]
+    computed = list(computed_layers(module))
     for name, part in list(parts(module)):
         try:
             with torch.no_grad():

@@ -33,7 +33,7 @@ class Source:
     it came, if there is one; `plain`: the module that was exported, which is the same or a copy
     whose computed weights are held (`reading.plain`). state_dict: the tensors by name, for every
     torch source. exported: the program behind the graph. notes: what was done on the way, a
-    sentence each.
+    sentence each. computed: the layers whose weights were computed, and are held now.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Source:
     example: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
     description: Mapping[str, Any] = field(default_factory=dict)
+    computed: tuple[str, ...] = ()
 
 
 def open_source(
@@ -126,7 +127,7 @@ def source_of_module(
 
     Raises InputError where its statistics are impossible, or torch cannot export it.
     """
-    from bnfold.reading.plain import plain
+    from bnfold.reading.plain import computed_layers, plain
 
     check_batchnorm_statistics(module)
     exported_from, notes = plain(module)
@@ -143,6 +144,7 @@ def source_of_module(
         exported,
         tuple(example),
         notes,
+        computed=computed_layers(module),
     )
 
 
