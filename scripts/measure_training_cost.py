@@ -146,8 +146,10 @@ def main() -> None:
 NOTES = """
 A step is forward, loss, backward and SGD update. The kinds take turns, and a ratio is of two steps
 of one round; the second `batch` shows what a ratio is worth. `renorm` has its bounds open from the
-first step (r_max 3, d_max 5), `ghost` takes 16 images at a time, `sync` is one process, where it is
-torch's batch norm, and `frozen` measures nothing.
+first step (r_max 3, d_max 5): over batch norm it reads each input once more, for the mean and the
+deviation that r and d come from. `ghost` takes 16 images at a time, and joins what comes out.
+`sync` is one process, where it is torch's batch norm; `frozen` measures nothing. `none` has no
+normalization at all: what it is below 1 is what batch norm costs.
 """
 
 if __name__ == "__main__":
