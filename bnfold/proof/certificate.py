@@ -21,7 +21,7 @@ Everything here reads the operators' specification; nothing is shared with the c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,10 @@ from bnfold.proof.equations import (
     compare_weights,
     read_linear,
     read_map,
+    read_padded,
     read_recurrent,
     shifted_border,
+    wrong_padding,
 )
 from bnfold.proof.parallel import NotParallel, is_sum, read_parallel
 from bnfold.proof.probe import probe
@@ -287,7 +289,8 @@ class _Proof:
         if plain and unchanged:
             return self._record(node, "unchanged", True, "no gauge around it; it is unchanged.")
         return (
-            self._check_linear(node, found)
+            self._check_padded(node, found)
+            or self._check_linear(node, found)
             or self._check_recurrent(node, found)
             or self._check_channel_map(node, found)
             or self._probe(node, found, unchanged)
@@ -395,6 +398,28 @@ class _Proof:
             return None
         ulps, problem = compare_linear(mine, theirs, inputs, outputs)
         sentence = problem or "weights and bias are the exact ones, rounded once."
+        return self._record(node, "weights", not problem, sentence, ulps)
+
+    def _check_padded(self, node: onnx.NodeProto, found: Match) -> NodeRecord | None:
+        """A Conv that padded with zeros, behind a Pad with what zero has become."""
+        mine, there = (
+            read_linear(found.original, self.original),
+            read_padded(found.folded, self.folded),
+        )
+        if mine is None or there is None or len(found.outputs) != 1:
+            return None
+        theirs, number = there
+        inputs = channels(self.gauge(mine.source), mine.axis, mine.shape_in)
+        outputs = channels(self.gauge(found.outputs[0]), mine.axis, mine.shape_out)
+        same = mine.settings == theirs.settings and mine.weight.shape == theirs.weight.shape
+        if not same or inputs is None or outputs is None:
+            return None
+        if theirs.source != self.rename(mine.source):
+            return None
+        ulps, problem = 0.0, wrong_padding(number, inputs)
+        if not problem:  # every tap sees a number that is carried as all others are
+            ulps, problem = compare_linear(replace(mine, blind=False), theirs, inputs, outputs)
+        sentence = problem or "padding, weights and bias are the exact ones, rounded once."
         return self._record(node, "weights", not problem, sentence, ulps)
 
     def _check_recurrent(self, node: onnx.NodeProto, found: Match) -> NodeRecord | None:

@@ -212,6 +212,41 @@ def _read_matmul(node: onnx.NodeProto, view: View) -> Linear | None:
                    weight.rounding, ())  # fmt: skip
 
 
+def read_padded(nodes: Sequence[onnx.NodeProto], view: View) -> tuple[Linear, Constant] | None:
+    """A Conv that does not pad behind a Pad of its spatial axes with one number, and the number.
+
+    The Conv is given as one that pads by itself.
+    """
+    if len(nodes) < 2 or nodes[0].op_type != "Pad" or nodes[0].domain or len(nodes[0].input) != 3:
+        return None
+    given, (source, counts, number) = attributes(nodes[0]), nodes[0].input
+    linear = read_linear(nodes[1:], view)
+    if linear is None or linear.source != nodes[0].output[0] or linear.settings[0] != "Conv":
+        return None
+    if (given.get("mode") or b"constant") != b"constant" or not view.is_constant(counts):
+        return None
+    value = _float_constant(view, number)
+    pads = view.constant(counts).value.reshape(2, -1).T
+    if value is None or value.value.size != 1 or linear.blind or pads[:2].any() or (pads < 0).any():
+        return None
+    by_axis = tuple((int(before), int(after)) for before, after in pads[2:])
+    settings = (*linear.settings[:-1], by_axis)
+    return dataclasses.replace(linear, source=source, settings=settings), value
+
+
+def wrong_padding(number: Constant, inputs: Carried) -> str:
+    """Empty where the number is what zero has become in every channel, else the sentence."""
+    live = np.isfinite(inputs.scale) & (inputs.scale != 0)
+    if not live.all():
+        return "a channel of its input is a constant, which a Pad does not know."
+    got, expected = float(number.value.reshape(-1)[0]), -inputs.scale * inputs.origin
+    room = number.rounding.unit * ONE_ROUNDING * np.abs(expected) + number.rounding.tiny
+    wrong = ~(np.abs(expected - got) <= room)
+    if not wrong.any():
+        return ""
+    return f"it pads with {got:.9g}, and zero has become {expected[wrong][0]:.9g}."
+
+
 RECURRENT = ("RNN", "GRU", "LSTM")
 
 
