@@ -47,6 +47,7 @@ RELATIONS, JOINING, PASSING = "rules/relations.py", "rules/joining.py", "rules/p
 QUANTIZED, EINSUM = "quantized.py", "rules/einsum.py"
 GATING, RECURRENT, EMBEDDING = "rules/gating.py", "rules/recurrent.py", "rules/embedding.py"
 MERGING, PARALLEL, CHAINS = "merging.py", "parallel.py", "chains.py"
+REPAIR = "rules/repairs.py"
 MOVES, LAYOUT, APPLY, CONSTANTS = "rules/moves.py", "layout.py", "apply.py", "constants.py"
 
 # a table is read by its columns
@@ -76,6 +77,20 @@ MUTANTS: list[Mutant] = [
     Mutant(LINEAR, "axis = -1 if slot == 1 else -2", "axis = -1", "left"),
     Mutant(LINEAR, "@ weight)[..., None, :]", "@ weight)", "batched"),
     Mutant(LINEAR, "return np.where(scale == 0, origin, scale * (bias - origin))", "return scale * (bias - origin)", "gamma 0"),
+    # what passes as one number for all channels
+    Mutant(REPAIR, 'return Form((Step("Clip", numbers[0]),))', 'return Form((Step("Clip", -numbers[0]),))', "relu, bn of one shift"),
+    Mutant(REPAIR, "fits = fits & (", "fits = fits | (", "several shifts"),
+    Mutant(REPAIR, "dict(zip(slots, numbers, strict=True))", "dict(zip(slots, numbers[::-1], strict=True))", "conv, clip, bn of one shift"),
+    Mutant(REPAIR, "finite == len(held)", "finite <= len(held)", "infinite bound"),
+    Mutant(REPAIR, "opset_of(node) >= _CLIP_WITH_INPUTS and (", "(", "old opset"),
+    Mutant(REPAIR, "number = carried(0.0, gauge)", "number = -carried(0.0, gauge)", "with a pad"),
+    Mutant(REPAIR, "after.append(total - first)", "after.append(first)", "SAME_UPPER conv, with a pad"),
+    Mutant(REPAIR, 'one_number = Demand(x, "origin", _one_number, sentence)', 'one_number = Demand(x, "origin", lambda s, o: s == s, sentence)', "no pad"),
+    Mutant(REPAIR, "return padded and not integer", "return padded or not integer", "average pool"),
+    Mutant(REPAIR, "if producer is None or producer.op_type not in _MAPS:", "if producer is None:", "bn of one shift, padded conv"),
+    Mutant(APPLY, "[0, 0, *padding.before, 0, 0, *padding.after]", "[0, 0, *padding.after, 0, 0, *padding.before]", "padded at one end, with a pad"),
+    Mutant(APPLY, 'node.attributes["pads"] = ir.AttrInt64s("pads", [0] * 2 * len(padding.before))', "pass", "with a pad"),
+    Mutant(WAYS, "if room is not None and extra > room:", "if False:", "two padded convs"),
     # batch norms: those that go and those that stay
     Mutant(NORM, "spread = np.asarray(var + eps)", "spread = np.asarray(var + eps * eps)", "conv"),
     Mutant(NORM, "scale = gamma / np.sqrt(spread)", "scale = gamma / spread", "conv"),
