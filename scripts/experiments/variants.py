@@ -502,7 +502,11 @@ def page(run: Run, found: Results, counts: tuple[int, int, int]) -> Page:
     moments = [
         [name, *(f"{by[gain]:.3g}" for gain in (1.0, GAIN))] for name, by in found.depths.items()
     ]
-    source = "MNIST" if run.data else "Scikit-learn's digits"
+    source = (
+        "MNIST (mnist_train10k.npz with 10,000 images `x` and their `y`, and the two t10k files)"
+        if run.data
+        else "Scikit-learn's digits"
+    )
     return Page(
         name="variants",
         title="Weight norm, mean-only batch norm and NormProp against batch norm",
