@@ -271,3 +271,7 @@ def versions() -> str:
         f"bnfold {VERSION}, torch {torch.__version__}, numpy {np.__version__},"
         f" Python {platform.python_version()}, {platform.machine()}."
     )
+
+
+if __name__ == "__main__":  # the index alone, after pages came from elsewhere
+    (PAGES / "README.md").write_text(index(PAGES))
