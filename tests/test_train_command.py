@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +106,20 @@ def test_every_normalisation_trains_and_its_checkpoint_folds_alone(kind, capsys)
     # Add: NormProp's shift of the input; the others are the shape of the flattening
     plain = {"Conv", "Relu", "Gemm", "Add", "Pad", "Reshape", "Shape", "Squeeze", "Concat"}
     assert operators <= plain, operators - plain
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("kind", ["weight", "weight-mean-only"])
+def test_weight_norm_starts_from_what_the_first_samples_show(kind):
+    assert main(call("--norm", kind, "--lr", 1e-12, "-q")) == 0
+    state = torch.load("net.pt", weights_only=True)["state_dict"]
+    gain, direction = (state[f"0.parametrizations.weight.original{n}"] for n in (0, 1))
+    length = torch.linalg.vector_norm(direction, dim=(1, 2, 3), keepdim=True)
+    x = torch.from_numpy(np.load("data.npz")["x"])
+    seen = torch.nn.functional.conv2d(x, gain * direction / length, state.get("0.bias"))
+    torch.testing.assert_close(seen.std((0, 2, 3)), torch.ones(6), rtol=1e-3, atol=0)
+    if kind == "weight":
+        torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(6), rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("folder")
@@ -220,6 +235,26 @@ def test_a_state_is_not_written_over_by_chance(monkeypatch, capsys):
     assert main(call("--resume")) == 2
     assert main(call("--overwrite", "--resume")) == 2
     assert "There is no state net.state" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_while_it_writes_leaves_the_state_before(folder, monkeypatch):
+    saved = []
+    save = torch.save
+
+    def cut_off(content, file):
+        if len(saved) == 1:
+            Path(file).write_bytes(b"half a fi")
+            raise KeyboardInterrupt
+        save(content, file)
+        saved.append(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", cut_off)
+        assert main(call()) == 130
+    assert len(torch.load("net.state", weights_only=True)["history"]) == 1
+    assert {p.name for p in folder.iterdir()} - {"__pycache__"} == {
+        *("data.npz", "net.py", "net.state")
+    }
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])

@@ -42,6 +42,8 @@ def trained(how, ranks):
 TRAIN = """
 with group_from_environment() as ranks:
     found = {how: trained(how, ranks) for how in ("samples", "given", "norm")}
+    one_step = train(network(True), [(x[:50], y[:50])], epochs=1, ranks=ranks)
+    found["step"] = one_step.module.state_dict()
     torch.save(found, f"{sys.argv[1]}/{ranks.rank}.pt")
 """
 
@@ -82,6 +84,15 @@ def test_batch_norms_of_two_processes_are_one_network_with_exact_statistics(here
     hidden = torch.from_numpy(here["x"]) @ first["0.weight"].T + first["0.bias"]
     torch.testing.assert_close(first["1.running_mean"], hidden.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(first["1.running_var"], hidden.var(0), rtol=1e-5, atol=1e-6)
+
+
+def test_moving_averages_are_the_mean_of_what_the_processes_saw(here, two):
+    state = two[0]["step"]
+    assert furthest(state, two[1]["step"]) == 0
+    seen = here["network"](True)[0](torch.from_numpy(here["x"][:50])).detach()
+    torch.testing.assert_close(state["1.running_mean"], 0.1 * seen.mean(0))
+    var = (seen[:25].var(0) + seen[25:].var(0)) / 2
+    torch.testing.assert_close(state["1.running_var"], 0.9 + 0.1 * var)
 
 
 FAIL = """
