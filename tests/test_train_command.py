@@ -95,7 +95,12 @@ def test_every_normalisation_trains_and_its_checkpoint_folds_alone(kind, capsys)
     assert "Test accuracy" in found["summary"]
     metrics = about("net.pt")["metrics"]
     assert metrics["run"]["norm"] == kind
-    assert metrics["run"]["norm_options"] == ({"ghost_size": 16} if option else {})
+    recorded = {
+        "ghost": {"ghost_size": 16},
+        "normprop": {"input": "batch"},
+        "renorm": {"r_max": 3.0, "d_max": 5.0, "start": 0, "r_end": 2, "d_end": 1},
+    }
+    assert metrics["run"]["norm_options"] == recorded.get(kind, {})
     assert metrics["test_accuracy"] > 0.6
     assert main(["fold", "net.pt", "--json", "-o", "net.folded.onnx"]) == 0
     folded = json.loads(capsys.readouterr().out)

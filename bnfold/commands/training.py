@@ -38,6 +38,7 @@ def train(args: argparse.Namespace) -> Report | None:
             raise UsageError("--norm-set is of --norm; name the kind too.")
         files = _Files.of(args, outputs)
         data = _data_of(args)
+        args = _in_run(args, data, ranks.size)
         result = _trained(args, data, files, ranks)
         if ranks.rank:
             return None
@@ -54,6 +55,18 @@ def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     decided = dict(zip(("lr", "weight_decay"), rates, strict=False))
     backend = args.backend or ("nccl" if args.device.startswith("cuda") else "gloo")
     return argparse.Namespace(**vars(args) | decided | {"backend": backend})
+
+
+def _in_run(args: argparse.Namespace, data: _Named, processes: int) -> argparse.Namespace:
+    """With the options of the normalisation that the length of the run decides."""
+    from bnfold.training.batches import Share, labelled
+    from bnfold.training.network import options_in_run
+
+    share = Share(0, processes)
+    cut = {"batch_size": args.batch_size, "seed": args.seed, "name": "train_data"}
+    steps = labelled(data.train, **cut, share=share).count() * args.epochs
+    options = options_in_run(args.norm, dict(args.norm_options), steps=steps)
+    return argparse.Namespace(**vars(args) | {"norm_options": options})
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -181,7 +194,6 @@ class _Files:
 
 def _trained(args: argparse.Namespace, data: _Named, files: _Files, ranks: Ranks) -> TrainResult:
     from bnfold.measuring.ranks import own_device
-    from bnfold.training.batches import Share, labelled
     from bnfold.training.evaluation import device_of
     from bnfold.training.network import build_network, is_started_by_data, start_by_data
     from bnfold.training.task import task_of
@@ -189,15 +201,12 @@ def _trained(args: argparse.Namespace, data: _Named, files: _Files, ranks: Ranks
 
     device = device_of(own_device(args.device) or "cpu")
     task = task_of("cross_entropy", args.label_smoothing)
-    share = Share(ranks.rank, ranks.size)
-    cut = {"task": task, "batch_size": args.batch_size, "seed": args.seed, "name": "train_data"}
-    count = labelled(data.train, **cut, share=share).count()
     module = build_network(
         args.factory,
         dict(args.arguments),
         norm=args.norm,
-        options=dict(args.norm_options),
-        steps=count * args.epochs,
+        options=args.norm_options,
+        example=_example(data.train),
         seed=args.seed,
     ).to(device)
     if is_started_by_data(args.norm) and not args.resume:
@@ -384,7 +393,7 @@ def _about(args: argparse.Namespace, data: _Named) -> dict[str, Any]:
     about |= {
         "model": args.factory,
         "arguments": dict(args.arguments),
-        "norm_options": dict(args.norm_options),
+        "norm_options": args.norm_options,
         "data": data.name,
         "test_data": data.test_name,
         "preprocessing": {name: getattr(args, name) for name in _PREPARATION},

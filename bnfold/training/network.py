@@ -8,7 +8,9 @@ normalised themselves, which stored pixels are not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -34,36 +36,72 @@ def default_rate(norm: str | None, optimizer: str) -> float | None:
     return _LOWER_RATE.get(norm or "") if optimizer == "sgd" else None
 
 
+def options_in_run(norm: str | None, options: Mapping[str, Any], *, steps: int) -> dict[str, Any]:
+    """The options of a kind with those that a run of so many steps decides, as plain values.
+
+    Batch renorm gets the five numbers of its `Clipping`, of which `r_max` and `d_max` may be given
+    alone; NormProp `input`: "batch" statistics. Raises UsageError for what makes no sense.
+    """
+    if norm == "normprop":
+        return {"input": "batch", **options}
+    if norm != "renorm":
+        return dict(options)
+    bounds = {name: options[name] for name in ("r_max", "d_max") if name in options}
+    with _told(norm, options):
+        clipping = Clipping.over(steps, **bounds)
+    return {**asdict(clipping), **options}
+
+
 def build_network(
     spec: str,
     arguments: Mapping[str, Any],
     *,
-    norm: str | None,
-    options: Mapping[str, Any],
-    steps: int,
+    norm: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    example: Tensor,
     seed: int,
 ) -> nn.Module:
     """The factory's network, its batch norms as `norm` says, drawn by `seed`.
 
-    options: of the kind, see `bnfold.norm.convert`; of batch renorm also `r_max` and `d_max`, the
-    bounds that its clipping reaches over the `steps` of the run. NormProp normalises its input by
-    batch statistics unless `input` says otherwise.
+    options: of `bnfold.norm.convert`, by `options_in_run`. example: an input (1, ...), whose shape
+    the batch statistics of an input are made for.
     Raises UsageError for arguments and options that there are not, and what `convert` raises.
     """
     torch.manual_seed(seed)
     module = build_module(spec, **arguments)
     if norm is None:
         return module
-    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    options = dict(options)
+    given = dict(options or {})
+    with _told(norm, given):
+        if norm == "renorm":
+            bounds = {name: given.pop(name) for name in _BOUNDS if name in given}
+            given["schedule"] = Clipping(**bounds)
+        if norm == "normprop" and given.get("input") == "batch":
+            # made here: behind a Flatten, the first layer does not tell the input's channels
+            given["input"] = _input_norm(example)
+        return convert(module, norm, **given)  # type: ignore[arg-type]  # it checks the kind
+
+
+_BOUNDS = tuple(part.name for part in fields(Clipping))
+
+
+def _input_norm(example: Tensor) -> nn.Module:
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    if example.dim() not in kinds:
+        raise UsageError(
+            f"Inputs of shape {tuple(example.shape[1:])} have no batch norm; normalise them"
+            " yourself, and say so by input=null."
+        )
+    return kinds[example.dim()](example.shape[1], affine=False)
+
+
+@contextlib.contextmanager
+def _told(norm: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Values of a wrong type told with the options."""
     try:
-        if norm == "renorm" and "schedule" not in options:
-            bounds = {name: options.pop(name) for name in ("r_max", "d_max") if name in options}
-            options["schedule"] = Clipping.over(steps, **bounds)
-        if norm == "normprop":
-            options.setdefault("input", "batch")
-        return convert(module, norm, **options)  # type: ignore[arg-type]  # it checks the kind
+        yield
     except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise UsageError(f"{norm} does not take {given}: {one_line(error)}.") from error
 
 
