@@ -332,5 +332,13 @@ def test_a_layer_compiles_whole(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_leaves_the_batch_size_open(family):
+    layer, x = make(family, "2d").eval(), batch((5, C, 3, 2))
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    other = batch((9, C, 3, 2), 1)
+    assert torch.equal(exported.module()(other), layer(other))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_layer_is_can_be_read(family):
     assert f"{family}2d({C}, " in repr(getattr(norm, family + "2d")(C))

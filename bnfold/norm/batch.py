@@ -86,8 +86,10 @@ class GhostBatchNorm(BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape."""
+        if not self.training:  # before the size is looked at, which an export leaves open
+            return super().forward(input)
         count = len(input) // self.ghost_size
-        if not self.training or count <= 1:
+        if count <= 1:
             return super().forward(input)
         return torch.cat(
             [super(GhostBatchNorm, self).forward(p) for p in input.tensor_split(count)]
