@@ -166,7 +166,7 @@ def test_no_ghost_is_smaller_than_asked(size, monkeypatch):
 
 
 def test_a_ghost_of_nothing():
-    with pytest.raises(UsageError, match="ghost batch of 0"):
+    with pytest.raises(UsageError, match="ghost batch cannot have 0 samples"):
         norm.GhostBatchNorm2d(C, 0)
 
 

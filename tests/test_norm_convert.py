@@ -385,6 +385,34 @@ def test_a_network_without_batch_norm_has_no_place(kind):
     assert isinstance(convert(nn.Linear(2, 2), "batch"), nn.Linear)
 
 
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, norm.FrozenBatchNorm2d])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_an_epsilon_of_zero_carries_over(cls, kind):
+    old = cls(3, eps=0.0)
+    old.running_var.fill_(1e-4)
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(convert(old.eval(), kind)(x), old(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("batch", {"eps": "1"}, "'eps' is a number, not '1'"),
+        ("ghost", {"eps": None}, "'eps' is a number, not None"),
+        ("mean-only", {"momentum": "x"}, "'momentum' is a number, not 'x'"),
+        ("ghost", {"ghost_size": "a"}, "ghost batch cannot have 'a' samples"),
+        ("renorm", {"schedule": 3}, "schedule is a Clipping, not 3"),
+        ("weight-mean-only", {"log_scale": 0}, "a number above 0, not 0"),
+    ],
+)
+def test_options_that_are_none(kind, options, words):
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with pytest.raises(UsageError, match=words):
+        convert(net, kind, inplace=True, **options)
+    assert type(net[1]) is nn.BatchNorm1d
+    assert not parametrize.is_parametrized(net[0])
+
+
 def test_calls_that_are_wrong():
     with pytest.raises(UsageError, match="no kind 'layer'; the kinds are batch, renorm"):
         convert(nn.BatchNorm2d(2), "layer")

@@ -122,19 +122,17 @@ def test_another_dimension():
     torch.testing.assert_close(layer.weight, made("transposed2d").weight)
 
 
-@pytest.mark.parametrize("log_scale", [False, True])
-def test_a_row_of_zeros_gives_zeros_and_can_grow(log_scale):
+def test_a_row_of_zeros_gives_zeros_and_can_grow():
     layer = nn.Linear(3, 2)
     with torch.no_grad():
         layer.weight[0] = 0
-    weight_norm(layer, log_scale=log_scale)
-    assert layer.weight[0].abs().max() < 1e-37
+    weight_norm(layer)
+    assert not layer.weight[0].any()
     layer(torch.ones(1, 3)).sum().backward()
     gradients = [p.grad for p in layer.parameters()]
     assert all(gradient.isfinite().all() for gradient in gradients)
-    if not log_scale:
-        torch.optim.SGD(layer.parameters(), 0.1).step()
-        assert layer.weight[0].abs().min() > 0
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert layer.weight[0].abs().min() > 0
     with torch.no_grad():  # a direction that is none, as torch's own weight norm may store it
         layer.parametrizations.weight.original1[0] = 0
     assert not layer.weight[0].any()
@@ -166,6 +164,24 @@ def test_what_is_weight_normed_stays():
 def test_frozen_weights_stay_frozen():
     layer = nn.Linear(3, 2).requires_grad_(False)
     assert not any(p.requires_grad for p in weight_norm(layer).parameters())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_length_of_zero_has_no_logarithm(name):
+    layer = made(name)
+    with torch.no_grad():
+        layer.weight[places_of(layer)[-1]] = 0
+    net = nn.Sequential(nn.BatchNorm1d(2), layer)
+    with pytest.raises(InputError, match=rf"{type(layer).__name__} '1' has units of zeros"):
+        convert(net, "weight", inplace=True, log_scale=True)
+    assert type(net[0]) is nn.BatchNorm1d
+    weight_norm(layer)
+
+
+@pytest.mark.parametrize("c", [0, 0.0, -1.0, float("inf"), float("nan"), "1"])
+def test_a_scale_that_is_none(c):
+    with pytest.raises(UsageError, match=r"exp\(c s\) is a number above 0"):
+        weight_norm(nn.Linear(3, 2), log_scale=c)
 
 
 def test_what_cannot_be_weight_normed():

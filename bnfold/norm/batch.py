@@ -77,11 +77,12 @@ class GhostBatchNorm(BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        **factory: Any,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
-        if ghost_size < 1:
-            raise UsageError(f"A ghost batch of {ghost_size} samples is none; give 1 or more.")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not isinstance(ghost_size, int) or ghost_size < 1:
+            raise UsageError(f"A ghost batch cannot have {ghost_size!r} samples; give 1 or more.")
         self.ghost_size = ghost_size
 
     def forward(self, input: Tensor) -> Tensor:
@@ -112,8 +113,14 @@ class MeanOnlyBatchNorm(BatchNorm):
     batch norm in every bit.
     """
 
-    def __init__(self, num_features: int, momentum: float | None = 0.1, **factory: Any) -> None:
-        super().__init__(num_features, 0.0, momentum, **factory)
+    def __init__(
+        self,
+        num_features: int,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, 0.0, momentum, device=device, dtype=dtype)
         self.weight = None  # type: ignore[assignment]
 
     def reset_parameters(self) -> None:
@@ -153,8 +160,14 @@ class FrozenBatchNorm(BatchNorm):
 
     _version = 1  # of torch's batch norm: the state before there was a batch count
 
-    def __init__(self, num_features: int, eps: float = 1e-5, **factory: Any) -> None:
-        super().__init__(num_features, eps, **factory)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, device=device, dtype=dtype)
         for name in ("weight", "bias"):
             value = getattr(self, name).detach()
             delattr(self, name)

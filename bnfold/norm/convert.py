@@ -56,6 +56,7 @@ _OPTIONS: dict[str, set[str]] = {
     "normprop": {"gain", "input", "pooling"},
     "none": set(),
 }
+_AVERAGE = ("momentum", None)  # the one option that may be no number: the cumulative average
 # The modules whose batch norms are known here, and the classes of others, by name.
 _KNOWN = ("torch.nn.modules.batchnorm", batches.__name__, renorms.__name__)
 _FROZEN = (
@@ -96,15 +97,18 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     if unknown := set(options) - _OPTIONS[kind]:
         allowed = ", ".join(sorted(_OPTIONS[kind])) or "none"
         raise UsageError(f"'{kind}' has no option '{min(unknown)}'; its options: {allowed}.")
+    for option in {"eps", "momentum"} & set(options):
+        if not isinstance(options[option], float | int) and (option, options[option]) != _AVERAGE:
+            raise UsageError(f"'{option}' is a number, not {options[option]!r}.")
     if kind == "normprop":
         from bnfold.norm.propagation import propagate  # which converts to 'none'
 
         return propagate(model, inplace=inplace, **options)
     if not inplace:
-        model = _copy(model)
+        model = copied(model)
     log_scale = options.pop("log_scale", False)
     if kind in ("weight", "weight-mean-only"):
-        _check_weights(model)
+        check_weights(model, log_scale)
     model = _replace(model, kind, options)
     for _, layer in list(parts(model)):
         if kind in ("weight", "none"):
@@ -114,7 +118,8 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     return model
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; InputError for a model that has none."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -173,7 +178,7 @@ def _is_norm(part: nn.Module, name: str) -> bool:
     return True
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module, log_scale: bool | float = False) -> None:
     """InputError for a weight that cannot have a weight norm, or that two layers share."""
     layers = {id(part): (name, part) for name, part in parts(model)}
     uses = Counter(
@@ -185,7 +190,7 @@ def _check_weights(model: nn.Module) -> None:
     for name, part in layers.values():
         if not isinstance(part, WEIGHTED):
             continue
-        check_weight(part, name)
+        check_weight(part, name, log_scale)
         if uses[id(part._parameters.get("weight"))] > 1:
             raise InputError(
                 f"The weight of '{name}' is another layer's too, and weight norm would give each"
@@ -223,8 +228,8 @@ def _norm(old: Any, name: str, kind: str, options: dict[str, Any]) -> nn.Module:
             " defined by them."
         )
     settings = {option: getattr(old, option) for option in _OPTIONS[kind] if hasattr(old, option)}
-    if settings.get("eps") == 0:  # mean-only, which divides by nothing
-        del settings["eps"]
+    if isinstance(old, batches.MeanOnlyBatchNorm):
+        settings.pop("eps", None)  # it divides by nothing
     if kind == "renorm" and settings.get("momentum") and not isinstance(old, renorms.BatchRenorm):
         del settings["momentum"]
     if kind in ("batch", "ghost", "sync"):

@@ -102,10 +102,13 @@ class BatchRenorm(BatchNorm):
         affine: bool = True,
         *,
         schedule: Clipping | None = None,
-        **factory: Any,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, **factory)
-        self.schedule = Clipping() if schedule is None else schedule
+        super().__init__(num_features, eps, momentum, affine, device=device, dtype=dtype)
+        if not isinstance(schedule, Clipping | None):
+            raise UsageError(f"Batch renorm's schedule is a Clipping, not {schedule!r}.")
+        self.schedule = schedule or Clipping()
 
     @property
     def running_std(self) -> Tensor:

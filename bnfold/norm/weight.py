@@ -5,6 +5,7 @@ Salimans & Kingma: Weight Normalization, 2016; with the data-dependent initialis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,11 @@ class WeightNorm(nn.Module):
 
     With `groups` > 1, of a transposed convolution (Cin, Cout / groups, k...), the lengths are those
     of the output channels, `dim` 1 within each group of dimension 0. With `c`, the length is held
-    as s, g = exp(c s). A row of zeros stays zeros: its direction is that of all ones, its length 0.
+    as s, g = exp(c s), and cannot be 0. Otherwise a row of zeros stays zeros: its direction is that
+    of all ones, its length 0.
     """
 
-    def __init__(self, dim: int = 0, *, groups: int = 1, c: float | None = None) -> None:
+    def __init__(self, dim: int = 0, groups: int = 1, *, c: float | None = None) -> None:
         super().__init__()
         self.dim, self.groups, self.c = dim, groups, c
 
@@ -78,16 +80,17 @@ def weight_norm(
     its logarithm, g = exp(c s), c being 1 or the number given. A layer that has a weight norm
     already, this one or torch's, is left as it is. Returns the layer.
 
-    Raises InputError for a layer of another kind, and for one whose weight is computed otherwise.
+    Raises InputError for a layer of another kind, for one whose weight is computed otherwise, and
+    for a row of zeros where lengths are held as logarithms; UsageError for a c that is not above 0.
     """
-    check_weight(layer)
+    check_weight(layer, log_scale=log_scale)
     if weight_normed(layer):
         return layer
     groups = 1
     if dim is None:
         dim, groups = _units(layer)
     c = None if log_scale is False else float(log_scale)
-    parametrize.register_parametrization(layer, "weight", WeightNorm(dim, groups=groups, c=c))
+    parametrize.register_parametrization(layer, "weight", WeightNorm(dim, groups, c=c))
     return layer
 
 
@@ -96,8 +99,12 @@ def _units(layer: Any) -> tuple[int, int]:
     return (1, layer.groups) if isinstance(layer, _TRANSPOSED) else (0, 1)
 
 
-def check_weight(layer: nn.Module, name: str = "") -> None:
-    """InputError for a layer that can have no weight norm."""
+def check_weight(layer: nn.Module, name: str = "", log_scale: bool | float = False) -> None:
+    """InputError for a layer that can have no weight norm, UsageError for no such scale."""
+    if log_scale is not False and not (
+        isinstance(log_scale, float | int) and 0 < log_scale < math.inf
+    ):
+        raise UsageError(f"The scale c of lengths exp(c s) is a number above 0, not {log_scale!r}.")
     what = f"{type(layer).__name__} '{name}'" if name else type(layer).__name__
     if not isinstance(layer, WEIGHTED):
         raise InputError(f"Weight norm is for linear and convolution layers, not for {what}.")
@@ -105,6 +112,14 @@ def check_weight(layer: nn.Module, name: str = "") -> None:
         raise InputError(
             f"The weight of {what} is computed from other tensors already; take off what computes"
             " it before weight norm."
+        )
+    if weight_normed(layer) or log_scale is False:
+        return
+    lengths = WeightNorm(*_units(layer)).right_inverse(layer.weight)[0]
+    if not lengths.is_meta and (lengths == 0).any():
+        raise InputError(
+            f"The weight of {what} has units of zeros, whose length has no logarithm; give them"
+            " other values, or lengths without log_scale."
         )
 
 
