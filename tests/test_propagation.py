@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from bnfold.errors import InputError, UsageError
 from bnfold.graph import export_module
-from bnfold.norm import convert
+from bnfold.measuring.statistics import Layer, Statistics
+from bnfold.norm import convert, weight_norm
 from bnfold.norm.gaussian import (
     ACTIVATIONS,
     Moments,
@@ -365,7 +366,7 @@ def test_stages_of_shapes_are_passed():
 
 @pytest.mark.parametrize("kind", [nn.MaxPool2d, nn.AvgPool2d])
 def test_pooling_is_normalised_where_asked_for(kind):
-    model = propagate(nn.Sequential(kind((2, 3)), nn.Conv2d(1, 1, 1)), pooling=True)
+    model = propagate(nn.Sequential(kind([2, 3]), nn.Conv2d(1, 1, 1)), pooling=True)
     y = model[0](torch.randn(50, 1, 60, 60))
     assert float(y.mean()) == pytest.approx(0, abs=0.02)
     assert float(y.std()) == pytest.approx(1, abs=0.02)
@@ -395,6 +396,7 @@ ODD = {
     "it calls mul": lambda m, x: x * m.a(x),
     "it calls mul in": lambda m, x: x * m.scale,
     "it calls add": lambda _, x: x + 1,
+    "it calls div in": lambda _, x: torch.div(x, 0.1, rounding_mode="floor"),
     "it calls sub in": lambda _, x: x - x,
     "it calls matmul": lambda _, x: torch.matmul(x, x),
     "'norm' is a LayerNorm": lambda m, x: m.norm(x),
@@ -436,7 +438,33 @@ def test_weights_that_something_else_computes_are_refused():
         propagate(model)
 
 
-@pytest.mark.parametrize("gain", [0, -1.0, math.inf, math.nan])
+def test_a_weight_that_two_layers_share_is_refused():
+    model = mlp(10, 2)
+    model[3].weight = model[0].weight
+    with pytest.raises(InputError, match="is another layer's too"):
+        propagate(model)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_weight_norm_by_other_than_the_output_units_is_refused(dim):
+    model = nn.Sequential(nn.ConvTranspose1d(3, 4, 2), nn.ReLU(), nn.Conv1d(4, 2, 1))
+    weight_norm(model[0], dim=dim)
+    if dim == 1:
+        propagate(model)
+    else:
+        with pytest.raises(InputError, match="The weight of '0' is computed by WeightNorm"):
+            propagate(model)
+
+
+def test_a_module_that_cannot_be_copied_is_refused_in_words():
+    model = mlp(4, 1)
+    model.kept = model(torch.randn(2, 10))  # of autograd
+    for inplace in (False, True):
+        with pytest.raises(InputError, match="Sequential cannot be copied"):
+            propagate(model, inplace=inplace)
+
+
+@pytest.mark.parametrize("gain", [0, -1.0, math.inf, math.nan, "1"])
 def test_a_gain_out_of_range_is_refused(gain):
     with pytest.raises(UsageError, match="it must be a positive number"):
         propagate(mlp(4, 1), gain=gain)
@@ -529,6 +557,9 @@ def test_an_input_normalised_by_given_numbers_is_a_constant():
     wanted = (x - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(norm.train()(x), wanted)
     torch.testing.assert_close(norm.running_mean, mean)
+    unit = propagate(layers, input=(0.0, 1.0)).input_norm
+    read = Statistics(unit.running_mean.double().numpy(), unit.running_var.double().numpy())
+    assert not Layer("", unit.eps, read).mean_only, "its variance is a statistic, too"
     scalar = propagate(mlp(4, 1), input=(0.5, 2)).input_norm
     torch.testing.assert_close(scalar(torch.full((1, 10), 4.5)), torch.full((1, 10), 2.0))
 

@@ -26,13 +26,15 @@ from torch.nn.utils import parametrize
 
 from bnfold.errors import InputError, UsageError
 from bnfold.norm import batch as batch_norms
-from bnfold.norm.convert import convert
+from bnfold.norm.convert import _check_weights, convert
 from bnfold.norm.gaussian import Moments, activation_moments, average_moments, max_moments
-from bnfold.norm.variance import AVERAGE_POOLS, LINEAR, Variances
+from bnfold.norm.variance import AVERAGE_POOLS, LINEAR, TRANSPOSED, Variances
 from bnfold.norm.weight import WeightNorm, weight_norm
 from bnfold.parts import parts
 
 GAIN = 1 / 1.21
+# A division by std itself; with an eps of 0 and a std of 1 it would be a mean-only batch norm.
+_EPS = 1e-30
 Input = Literal["batch"] | tuple[float | Sequence[float], float | Sequence[float]] | nn.Module
 
 
@@ -48,9 +50,6 @@ class Propagated(nn.Module):
 
     def __init__(self, act: nn.Module, moments: Moments, **factory: Any) -> None:
         super().__init__()
-        if getattr(act, "inplace", False):
-            # without the batch norm before it, it would overwrite what others read, too
-            cast(Any, act).inplace = False
         self.act = act
         self.register_buffer("mean", torch.tensor(moments.mean, **factory))
         self.register_buffer("std", torch.tensor(moments.std, **factory))
@@ -91,16 +90,17 @@ def propagate(
 
     Raises InputError for a network that cannot be followed, UsageError for an option out of range.
     """
-    if not (math.isfinite(gain) and gain > 0):
-        raise UsageError(f"gain is {gain}; it must be a positive number.")
-    bare = _without_norms(copy.deepcopy(model))
+    if not (isinstance(gain, (int, float)) and math.isfinite(gain) and gain > 0):
+        raise UsageError(f"gain is {gain!r}; it must be a positive number.")
+    bare = _without_norms(_copy(model))
     found = Variances(bare, pooling=pooling)
     in_front = None if input is None else _input_norm(bare, found.first, input)
     moments = {
         n: activation_moments(bare.get_submodule(n), v) for n, v in found.activations.items()
     }
     moments |= {n: _pool_moments(bare.get_submodule(n), v) for n, v in found.pools.items()}
-    _check_layers(bare)
+    _check_weight_norms(bare)
+    _check_weights(bare)
     # all that can be refused has been
     target = _without_norms(model) if inplace else bare
     for _, part in parts(target):
@@ -112,6 +112,16 @@ def propagate(
     return nn.Sequential(OrderedDict(input_norm=in_front, network=target)).train(model.training)
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a module may hold anything
+        raise InputError(
+            f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())[:200]}), and"
+            " its forward is read on a copy; take off what cannot be copied first."
+        ) from error
+
+
 def _without_norms(model: nn.Module) -> nn.Module:
     """The model, in place, without batch norms and constants; its layers with biases."""
     for _, part in list(parts(model)):
@@ -121,14 +131,16 @@ def _without_norms(model: nn.Module) -> nn.Module:
     return convert(model, "none", inplace=True)
 
 
-def _check_layers(model: nn.Module) -> None:
+def _check_weight_norms(model: nn.Module) -> None:
+    """Weights that are normed already must be so by the output unit."""
     for name, part in parts(model):
         if not isinstance(part, LINEAR) or not parametrize.is_parametrized(part, "weight"):
             continue
         held = cast(Any, part).parametrizations.weight
-        if len(held) > 1 or not isinstance(held[0], WeightNorm):
+        unit = 1 if isinstance(part, TRANSPOSED) else 0
+        if len(held) > 1 or not isinstance(held[0], WeightNorm) or held[0].dim != unit:
             raise InputError(
-                f"The weight of '{name}' is computed by {type(held[0]).__name__}; take that off"
+                f"The weight of '{name}' is computed by {held[0]}; take that off"
                 " (torch.nn.utils.parametrize.remove_parametrizations) before this."
             )
 
@@ -159,7 +171,7 @@ def _replace(model: nn.Module, moments: dict[int, Moments]) -> None:
 def _pool_moments(pool: nn.Module, variance: float) -> Moments:
     rank = int(type(pool).__name__[-2])
     size = cast(Any, pool).kernel_size
-    count = math.prod(size) if isinstance(size, tuple) else size**rank
+    count = size**rank if isinstance(size, int) else math.prod(size)
     average = isinstance(pool, AVERAGE_POOLS)
     return (average_moments if average else max_moments)(count, variance)
 
@@ -190,7 +202,7 @@ def _input_norm(model: nn.Module, first: Sequence[str], how: Input) -> nn.Module
     if how == "batch":
         norm: nn.Module = getattr(nn, f"BatchNorm{rank}d")(channels, affine=False, **factory)
         return norm
-    frozen = getattr(batch_norms, f"FrozenBatchNorm{rank}d")(channels, eps=0.0, **factory)
+    frozen = getattr(batch_norms, f"FrozenBatchNorm{rank}d")(channels, eps=_EPS, **factory)
     mean, std = _numbers(how, channels)
     frozen.running_mean.copy_(mean)
     frozen.running_var.copy_(std**2)

@@ -159,20 +159,27 @@ class Variances:
             return Signal(signals[0].variance)
         if name in _CONCAT_CALLS:
             return _concatenated(node, signals)
-        terms = [self._term(argument) for argument in node.args]
-        one, two = (*terms, None, None)[:2]
+        variance = self._of_arithmetic(node, name)
+        if variance is None:
+            raise _unknown(f"it calls {name}{_place(node)}")
+        return Signal(variance, signals[0].channels)
+
+    def _of_arithmetic(self, node: fx.Node, name: str) -> float | None:
+        """The variance of a sum of two values, or of a value times a number; None for others."""
+        if len(node.args) != 2 or not set(node.kwargs) <= {"alpha"}:
+            return None
+        one, two = (self._term(argument) for argument in node.args)
         if name in _SUM_CALLS and isinstance(one, Signal) and isinstance(two, Signal):
             b = _SUM_CALLS[name] * cast(float, node.kwargs.get("alpha", 1))  # x + b y
-            same = node.args[0] is node.args[1]
-            variance = (1 + b) ** 2 * one.variance if same else one.variance + b**2 * two.variance
-            if variance > 0:
-                return Signal(variance, one.channels)
+            if node.args[0] is node.args[1]:
+                return (1 + b) ** 2 * one.variance or None
+            return one.variance + b**2 * two.variance
         if name in _FACTOR_CALLS:
-            if isinstance(two, Signal) and not isinstance(one, Signal) and _FACTOR_CALLS[name] > 0:
+            if isinstance(two, Signal) and _FACTOR_CALLS[name] > 0:
                 one, two = two, one
             if isinstance(one, Signal) and isinstance(two, float):
-                return Signal(one.variance * two ** (2 * _FACTOR_CALLS[name]), one.channels)
-        raise _unknown(f"it calls {name}{_place(node)}")
+                return one.variance * two ** (2 * _FACTOR_CALLS[name])
+        return None
 
     def _term(self, argument: Any) -> Signal | float | None:
         if isinstance(argument, fx.Node):
