@@ -43,7 +43,8 @@ from bnfold.norm import KINDS  # noqa: E402
 
 MEASURED = tuple(kind for kind in KINDS if kind != "sync")  # which needs several processes
 HEAD = (
-    "| model | norm | norms | left | original | torch | onnxruntime | changed | R | gates | holds |",
+    "| model | norm | norms | left | original | torch | onnxruntime | changed"
+    " | R | gates | holds |",
     "| --- " * 11 + "|",
 )
 

@@ -63,6 +63,13 @@ def test_the_check_tells_a_norm_that_stays_and_a_decision_that_changes():
     assert not other.holds
 
 
+@pytest.mark.parametrize("kind", MEASURED)
+def test_the_graph_of_each_variant_takes_batches_of_any_size(kind):
+    network = TASKS["vgg"].factory(in_channels=1, width=4, norm=kind).eval()
+    exported = bnfold.export(network, torch.zeros(2, 1, 8, 8))
+    assert [str(size) for size in exported.graph.inputs[0].shape] == ["batch", "1", "8", "8"]
+
+
 def test_a_folded_network_in_torch_holds_neither_norms_nor_parametrizations():
     for kind in ("renorm", "weight-mean-only", "normprop"):
         result = bnfold.fold(
