@@ -147,9 +147,10 @@ def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
     for panel in axes[0]:
         panel.set(xscale="log", ylim=(0, 102))
         panel.axhline(TRAINED, color="black", linewidth=0.6)
-    sigmoid.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
-    handles, labels = rate.get_legend_handles_labels()
-    rate.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=3)
+    handles, labels = sigmoid.get_legend_handles_labels()
+    labels = [f"sigmoids {label}" for label in labels]
+    figure.legend(*rate.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -210,7 +211,8 @@ def page(groups: Mapping[str, list[Case]], results: Results) -> Page:
         title="Learning rate and initialisation, with and without batch norm",
         about="How wide the range of learning rates and of initial scales is in which a network"
         " trains, without batch norm, with it before the activation (as in the paper) and after it"
-        " (Ioffe & Szegedy 2015, sections 3.3 and 4.2.2).",
+        " (Ioffe & Szegedy 2015, sections 3.3 and 4.2.2)."
+        f" Thin line in the figure: {TRAINED:.0f} %.",
         claims=claims(groups, results),
         tables=[
             table(["range of", "batch norm", f"decades that reach {TRAINED:.0f} %"], wide),
