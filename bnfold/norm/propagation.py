@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from bnfold.errors import InputError, UsageError
 from bnfold.norm import batch as batch_norms
-from bnfold.norm.convert import _check_weights, convert
+from bnfold.norm.convert import check_weights, convert
 from bnfold.norm.gaussian import Moments, activation_moments, average_moments, max_moments
 from bnfold.norm.variance import AVERAGE_POOLS, LINEAR, TRANSPOSED, Variances
 from bnfold.norm.weight import WeightNorm, weight_norm
@@ -100,7 +100,7 @@ def propagate(
     }
     moments |= {n: _pool_moments(bare.get_submodule(n), v) for n, v in found.pools.items()}
     _check_weight_norms(bare)
-    _check_weights(bare)
+    check_weights(bare)
     # all that can be refused has been
     target = _without_norms(model) if inplace else bare
     for _, part in parts(target):
