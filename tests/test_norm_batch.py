@@ -104,7 +104,7 @@ def test_batch_norm_of_any_rank_is_torchs_in_every_bit():
 
 @pytest.mark.parametrize(("shape", "rank"), RANKS)
 def test_ghost_batches_are_normalised_by_themselves(shape, rank):
-    layer = make("GhostBatchNorm", rank, 2, EPS)
+    layer = make("GhostBatchNorm", rank, EPS, ghost_size=2)
     x = batch(shape)
     parts = np.array_split(array(x), len(x) // 2)
     assert min(len(part) for part in parts) >= 2
@@ -125,7 +125,7 @@ def test_ghost_batches_are_normalised_by_themselves(shape, rank):
 def test_a_ghost_of_the_whole_batch_is_torchs_batch_norm_in_every_bit():
     for shape, rank in SHAPES.items():
         ours, torchs = (
-            make("GhostBatchNorm", rank, len(batch(shape)), EPS),
+            make("GhostBatchNorm", rank, EPS, ghost_size=len(batch(shape))),
             make("BatchNorm", rank, EPS),
         )
         for step in range(3):
@@ -138,7 +138,7 @@ def test_a_ghost_of_the_whole_batch_is_torchs_batch_norm_in_every_bit():
                 given.append([y, x.grad, layer.weight.grad, layer.bias.grad])
             assert all(torch.equal(a, b) for a, b in zip(*given, strict=True))
         assert all(torch.equal(ours.state_dict()[k], v) for k, v in torchs.state_dict().items())
-        other = make("GhostBatchNorm", rank, 2, EPS)
+        other = make("GhostBatchNorm", rank, EPS, ghost_size=2)
         assert not torch.equal(other(batch(shape)), torchs(batch(shape)))
 
 
@@ -152,7 +152,7 @@ def test_no_ghost_is_smaller_than_asked(size, monkeypatch):
         return whole(self, input)
 
     monkeypatch.setattr(nn.modules.batchnorm._BatchNorm, "forward", watched)
-    layer = norm.GhostBatchNorm1d(C, size)
+    layer = norm.GhostBatchNorm1d(C, ghost_size=size)
     for n in range(2, 40):
         seen.clear()
         layer(torch.randn(n, C))
@@ -167,7 +167,7 @@ def test_no_ghost_is_smaller_than_asked(size, monkeypatch):
 
 def test_a_ghost_of_nothing():
     with pytest.raises(UsageError, match="ghost batch cannot have 0 samples"):
-        norm.GhostBatchNorm2d(C, 0)
+        norm.GhostBatchNorm2d(C, ghost_size=0)
 
 
 # --- mean-only batch norm ------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_a_ghost_of_nothing():
 @pytest.mark.parametrize(("shape", "rank"), RANKS)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_mean_only_is_the_oracle(shape, rank, momentum):
-    layer = make("MeanOnlyBatchNorm", rank, momentum)
+    layer = make("MeanOnlyBatchNorm", rank, momentum=momentum)
     for step in range(3):
         x, mean = batch(shape, step), array(layer.running_mean)
         check(layer, x, *ref.mean_only(array(x), array(layer.bias)))
@@ -342,3 +342,10 @@ def test_an_export_leaves_the_batch_size_open(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_layer_is_can_be_read(family):
     assert f"{family}2d({C}, " in repr(getattr(norm, family + "2d")(C))
+
+
+@pytest.mark.parametrize("family", ["BatchRenorm", "GhostBatchNorm", "FrozenBatchNorm"])
+def test_arguments_come_in_torchs_order(family):
+    assert getattr(norm, family + "2d")(C, 1e-3).eps == 1e-3
+    with pytest.raises(TypeError, match="positional argument"):
+        norm.MeanOnlyBatchNorm2d(C, 1e-3)

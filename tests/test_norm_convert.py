@@ -378,11 +378,12 @@ def test_other_normalizations_are_left(kind):
     assert [type(part) for part in new[1:]] == [type(part) for part in others]
 
 
-@pytest.mark.parametrize("kind", ["renorm", "ghost", "mean-only", "weight-mean-only"])
+@pytest.mark.parametrize("kind", [kind for kind in PLACED if kind != "batch"])
 def test_a_network_without_batch_norm_has_no_place(kind):
     with pytest.raises(InputError, match=f"Linear has no batch norm, so .* '{kind}'"):
         convert(nn.Linear(2, 2), kind)
-    assert isinstance(convert(nn.Linear(2, 2), "batch"), nn.Linear)
+    for kept in ("batch", "weight", "none"):
+        assert isinstance(convert(nn.Linear(2, 2), kept), nn.Linear)
 
 
 @pytest.mark.parametrize("cls", [nn.BatchNorm2d, norm.FrozenBatchNorm2d])

@@ -72,13 +72,14 @@ class GhostBatchNorm(BatchNorm):
     def __init__(
         self,
         num_features: int,
-        ghost_size: int = 32,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        ghost_size: int = 32,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not isinstance(ghost_size, int) or ghost_size < 1:
@@ -116,12 +117,17 @@ class MeanOnlyBatchNorm(BatchNorm):
     def __init__(
         self,
         num_features: int,
+        *,
         momentum: float | None = 0.1,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, 0.0, momentum, device=device, dtype=dtype)
         self.weight = None  # type: ignore[assignment]
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.num_features}, momentum={self.momentum}, bias={self.bias is not None}"
 
     def reset_parameters(self) -> None:
         """Start anew: mean 0, bias 0."""
@@ -187,6 +193,10 @@ class FrozenBatchNorm(BatchNorm):
         return functional.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.num_features}, eps={self.eps}"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

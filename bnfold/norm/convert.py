@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -35,26 +36,38 @@ Kind = Literal[
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-# Where a kind's classes are and their name without the rank; and the options that a kind takes.
-_CLASSES: dict[str, tuple[Any, str]] = {
-    "batch": (batches, "BatchNorm"),
-    "renorm": (renorms, "BatchRenorm"),
-    "ghost": (batches, "GhostBatchNorm"),
-    "mean-only": (batches, "MeanOnlyBatchNorm"),
-    "frozen": (batches, "FrozenBatchNorm"),
-    "sync": (nn, "SyncBatchNorm"),
-}
-_OPTIONS: dict[str, set[str]] = {
-    "batch": {"eps", "momentum"},
-    "renorm": {"eps", "momentum", "schedule"},
-    "ghost": {"eps", "momentum", "ghost_size"},
-    "mean-only": {"momentum"},
-    "frozen": {"eps"},
-    "sync": {"eps", "momentum", "process_group"},
-    "weight": {"log_scale"},
-    "weight-mean-only": {"log_scale", "momentum"},
-    "normprop": {"gain", "input", "pooling"},
-    "none": set(),
+
+@dataclass(frozen=True)
+class _Form:
+    """What a kind is made of.
+
+    norms: where its batch norms are and their name without the rank, None where there are none.
+    options: those that it takes. measured: defined by running statistics. weight_normed: its layers
+    have a weight norm.
+    """
+
+    norms: tuple[Any, str] | None
+    options: frozenset[str]
+    measured: bool = False
+    weight_normed: bool = False
+
+
+def _form(norms: tuple[Any, str] | None, options: str, **nature: bool) -> _Form:
+    return _Form(norms, frozenset(options.split()), **nature)
+
+
+_MEAN_ONLY = (batches, "MeanOnlyBatchNorm")
+_FORMS: dict[str, _Form] = {
+    "batch": _form((batches, "BatchNorm"), "eps momentum"),
+    "renorm": _form((renorms, "BatchRenorm"), "eps momentum schedule", measured=True),
+    "ghost": _form((batches, "GhostBatchNorm"), "eps momentum ghost_size"),
+    "mean-only": _form(_MEAN_ONLY, "momentum", measured=True),
+    "weight": _form(None, "log_scale", weight_normed=True),
+    "weight-mean-only": _form(_MEAN_ONLY, "log_scale momentum", measured=True, weight_normed=True),
+    "normprop": _form(None, "gain input pooling", weight_normed=True),
+    "frozen": _form((batches, "FrozenBatchNorm"), "eps", measured=True),
+    "sync": _form((nn, "SyncBatchNorm"), "eps momentum process_group"),
+    "none": _form(None, ""),
 }
 _AVERAGE = ("momentum", None)  # the one option that may be no number: the cumulative average
 # The modules whose batch norms are known here, and the classes of others, by name.
@@ -94,8 +107,9 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     """
     if kind not in KINDS:
         raise UsageError(f"There is no kind '{kind}'; the kinds are {', '.join(KINDS)}.")
-    if unknown := set(options) - _OPTIONS[kind]:
-        allowed = ", ".join(sorted(_OPTIONS[kind])) or "none"
+    form = _FORMS[kind]
+    if unknown := set(options) - form.options:
+        allowed = ", ".join(sorted(form.options)) or "none"
         raise UsageError(f"'{kind}' has no option '{min(unknown)}'; its options: {allowed}.")
     for option in {"eps", "momentum"} & set(options):
         if not isinstance(options[option], float | int) and (option, options[option]) != _AVERAGE:
@@ -107,13 +121,13 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     if not inplace:
         model = copied(model)
     log_scale = options.pop("log_scale", False)
-    if kind in ("weight", "weight-mean-only"):
+    if form.weight_normed:
         check_weights(model, log_scale)
     model = _replace(model, kind, options)
     for _, layer in list(parts(model)):
-        if kind in ("weight", "none"):
+        if form.norms is None:
             _do_without(layer)
-        if kind in ("weight", "weight-mean-only") and isinstance(layer, WEIGHTED):
+        if form.weight_normed and isinstance(layer, WEIGHTED):
             weight_norm(layer, log_scale=log_scale)
     return model
 
@@ -135,7 +149,7 @@ def _replace(model: nn.Module, kind: str, options: dict[str, Any]) -> nn.Module:
     for name, part in list(parts(model)):
         if id(part) not in new and _is_norm(part, name):
             new[id(part)] = _successor(part, name, kind, options)
-    if not new and kind in ("renorm", "ghost", "mean-only", "weight-mean-only"):
+    if not new and _FORMS[kind].norms is not None and kind != "batch":
         raise InputError(
             f"{type(model).__name__} has no batch norm, so there is no place for '{kind}'."
         )
@@ -204,10 +218,8 @@ def check_weights(model: nn.Module, log_scale: bool | float = False) -> None:
 def _successor(old: Any, name: str, kind: str, options: dict[str, Any]) -> nn.Module:
     """What takes a batch norm's place."""
     new: nn.Module
-    if kind in ("weight", "none"):
-        new = nn.Identity()
-    else:
-        new = _norm(old, name, kind.removeprefix("weight-"), options)
+    norms = _FORMS[kind].norms
+    new = nn.Identity() if norms is None else _norm(old, name, kind, norms, options)
     new.train(old.training)
     if _class(old) in _NORM_ACTS:
         new = nn.Sequential(OrderedDict(norm=new, drop=old.drop, act=old.act))
@@ -215,24 +227,26 @@ def _successor(old: Any, name: str, kind: str, options: dict[str, Any]) -> nn.Mo
     return new
 
 
-def _norm(old: Any, name: str, kind: str, options: dict[str, Any]) -> nn.Module:
+def _norm(
+    old: Any, name: str, kind: str, norms: tuple[Any, str], options: dict[str, Any]
+) -> nn.Module:
     """A batch norm of another kind with the numbers of the old one; the old one, if it is that."""
-    module, stem = _CLASSES[kind]
+    form, (module, stem) = _FORMS[kind], norms
     cls = getattr(module, stem if kind == "sync" else stem + _rank(old))
     if type(old) is cls and not options:
         return old  # type: ignore[no-any-return]
     tensors = [t for t in (old.weight, old.bias, old.running_mean) if t is not None]
-    if old.running_mean is None and kind in ("renorm", "mean-only", "frozen"):
+    if old.running_mean is None and form.measured:
         raise InputError(
             f"'{name}' keeps no running statistics (track_running_stats=False), and '{kind}' is"
             " defined by them."
         )
-    settings = {option: getattr(old, option) for option in _OPTIONS[kind] if hasattr(old, option)}
+    settings = {option: getattr(old, option) for option in form.options if hasattr(old, option)}
     if isinstance(old, batches.MeanOnlyBatchNorm):
         settings.pop("eps", None)  # it divides by nothing
     if kind == "renorm" and settings.get("momentum") and not isinstance(old, renorms.BatchRenorm):
         del settings["momentum"]
-    if kind in ("batch", "ghost", "sync"):
+    if not form.measured:
         settings["track_running_stats"] = old.running_mean is not None
     if tensors:
         settings |= {"device": tensors[0].device, "dtype": tensors[0].dtype}
