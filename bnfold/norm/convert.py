@@ -93,8 +93,9 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     over, except that batch renorm averages at its own pace, 0.01. A module in two places stays one
     module. timm's norm and activation in one become a Sequential of `norm`, `drop` and `act`.
     From `sync`, which does not tell the rank of its inputs, come norms that take any rank. Where
-    batch norms are taken out, activations no longer work in place: what they would overwrite is
-    now the batch norm's input, which other layers may read.
+    batch norms are taken out, activation modules no longer work in place: what they would overwrite
+    is now the batch norm's input, which other layers may read. A function that does so in the
+    forward (`torch.relu_`, `relu(x, inplace=True)`) is not seen here: write it without.
 
     `options` are those of the kind's class (`schedule`, `ghost_size`, `momentum`, ...), and
     `log_scale` of weight norm. Returns the model itself if `inplace`, unless it is a batch norm;
