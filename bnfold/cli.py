@@ -117,11 +117,12 @@ def _add_folding(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repair",
         dest="repairs",
-        choices=("clamp", "border", "all"),
+        choices=("clamp", "pad", "border", "all"),
         action="append",
         default=[],
         help="allow an exact repair where a batch norm would stay: Relu as Max and Min (clamp), a"
-        " constant map behind a padded convolution (border); it may be slower than the batch norm"
+        " Pad in front of a padded convolution where one number does (pad), a constant map behind it"
+        " (border); it may be slower than the batch norm"
         " (docs/results/repairs.md)",
     )
     group.add_argument(

@@ -50,7 +50,8 @@ class Layer:
         scale is learnt with the weights ahead. No measured variance is 1 to the last bit in every
         channel, and where a tool has written 1 for what it took into gamma, the target's own
         variance would be as wrong. So nothing but these numbers has to say what the layer is, in
-        torch, in ONNX and in a folded model's record.
+        torch, in ONNX and in a folded model's record. What is taken for one besides is a batch norm
+        of eps 0 that was never trained.
         """
         return self.eps == 0 and bool(np.all(self.source.var == 1))
 
