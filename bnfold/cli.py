@@ -121,9 +121,8 @@ def _add_folding(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="allow an exact repair where a batch norm would stay: Relu as Max and Min (clamp), a"
-        " Pad in front of a padded convolution where one number does (pad), a constant map behind it"
-        " (border); it may be slower than the batch norm"
-        " (docs/results/repairs.md)",
+        " Pad in front of a padded convolution where one number does (pad), a constant map behind"
+        " it (border); it may be slower than the batch norm (docs/results/repairs.md)",
     )
     group.add_argument(
         "--clean-up",

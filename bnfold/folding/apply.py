@@ -284,8 +284,7 @@ class _Writer:
         for step in steps:
             assert value.dtype is not None
             name = f"{stem}_{step.op_type.lower()}"
-            bound = np.clip(step.constant, -_LARGEST[value.dtype], _LARGEST[value.dtype])
-            held = self._initializer(node, name, rounded(bound, value.dtype, name))
+            held = self._initializer(node, name, constant_of(step, value.dtype, name))
             value = self._put_behind(value, step.op_type, held)
         if in_place:
             x, inner = node.inputs[0], node.outputs[0]
@@ -359,6 +358,12 @@ def _elements(value: ir.Value) -> Any:
 
 def _same_shape(write: _Write) -> bool:
     return write.array.shape == write.held.shape
+
+
+def constant_of(step: Step, dtype: ir.DataType, name: str | None) -> ir.Tensor[Any]:
+    """The constant of a step in its own type, of which the largest number stands for infinity."""
+    bound = np.clip(step.constant, -_LARGEST[dtype], _LARGEST[dtype])
+    return rounded(bound, dtype, name)
 
 
 def rounded(array: Array, dtype: ir.DataType, name: str | None) -> ir.Tensor[Any]:

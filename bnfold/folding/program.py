@@ -26,7 +26,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 
 from bnfold.errors import InputError
 from bnfold.folding.affine import Array
-from bnfold.folding.apply import New, changes, rounded
+from bnfold.folding.apply import New, changes, constant_of, rounded
 from bnfold.folding.constants import constant, readers
 from bnfold.folding.module import PROPAGATED, tensor_of
 from bnfold.folding.plan import FoldPlan
@@ -368,7 +368,7 @@ class _Writer:
             ]
             call.target, call.args = _aten.clamp.default, (call.args[0], *numbers)
         for step in form.steps:
-            bound = rounded(step.constant, dtype, node.name).numpy()
+            bound = constant_of(step, dtype, node.name).numpy()
             with self.graph.inserting_after(last):
                 if step.op_type == "Clip":
                     floor = float(bound)
