@@ -161,9 +161,9 @@ def _outputs_of_fold(args: argparse.Namespace) -> tuple[list[Path], Writeback]:
 
 def _repairs(args: argparse.Namespace) -> tuple[str, ...]:
     """The exact repairs that were asked for."""
-    return (
-        ("clamp", "pad", "border") if "all" in args.repairs else tuple(dict.fromkeys(args.repairs))
-    )
+    from bnfold.folding.rules.repairs import REPAIRS
+
+    return tuple(REPAIRS if "all" in args.repairs else dict.fromkeys(args.repairs))
 
 
 def _clean_up(args: argparse.Namespace) -> tuple[str, ...]:

@@ -390,13 +390,17 @@ def load_folded(module: nn.Module, path: Path | str) -> nn.Module:
 
 
 def plain_modules(scope: Scope) -> dict[str, list[str]]:
-    """The part of a scope that a checkpoint keeps for when the module is not at hand."""
-    held = Scope(frozenset(), frozenset(), frozenset()) if scope.closed or scope.watched else scope
+    """The part of a scope that a checkpoint keeps for when the module is not at hand.
+
+    What hooks look at is not kept, so with hooks nothing may be taken out. forms: "node module".
+    """
+    if scope.closed or scope.watched:
+        return {"layers": sorted(scope.layers), "norms": []}
     return {
         "layers": sorted(scope.layers),
-        "norms": sorted(held.norms),
-        "maps": sorted(held.maps),
-        "forms": sorted(f"{node} {path}" for node, path in held.forms.items()),
+        "norms": sorted(scope.norms),
+        "maps": sorted(scope.maps),
+        "forms": sorted(f"{node} {path}" for node, path in scope.forms.items()),
     }
 
 

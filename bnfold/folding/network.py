@@ -89,7 +89,7 @@ class Network:
         return self._repairs[node]
 
     def allow(self, repairs: frozenset[str]) -> None:
-        """From now on nodes may take these repairs, of which what was agreed so far is among."""
+        """From now on nodes may take these repairs, among them those that were used so far."""
         self.repairs = repairs
         self._relations.clear()
         self._repairs.clear()

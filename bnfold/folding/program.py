@@ -385,9 +385,11 @@ class _Writer:
 
     def _put_pad(self, call: fx.Node, padding: Padding, dtype: ir.DataType) -> None:
         """A Pad of what a convolution or pooling reads, which does not pad any more."""
-        x = cast(fx.Node, call.args[0])
-        pairs = list(zip(padding.before, padding.after, strict=True))
-        counts = [count for pair in reversed(pairs) for count in pair]  # the last axis first
+        x, pairs = (
+            cast(fx.Node, call.args[0]),
+            list(zip(padding.before, padding.after, strict=True)),
+        )
+        counts = [count for pair in reversed(pairs) for count in pair]  # torch: the last axis first
         number = float(rounded(np.asarray(padding.number), dtype, call.name).numpy())
         with self.graph.inserting_before(call):
             padded = self.graph.call_function(_aten.constant_pad_nd.default, (x, counts, number))
@@ -395,12 +397,7 @@ class _Writer:
         sizes = [n + b + a for n, (b, a) in zip(value.shape[2:], pairs, strict=True)]
         with value.fake_mode:  # by its sizes: to run the Pad would tie the batch to the example's
             padded.meta = {**call.meta, "val": value.new_empty([*value.shape[:2], *sizes])}
-        at = _PADDING_AT[call.target]
-        target: Any = call.target
-        defaults = [argument.default_value for argument in target._schema.arguments]
-        given = [*call.args, *defaults[len(call.args) :]]
-        given[0], given[at] = padded, [0] * len(pairs)
-        call.args = tuple(given)
+        call.args = _with_arguments(call, {0: padded, _PADDING_AT[call.target]: [0] * len(pairs)})
 
     def _constant(self, name: str, array: np.ndarray[Any, Any], dtype: ir.DataType) -> fx.Node:
         """A placeholder for a constant that the network did not have."""
@@ -479,6 +476,14 @@ class _Writer:
         parameter = like.kind is InputKind.PARAMETER
         holder[target] = torch.nn.Parameter(tensor) if parameter else tensor
         return fresh
+
+
+def _with_arguments(call: fx.Node, new: Mapping[int, Any]) -> tuple[Any, ...]:
+    """The arguments of an operator with some of them new; those not given are its defaults."""
+    target: Any = call.target
+    defaults = [argument.default_value for argument in target._schema.arguments]
+    given = [*call.args, *defaults[len(call.args) :]]
+    return tuple(new.get(at, argument) for at, argument in enumerate(given))
 
 
 def _hand_over(call: fx.Node, behind: fx.Node) -> None:

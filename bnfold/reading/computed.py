@@ -42,12 +42,12 @@ def held(source: Source) -> Source:
     model, state = source.graph.clone(), dict(source.state_dict)
     fixed = _fixed(model)
     for name, keys in made_of.items():
-        like: Any = source.state_dict[
-            next(k for k in keys if k.rpartition(".")[2][:8] == "original")
-        ]
+        first = next(key for key in keys if key.rpartition(".")[2].startswith("original"))
+        like: Any = source.state_dict[first]
         weight = _hold(model, name, keys, fixed)
         state = {k: v for k, v in state.items() if k not in keys}
-        state[name] = torch.from_numpy(weight).to(like.dtype)
+        wide = weight if weight.dtype.isbuiltin == 1 else weight.astype(np.float32)
+        state[name] = torch.from_numpy(wide).to(like.dtype)
     RemoveUnusedNodesPass()(model)
     note = (
         f"the computed weights of {len(made_of)} layers (weight norm or another parametrization)"
@@ -63,7 +63,8 @@ def _fixed(model: ir.Model) -> set[ir.Value]:
     graph = model.graph
     fixed = {v for v in graph.initializers.values() if not v.is_graph_input()}
     for node in graph:
-        if all(value is None or value in fixed for value in node.inputs):
+        given = [value for value in node.inputs if value is not None]
+        if node.op_type == "Constant" or (given and fixed.issuperset(given)):
             fixed.update(node.outputs)
     return fixed
 
@@ -86,7 +87,13 @@ def _hold(
             f"The graph of the checkpoint computes '{name}' in a way that is not known; name its"
             " network with --model."
         )
-    weight = _evaluated(model, ends[0])
+    try:
+        weight = _evaluated(model, ends[0])
+    except Exception as error:  # whatever the reference does not know
+        raise InputError(
+            f"The weight '{name}' of the checkpoint cannot be computed from its graph"
+            f" ({' '.join(str(error).split())[:200]}); name its network with --model."
+        ) from error
     shape = ir.Shape(weight.shape)
     tensor = ir.Tensor(weight, name=name)
     value = ir.Value(name=name, shape=shape, type=ends[0].type, const_value=tensor)
