@@ -28,8 +28,8 @@ from bnfold.errors import InputError, UsageError
 from bnfold.norm import batch as batch_norms
 from bnfold.norm.convert import check_weights, convert
 from bnfold.norm.gaussian import Moments, activation_moments, average_moments, max_moments
-from bnfold.norm.variance import AVERAGE_POOLS, LINEAR, TRANSPOSED, Variances
-from bnfold.norm.weight import WeightNorm, weight_norm
+from bnfold.norm.variance import AVERAGE_POOLS, TRANSPOSED, Variances
+from bnfold.norm.weight import WEIGHTED, WeightNorm, weight_norm
 from bnfold.parts import parts
 
 GAIN = 1 / 1.21
@@ -104,7 +104,7 @@ def propagate(
     # all that can be refused has been
     target = _without_norms(model) if inplace else bare
     for _, part in parts(target):
-        if isinstance(part, LINEAR):
+        if isinstance(part, WEIGHTED):
             _reparametrise(part, gain)
     _replace(target, {id(target.get_submodule(n)): m for n, m in moments.items()})
     if in_front is None:
@@ -134,7 +134,7 @@ def _without_norms(model: nn.Module) -> nn.Module:
 def _check_weight_norms(model: nn.Module) -> None:
     """Weights that are normed already must be so by the output unit."""
     for name, part in parts(model):
-        if not isinstance(part, LINEAR) or not parametrize.is_parametrized(part, "weight"):
+        if not isinstance(part, WEIGHTED) or not parametrize.is_parametrized(part, "weight"):
             continue
         held = cast(Any, part).parametrizations.weight
         unit = 1 if isinstance(part, TRANSPOSED) else 0
@@ -189,7 +189,7 @@ def _input_norm(model: nn.Module, first: Sequence[str], how: Input) -> nn.Module
     layer = model.get_submodule(first[0]) if first else model
     if isinstance(layer, nn.Linear):
         rank, channels = 1, layer.in_features
-    elif isinstance(layer, LINEAR):
+    elif isinstance(layer, WEIGHTED):
         rank, channels = len(cast(Any, layer).kernel_size), cast(int, layer.in_channels)
     else:
         raise InputError(

@@ -20,10 +20,9 @@ from torch import fx, nn
 
 from bnfold.errors import InputError
 from bnfold.norm.gaussian import ACTIVATIONS
+from bnfold.norm.weight import WEIGHTED
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LINEAR = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
@@ -88,7 +87,7 @@ class Variances:
         readers = [reader for node in inputs for reader in node.users]
         alone = len(inputs) == 1 and all(node.op == "call_module" for node in readers)
         self.first = [str(node.target) for node in readers] if alone else []
-        leads_on = _leading_to(graph, lambda node: isinstance(self._module(node), LINEAR))
+        leads_on = _leading_to(graph, lambda node: isinstance(self._module(node), WEIGHTED))
         self._signals: dict[fx.Node, Signal | None] = {}
         for node in graph.nodes:
             if node in leads_on:
@@ -122,11 +121,11 @@ class Variances:
             return self._normalised(self.activations, name, signal)
         if isinstance(module, nn.Linear):
             return Signal(signal.variance, module.out_features)
-        if isinstance(module, CONVOLUTIONS):
-            return Signal(signal.variance, module.out_channels)
         if isinstance(module, TRANSPOSED):
             # each output sees one in prod(stride) of the kernel's taps
             return Signal(signal.variance / math.prod(module.stride), module.out_channels)
+        if isinstance(module, WEIGHTED):
+            return Signal(signal.variance, cast(int, module.out_channels))
         if isinstance(module, (*MAX_POOLS, *AVERAGE_POOLS)):
             return self._normalised(self.pools, name, signal) if self._pooling else signal
         if isinstance(module, _SAME_CHANNELS):
@@ -197,7 +196,7 @@ class _Tracer(fx.Tracer):
     record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, (*LINEAR, *ACTIVATIONS))  # subclasses of the user's, too
+        known = isinstance(m, (*WEIGHTED, *ACTIVATIONS))  # subclasses of the user's, too
         return known or super().is_leaf_module(m, module_qualified_name)
 
 

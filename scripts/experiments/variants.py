@@ -8,30 +8,16 @@ learning rate chosen for each variant on training images set apart.
 
 from __future__ import annotations
 
-import copy
 import gzip
-import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfold.norm import Kind, convert, initialise
-from bnfold.norm.propagation import GAIN, Propagated
-from bnfold.training.train import Step
-from models.densenet import densenet_bc
-from models.preact_resnet import preact_resnet20
-from models.resnet_cifar import resnet20
-from models.vgg import vgg11
 from scripts.experiments.figure import (
     COLOURS,
     DASHES,
@@ -46,257 +32,38 @@ from scripts.experiments.figure import (
     table,
     write,
 )
-from scripts.experiments.setting import Labelled, accuracy, digits, fitted
-
-WIDTHS = (16, 16, 32, 32, 32, 32, 32)
-KERNELS = (3, 3, 3, 3, 1, 3, 1)
-STRIDES = (2, 1, 2, 1, 1, 1, 1)
-RATES = (3e-3, 1e-2, 3e-2)
-BATCH = 64
-PROBE = 256
-LOOKS = 2  # in an epoch
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kind of normalisation with its options, and its name on the page."""
-
-    name: str
-    kind: Kind
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-
-BATCH_NORM = Variant("batch norm", "batch")
-NONE = Variant("none", "none")
-WEIGHT = Variant("weight norm", "weight")
-BOTH = Variant("weight norm, mean-only", "weight-mean-only")
-PAPER = Variant("NormProp 1/1.21", "normprop", {"gain": GAIN})
-UNIT = Variant("NormProp 1", "normprop", {"gain": 1.0})
-VARIANTS = (
+from scripts.experiments.hidden import spectrum
+from scripts.experiments.normalised import (
+    BATCH,
     BATCH_NORM,
-    NONE,
-    Variant("mean-only", "mean-only"),
-    WEIGHT,
     BOTH,
+    DRAWN,
+    GAIN,
+    LOOKS,
+    NONE,
     PAPER,
+    PROBE,
+    RATES,
     UNIT,
-    Variant("NormProp 1/1.21, batch input", "normprop", {"gain": GAIN, "input": "batch"}),
-    Variant("NormProp 1, batch input", "normprop", {"gain": 1.0, "input": "batch"}),
+    VARIANTS,
+    WEIGHT,
+    WIDTHS,
+    Found,
+    Variant,
+    built,
+    chosen_rates,
+    depths,
+    measured,
+    step_times,
 )
-DRAWN = (BATCH_NORM, NONE, WEIGHT, PAPER, UNIT)
-
-
-class Network(nn.Module):
-    """Seven layers of convolution, norm and Relu, two of them strided; averages; a classifier."""
-
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        layers, width = [], 1
-        for channels, kernel, stride in zip(WIDTHS, KERNELS, STRIDES, strict=True):
-            conv = nn.Conv2d(width, channels, kernel, stride, kernel // 2, bias=False)
-            norm = nn.BatchNorm2d(channels)
-            layers.append(nn.Sequential(OrderedDict(conv=conv, norm=norm, act=nn.ReLU())))
-            width = channels
-        self.layers = nn.Sequential(*layers)
-        self.classifier = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 1, H, W) -> (N, classes)."""
-        logits: Tensor = self.classifier(self.layers(x).mean((2, 3)))
-        return logits
-
-
-def built(variant: Variant, seed: int, x: Tensor) -> nn.Module:
-    """A new network; weight norm is initialised by 500 training images, as its authors do."""
-    torch.manual_seed(seed)
-    network = convert(Network(), variant.kind, **variant.options)
-    if variant.kind in ("weight", "weight-mean-only"):
-        initialise(network, x[:500])
-    return network
-
-
-# --- what is looked at ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a layer reads, mean and root mean square over samples, units and channels; `jacobian`:
-    the quadratic mean of the singular values of what it computes."""
-
-    mean: float
-    rms: float
-    jacobian: float
-
-    @property
-    def shift(self) -> float:
-        """The mean in units of the root mean square, so that scale does not enter."""
-        return self.mean / self.rms
-
-
-def settled(module: nn.Module, x: Tensor) -> nn.Module:
-    """A copy in eval mode whose running statistics are those of x: the function of training."""
-    copied = copy.deepcopy(module)
-    for part in copied.modules():
-        if isinstance(part, _BatchNorm):
-            part.reset_running_stats()
-            part.momentum = None
-    with torch.no_grad():
-        copied.train()(x)
-    return copied.eval().requires_grad_(False)
-
-
-def hidden(module: nn.Module) -> nn.Sequential:
-    """The layers, wherever an input norm has put the network."""
-    network = module if isinstance(module, Network) else module.get_submodule("network")
-    assert isinstance(network, Network)
-    return network.layers
-
-
-def looked_at(module: nn.Module, x: Tensor, *, jacobians: bool = True) -> list[Layer]:
-    """Each hidden layer but the first, on the samples x."""
-    still, found = settled(module, x), []
-    network = hidden(still)
-    read: dict[int, Tensor] = {}
-    for number, layer in enumerate(network):
-        layer.register_forward_pre_hook(lambda _, args, n=number: read.update({n: args[0]}))
-    with torch.no_grad():
-        still(x)
-    generator = torch.Generator().manual_seed(0)
-    for number, given in list(read.items())[1:]:
-        size = _jacobian(network[number], given[:64], generator) if jacobians else float("nan")
-        found.append(Layer(float(given.mean()), float(given.square().mean().sqrt()), size))
-    return found
-
-
-def _jacobian(layer: nn.Module, x: Tensor, generator: torch.Generator) -> float:
-    """sqrt(E|J|_F^2 / outputs), J of one sample: E|J^T u|^2 = |J|_F^2 for random signs u."""
-    x = x.detach().clone().requires_grad_()
-    y = layer(x)
-    signs = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1
-    (gradient,) = torch.autograd.grad((y * signs).sum(), x)
-    return float((gradient.square().sum() / y.numel()).sqrt())
-
-
-def spectrum(variant: Variant, x: Tensor, number: int = -2) -> list[float]:
-    """The singular values of one layer's Jacobian at one image, of a new network."""
-    network = hidden(settled(built(variant, 0, x), x[:PROBE]))
-    with torch.no_grad():
-        given = network[:number](x[:1])[0]
-
-    def layer(flat: Tensor) -> Tensor:
-        y: Tensor = network[number](flat.view_as(given)[None])
-        return y.flatten()
-
-    return sorted(torch.linalg.svdvals(torch.func.jacrev(layer)(given.flatten())).tolist())
-
-
-def depths(x: Tensor, seeds: Sequence[int]) -> dict[str, dict[float, Spread]]:
-    """The second moment behind the last activation of new networks of `models/`, by gain."""
-    images = functional.interpolate(x[:64], 32, mode="bilinear").expand(-1, 3, -1, -1)
-    found: dict[str, dict[float, Spread]] = {}
-    for factory in (vgg11, densenet_bc, preact_resnet20, resnet20):
-        for gain in (1.0, GAIN):
-            moments = []
-            for seed in seeds:
-                torch.manual_seed(seed)
-                network = convert(factory(), "normprop", gain=gain).eval()
-                last = [part for part in network.modules() if isinstance(part, Propagated)][-1]
-                last.register_forward_hook(
-                    lambda _, __, y, into=moments: into.append(float(y.square().mean()))
-                )
-                with torch.no_grad():
-                    network(images)
-            found.setdefault(factory.__name__, {})[gain] = Spread.of(moments)
-    return found
-
-
-@dataclass
-class Found:
-    """One run: its error in percent, and the layers at the start, at each look, at the end."""
-
-    error: float
-    first: list[Layer]
-    last: list[Layer]
-    shifts: list[list[float]]
-
-
-def measured(
-    variant: Variant, seed: int, rate: float, data: Labelled, test: Labelled, epochs: int
-) -> Found:
-    """Train once, and look."""
-    network, probe = built(variant, seed, data[0]), test[0][:PROBE]
-    start = looked_at(network, probe)
-    shifts = [[layer.shift for layer in start]]
-    steps = -(-len(data[0]) // BATCH)
-    looks = {round(steps * number / LOOKS) for number in range(1, LOOKS * epochs + 1)}
-
-    def look(step: Step) -> None:
-        if step.number in looks:
-            shifts.append([one.shift for one in looked_at(step.module, probe, jacobians=False)])
-
-    trained = learnt(network, data, seed, rate, epochs, on_step=look)
-    end = looked_at(trained, probe) if trained is not None else start
-    return Found(100 - accuracy(trained, test), start, end, shifts)
-
-
-def learnt(
-    network: nn.Module, data: Labelled, seed: int, rate: float, epochs: int, **more: Any
-) -> nn.Module | None:
-    """The training that all have."""
-    return fitted(
-        network,
-        data,
-        epochs=epochs,
-        batch_size=BATCH,
-        optimizer="adamw",
-        lr=rate,
-        seed=seed,
-        **more,
-    )
-
-
-def chosen_rates(data: Labelled, epochs: int) -> dict[str, float]:
-    """The learning rate of each kind: the best on a seventh of the training images, one seed."""
-    cut = len(data[0]) * 6 // 7
-    part, rest = (data[0][:cut], data[1][:cut]), (data[0][cut:], data[1][cut:])
-    rates: dict[str, float] = {}
-    for variant in VARIANTS:
-        if "input" in variant.options:  # as without
-            rates[variant.name] = rates[variant.name.removesuffix(", batch input")]
-            continue
-        found = {
-            rate: accuracy(learnt(built(variant, 99, part[0]), part, 99, rate, epochs), rest)
-            for rate in RATES
-        }
-        rates[variant.name] = max(found, key=lambda rate: found[rate])
-    return rates
-
-
-def step_times(data: Labelled, rounds: int, steps: int = 10) -> dict[str, Spread]:
-    """Time of a training step as a multiple of batch norm's, the variants in turn in each round."""
-    x, y = data[0][:BATCH], data[1][:BATCH]
-    runs = {}
-    for variant in VARIANTS:
-        network = built(variant, 0, data[0]).train()
-        runs[variant.name] = network, torch.optim.AdamW(network.parameters(), lr=1e-4)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, (network, optimizer) in runs.items():
-            begun = time.perf_counter()
-            for _ in range(steps):
-                optimizer.zero_grad()
-                functional.cross_entropy(network(x), y).backward()
-                optimizer.step()
-            if turn:  # the first warms up
-                taken[name].append(time.perf_counter() - begun)
-    return {n: Spread.of(t).over(Spread.of(taken[BATCH_NORM.name])) for n, t in taken.items()}
-
+from scripts.experiments.setting import Labelled, digits
 
 # --- the data -------------------------------------------------------------------------------------
 
 
 def mnist(folder: Path) -> tuple[Labelled, Labelled]:
     """8,000 of the 10,000 training images at hand and the 10,000 test images of MNIST."""
+    folder = folder / "digits"
     with np.load(folder / "mnist_train10k.npz") as file:
         train = file["x"], file["y"]
     pixels = np.frombuffer(
@@ -402,12 +169,12 @@ def claims(found: Results) -> list[str]:
     against = (PAPER, UNIT, WEIGHT, BOTH)
     said.append("Test error: " + "; ".join(held(one, BATCH_NORM) for one in against))
     said.append(_ordering(errors))
-    for plain, batch in ((PAPER, VARIANTS[-2]), (UNIT, VARIANTS[-1])):
-        gain = found.error(plain) - found.error(batch)
+    for plain, gain_named in ((PAPER, "1/1.21"), (UNIT, "1")):
+        gain = found.error(plain) - found.error(plain.by_batches)
         word = "changes" if gain.differs_from_zero else "does not change beyond the spread"
         said.append(
             f"Normalising NormProp's input by its batches instead of the training set {word} the"
-            f" error at gain {plain.name.split()[-1]} ({-gain.mean:+.2f} points)"
+            f" error at gain {gain_named} ({-gain.mean:+.2f} points)"
         )
     times = ", ".join(f"{v.name} {found.times[v.name]:.2f}" for v in (NONE, WEIGHT, BOTH, PAPER))
     said.append(f"A step takes, as a multiple of batch norm's: {times}")
@@ -552,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         runs,
         step_times(data, 2 if run.quick else 15, 2 if run.quick else 10),
         rates,
-        {v.name: spectrum(v, data[0]) for v in DRAWN},
+        {v.name: spectrum(built(v, 0, data[0]), data[0][:PROBE]) for v in DRAWN},
         depths(data[0], run.seeds),
     )
     write(run, page(run, found, (len(data[0]), len(test[0]), epochs)), draw(found))
