@@ -196,7 +196,7 @@ def draw(results: Results) -> Figure:
         curve(top, counts, [of_count(found, n) for n in counts], 0, "adapted to so many images")
         before = spread(found, "before")
         curve(top, (counts[0], counts[-1]), [before, before], 1, "not adapted")
-        top.set(xscale="log", title=name.replace("_", " "), xlabel="target images")
+        top.set(xscale="log", title=words(name), xlabel="target images")
         layers = list(found[0].kl)
         places = range(1, len(layers) + 1)
         for which, number, label in ((1, 1, "target, not adapted"), (2, 0, "target, adapted"),
@@ -219,6 +219,11 @@ def chosen(results: Results) -> list[str]:
     return list(dict.fromkeys([*ends, *(name for name in results if name not in SHIFTS)]))
 
 
+def words(name: str) -> str:
+    """A shift's name in a sentence."""
+    return name.replace("_", " ")
+
+
 def claims(results: Results) -> list[str]:
     """What came out, in words."""
     gains = {n: spread(f, "after") - spread(f, "before") for n, f in results.items()}
@@ -228,8 +233,10 @@ def claims(results: Results) -> list[str]:
     falls = [of_layer(results[n], la, 1) - of_layer(results[n], la, 2) for n, la in layers]
     fell = sum(fall.differs_from_zero and fall.mean > 0 for fall in falls)
     counts = {name: enough(found) for name, found in results.items()}
-    known = ", ".join(f"{name} {count}" for name, count in counts.items() if count is not None)
-    never = ", ".join(name for name, count in counts.items() if count is None)
+    known = ", ".join(
+        f"{words(name)} {count}" for name, count in counts.items() if count is not None
+    )
+    never = ", ".join(words(name) for name, count in counts.items() if count is None)
     few = min(next(iter(results.values()))[0].counts)
     hurt = [n for n, f in results.items() if (of_count(f, few) - spread(f, "before")).mean < 0]
     said = [
@@ -237,7 +244,7 @@ def claims(results: Results) -> list[str]:
         f" and in {len(gains) - len(told)} there is no difference beyond the spread; it lowers the"
         f" divergence of {fell} of {len(layers)} layers on images that it has not seen",
         *(
-            f"{name}: "
+            f"{words(name)}: "
             + compared("adapting", spread(found, "after"), "none", spread(found, "before"))
             for name, found in results.items()
         ),
@@ -272,7 +279,7 @@ def page(results: Results, real: bool) -> Page:
     mnist = (
         " MNIST to USPS: `models/lenet.py:lenet5` on 10 000 MNIST images, 3 epochs; USPS stretched"
         " from 16x16 to 28x28, 2000 training images without labels as the target, its 2007 test"
-        " images as the test; source: the first 2000 MNIST test images; 3 seeds at most."
+        " images as the test; source: the first 2000 MNIST test images."
     )
     return Page(
         name="adaptation",
@@ -310,11 +317,10 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     }
     if run.data is not None:
         train, domain = usps(run.data)
-        seeds = run.seeds[:3]  # the networks are larger
-        nets = [trained(lenet5, train, seed, 1 if run.quick else 3) for seed in seeds]
+        nets = [trained(lenet5, train, seed, 1 if run.quick else 3) for seed in run.seeds]
         results[domain.name] = [
             measured(network, domain, seed, counts)
-            for network, seed in zip(nets, seeds, strict=True)
+            for network, seed in zip(nets, run.seeds, strict=True)
         ]
     write(run, page(results, run.data is not None), draw(results))
     return results

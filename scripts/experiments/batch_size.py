@@ -192,15 +192,21 @@ def claims(groups: Mapping[str, list[Case]], results: Results) -> list[str]:
             f" norm in {len(told) - better}"
         )
     small, few = groups["size"][0], groups["classes"][-1]
-    gap = [spread(results[c], "same") - spread(results[c], "batch") for c in (small, few)]
+    where = [
+        compared(
+            "the moving averages", spread(results[case], "batch"),
+            "test batches made as in training", spread(results[case], "same"),
+        )
+        for case in (small, few)
+    ]  # fmt: skip
     pairs = groups["pairs"][0]
     return [
         f"In batches of {small.batch_size}: {verdict(results[small])}; in batches of one class:"
         f" {verdict(results[few])}",
         "Beyond the spread, " + "; ".join(said),
         f"In batches of {pairs.batch_size // 2} pairs: {verdict(results[pairs])}",
-        f"What batch norm loses between batches as in training and inference: {gap[0]:.1f} points"
-        f" at {small.batch_size} samples in a batch, {gap[1]:.1f} at one class",
+        f"The network trained with batch norm, at {small.batch_size} samples in a batch:"
+        f" {where[0]}; at one class: {where[1]}",
     ]
 
 
