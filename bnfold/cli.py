@@ -514,6 +514,12 @@ def _add_training(train: argparse.ArgumentParser) -> None:
         "--test-data", metavar="DATA", help="samples to measure on (of a known data set: its test)"
     )
     group.add_argument(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        help="read images as grey (1) or colour (3); default as the first one is stored",
+    )
+    group.add_argument(
         "--download", action="store_true", help="let torchvision fetch a data set that is not there"
     )
     group.add_argument("--epochs", type=int, default=10, metavar="N", help="default 10")

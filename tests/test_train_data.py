@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bnfold.cli import main
 from bnfold.data import LabelledSamples, open_data
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
 from bnfold.training.train import train
@@ -198,6 +200,29 @@ def test_what_a_worker_finds_wrong_is_the_same_sentence(tmp_path):
     for workers in (0, 1):
         with pytest.raises(InputError, match=r"^Sample 3 of data.npz holds NaN or infinity"):
             train(network(), samples, epochs=1, workers=workers)
+
+
+def test_grey_images_are_read_in_colour_where_that_is_asked_for(class_folders, monkeypatch, capsys):
+    monkeypatch.chdir(class_folders.parent)
+    Path("net.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(),\n"
+        "                         nn.Linear(32, 2))\n"
+    )
+    call = ["train", "net.py:net", "--data", "root", "--epochs", "1"]
+    assert main(call) == 2
+    assert "It takes 3 channels and the data has 1" in capsys.readouterr().err
+    assert main([*call, "--channels", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "1 image could not be read; the first: dark/broken.png" in said
+    run = torch.load("net.pt", weights_only=True)["bnfold"]["metrics"]["run"]
+    assert run["classes"] == ["bright", "dark"]
+    for name in ("bright", "other"):
+        Path("tests", name).mkdir(parents=True)
+        Image.fromarray(np.zeros((6, 6), np.uint8)).save(f"tests/{name}/0.png")
+    assert main([*call, "--test-data", "tests", "--overwrite"]) == 2
+    assert "has the classes bright, dark and tests bright, other" in capsys.readouterr().err
 
 
 def test_data_without_labels_are_refused(tmp_path, class_folders):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold import report
-from bnfold.commands.shared import Report, new_report, open_samples, percent, unread
+from bnfold.commands.shared import Report, counted, new_report, open_samples, percent, unread
 from bnfold.errors import UsageError
 from bnfold.outputs import add_file, check_outputs
 
@@ -91,9 +91,10 @@ def _data_of(args: argparse.Namespace) -> _Named:
     train = _labelled(args, name)
     test = _labelled(args, test_name, samples=None) if test_name else None
     classes = getattr(train, "classes", ())
-    if test is not None and getattr(test, "classes", classes) != classes:
+    others = getattr(test, "classes", ())
+    if classes and others and classes != others:
         raise UsageError(
-            f"{name} has the classes {_listed(classes)} and {test_name} {_listed(test.classes)};"
+            f"{name} has the classes {_listed(classes)} and {test_name} {_listed(others)};"
             " classes are numbered by their names, so both need the same ones."
         )
     return _Named(name, train, test_name, test, classes)
@@ -112,7 +113,8 @@ def _labelled(args: argparse.Namespace, spec: str, **other: Any) -> Any:
     """Samples that are read by number, or the batches (x, y) that a factory gives."""
     from bnfold.data import FactoryBatches, LabelledSamples
 
-    found = open_samples(argparse.Namespace(**vars(args) | other), spec)
+    shape = None if args.channels is None else (None, args.channels, None, None)
+    found = open_samples(argparse.Namespace(**vars(args) | other), spec, shape)
     if isinstance(found, FactoryBatches):
         return found
     samples = LabelledSamples(found)
@@ -125,7 +127,7 @@ def _labelled(args: argparse.Namespace, spec: str, **other: Any) -> Any:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "(numbers)"
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
 
 
 # --- files of the run -----------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def _report(
 
 
 def _summary(args: argparse.Namespace, data: _Named, result: TrainResult, processes: int) -> str:
-    said = f"Trained on {data.name} for {args.epochs} epochs"
+    said = f"Trained on {data.name} for {counted(args.epochs, 'epoch')}"
     said += f" in {processes} processes." if processes > 1 else "."
     if result.test_accuracy is not None:
         said += f" Test accuracy {percent(result.test_accuracy)} %"
@@ -380,7 +382,7 @@ _RECORDED = (
     *("weight_decay", "momentum", "label_smoothing", "clip_norm", "amp", "augment", "statistics"),
     *("keep", "device"),
 )
-_PREPARATION = ("mean", "std", "resize", "input_scale", "preprocess")
+_PREPARATION = ("mean", "std", "resize", "input_scale", "channels", "preprocess")
 
 
 def _about(args: argparse.Namespace, data: _Named) -> dict[str, Any]:
@@ -407,14 +409,9 @@ def _about(args: argparse.Namespace, data: _Named) -> dict[str, Any]:
 
 def _example(data: Any) -> Any:
     """One input, as forward takes it."""
-    import numpy as np
-    import torch
+    from bnfold.training.batches import labelled
 
-    if hasattr(data, "take"):
-        for index in range(len(data)):
-            x, _ = data.take(np.array([index]))
-            if len(x):
-                break
-    else:
-        x = next(iter(data))[0][:1]
-    return torch.as_tensor(x)
+    source = labelled(data, batch_size=1, seed=None, name="train_data")
+    for batch in source.epoch(0):
+        return batch.x[:1]
+    raise UsageError("The training data hold no sample.")

@@ -110,7 +110,8 @@ def _hint(error: BaseException) -> str:
         return ""
     return (
         f". It takes {found[1]} channels and the data has {found[2]}: build it for the data, with"
-        f" in_channels={found[2]} or the like (bnfold train: --set in_channels={found[2]})."
+        f" in_channels={found[2]} or the like (bnfold train: --set in_channels={found[2]}), or read"
+        f" images with {found[1]} (--channels {found[1]})."
     )
 
 
