@@ -118,7 +118,7 @@ def draw(found: Results) -> Figure:
             curve(panel, [look / LOOKS for look in range(len(values))], values, style, variant.name)
         panel.set(title=f"layer {number + 2}", xlabel="epoch", ylim=(-1, 1))
     axes[0, 0].set_ylabel("mean of its input / r.m.s.")
-    axes[0, 0].legend(ncols=2, loc="lower right", fontsize=7)
+    axes[0, 1].legend(loc="lower right", fontsize=7)
     ratios, sorted_values, errors = axes[1]
     for style, variant in enumerate(DRAWN):
         layers = range(len(found.runs[variant.name][0].first))
