@@ -58,18 +58,19 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # the torch exporter's own
-    rows = rows_of(args.output) if args.output and args.output.exists() else {}
     failures: list[str] = []
     print(*HEAD, sep="\n")
     for name in args.models.split(","):
         for kind in args.kinds.split(","):
             outcome = folded(TASKS[name], trained(TASKS[name], kind))
-            rows[name, kind] = row(name, kind, TASKS[name], outcome)
-            print(rows[name, kind], flush=True)
+            line = row(name, kind, TASKS[name], outcome)
+            print(line, flush=True)
             if not outcome.holds:
                 failures.append(f"{name}, {kind}: " + "; ".join(outcome.notes or ("see its row",)))
-            if args.output:
-                args.output.write_text(page(rows), encoding="utf-8")
+            if args.output:  # read again: another process may have written its own rows
+                known = rows_of(args.output)
+                text = page(known | {(name, kind): line})
+                args.output.write_text(text, encoding="utf-8")
     print(*failures, sep="\n")
     return 1 if failures else 0
 
@@ -86,7 +87,9 @@ def row(name: str, kind: str, task: Task, outcome: Outcome) -> str:
 
 def rows_of(page: Path) -> dict[tuple[str, str], str]:
     """The rows of a page that was written before, by model and kind."""
-    found = {}
+    found: dict[tuple[str, str], str] = {}
+    if not page.exists():
+        return found
     for line in page.read_text(encoding="utf-8").splitlines():
         cells = line.strip("| ").split(" | ")
         if cells[0] in TASKS and line.startswith("| "):
