@@ -496,8 +496,9 @@ def _add_network(train: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="an option of the normalisation: ghost_size=16 (ghost), r_max=3 and d_max=5 (renorm;"
-        " reached over the run), input=null (normprop: the data are normalised already),"
-        " momentum=0.1, eps=1e-5; repeat for several",
+        " reached over the run), log_scale=true (weight), gain=1, pooling=true and input=null"
+        " (normprop; null: the data are normalised already), momentum=0.1, eps=1e-5; repeat for"
+        " several",
     )
     group.add_argument(
         "--statistics",

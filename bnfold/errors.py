@@ -16,6 +16,10 @@ class UsageError(BnfoldError):
     exit_code = 2
 
 
+class Diverged(UsageError):  # noqa: N818  # what happened, not what is wrong with the call
+    """Training came to numbers that are none: the learning rate or the inputs are too large."""
+
+
 class InputError(BnfoldError):
     """A file or a model that cannot be read, or is not supported."""
 

@@ -151,7 +151,9 @@ def test_clipped_gradients_take_small_steps(data):
     before = network().state_dict()
     options = {"epochs": 1, "batch_size": 60, "lr": 1.0, "schedule": "constant", "momentum": 0.0}
     moved = train(network(), data, clip_norm=0.01, weight_decay=0.0, **options).module
-    length = sum(float(((p.detach() - before[name]) ** 2).sum()) for name, p in moved.named_parameters())
+    length = sum(
+        float(((p.detach() - before[name]) ** 2).sum()) for name, p in moved.named_parameters()
+    )
     assert length**0.5 == pytest.approx(0.01, rel=1e-3)
 
 

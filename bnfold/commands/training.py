@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold import report
-from bnfold.commands.shared import Report, counted, new_report, open_samples, percent, unread
+from bnfold.commands.learning_data import LearningData, example_of, learning_data
+from bnfold.commands.shared import Report, percent
+from bnfold.commands.trained import about_run, write_trained
 from bnfold.errors import UsageError
-from bnfold.outputs import add_file, check_outputs
+from bnfold.outputs import check_outputs
 
 if TYPE_CHECKING:
     from bnfold.measuring.ranks import Ranks
@@ -37,19 +37,24 @@ def train(args: argparse.Namespace) -> Report | None:
         if args.norm_options and args.norm is None:
             raise UsageError("--norm-set is of --norm; name the kind too.")
         files = _Files.of(args, outputs)
-        data = _data_of(args)
+        data = learning_data(args)
         args = _in_run(args, data, ranks.size)
         result = _trained(args, data, files, ranks)
         if ranks.rank:
             return None
-        return _report(args, outputs, data, files, result, ranks.size)
+        done = write_trained(args, outputs, data, result, ranks.size)
+        files.finish()
+        return done
 
 
 def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """What the user left open and other arguments decide."""
+    """What the user left open and other arguments decide. Raises UsageError for what is none."""
+    from bnfold.norm import KINDS
     from bnfold.training.network import default_rate
     from bnfold.training.settings import defaults_of
 
+    if args.norm is not None and args.norm not in KINDS:
+        raise UsageError(f"There is no kind '{args.norm}'; the kinds are {', '.join(KINDS)}.")
     lr = default_rate(args.norm, args.optimizer) if args.lr is None else args.lr
     rates = defaults_of(args.optimizer, lr, args.weight_decay, args.momentum)
     decided = dict(zip(("lr", "weight_decay"), rates, strict=False))
@@ -57,77 +62,16 @@ def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | decided | {"backend": backend})
 
 
-def _in_run(args: argparse.Namespace, data: _Named, processes: int) -> argparse.Namespace:
+def _in_run(args: argparse.Namespace, data: LearningData, processes: int) -> argparse.Namespace:
     """With the options of the normalisation that the length of the run decides."""
-    from bnfold.training.batches import Share, labelled
+    from bnfold.training.batches import Share, source_of
     from bnfold.training.network import options_in_run
 
     share = Share(0, processes)
     cut = {"batch_size": args.batch_size, "seed": args.seed, "name": "train_data"}
-    steps = labelled(data.train, **cut, share=share).count() * args.epochs
+    steps = source_of(data.train, **cut, share=share).count() * args.epochs
     options = options_in_run(args.norm, dict(args.norm_options), steps=steps)
     return argparse.Namespace(**vars(args) | {"norm_options": options})
-
-
-# --- data -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Named:
-    """The data by the names that they were opened by. classes: their names, if they have any."""
-
-    name: str
-    train: Any
-    test_name: str | None
-    test: Any
-    classes: tuple[str, ...]
-
-
-def _data_of(args: argparse.Namespace) -> _Named:
-    """Training and test data; a known data set without a part means both of its parts."""
-    name, test_name = args.data, args.test_data
-    if _is_set(name) and test_name is None:
-        name, test_name = f"{name}:train", f"{name}:test"
-    train = _labelled(args, name)
-    test = _labelled(args, test_name, samples=None) if test_name else None
-    classes = getattr(train, "classes", ())
-    others = getattr(test, "classes", ())
-    if classes and others and classes != others:
-        raise UsageError(
-            f"{name} has the classes {_listed(classes)} and {test_name} {_listed(others)};"
-            " classes are numbered by their names, so both need the same ones."
-        )
-    return _Named(name, train, test_name, test, classes)
-
-
-def _is_set(name: str) -> bool:
-    """Whether it names a data set that has parts, and not one of them."""
-    from bnfold.data.sets import PARTS, SETS
-
-    head, _, rest = name.partition(":")
-    named = head == "digits" or (head in SETS and rest)
-    return bool(named) and not Path(name).exists() and name.rpartition(":")[2] not in PARTS
-
-
-def _labelled(args: argparse.Namespace, spec: str, **other: Any) -> Any:
-    """Samples that are read by number, or the batches (x, y) that a factory gives."""
-    from bnfold.data import FactoryBatches, LabelledSamples
-
-    shape = None if args.channels is None else (None, args.channels, None, None)
-    found = open_samples(argparse.Namespace(**vars(args) | other), spec, shape)
-    if isinstance(found, FactoryBatches):
-        return found
-    samples = LabelledSamples(found)
-    if other == {} and len(set(samples.labels.tolist())) < 2:
-        raise UsageError(
-            f"{spec} holds samples of one class only ({_listed(samples.classes) or 'label'}"
-            f" {samples.labels[0]}); there is nothing to tell apart."
-        )
-    return samples
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
 
 
 # --- files of the run -----------------------------------------------------------------------------
@@ -194,10 +138,12 @@ class _Files:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def _trained(args: argparse.Namespace, data: _Named, files: _Files, ranks: Ranks) -> TrainResult:
+def _trained(
+    args: argparse.Namespace, data: LearningData, files: _Files, ranks: Ranks
+) -> TrainResult:
     from bnfold.measuring.ranks import own_device
     from bnfold.training.evaluation import device_of
-    from bnfold.training.network import build_network, is_started_by_data, start_by_data
+    from bnfold.training.network import build_network, initialise_by_data
     from bnfold.training.task import task_of
     from bnfold.training.train import train as fit
 
@@ -208,11 +154,12 @@ def _trained(args: argparse.Namespace, data: _Named, files: _Files, ranks: Ranks
         dict(args.arguments),
         norm=args.norm,
         options=args.norm_options,
-        example=_example(data.train),
+        example=example_of(data),
         seed=args.seed,
     ).to(device)
-    if is_started_by_data(args.norm) and not args.resume:
-        start_by_data(module, data.train, task, batch_size=args.batch_size, seed=args.seed)
+    if not args.resume:
+        cut = {"batch_size": args.batch_size, "seed": args.seed}
+        initialise_by_data(module, args.norm, data.train, task, **cut)
     journals = _journals(args, data, files) if ranks.rank == 0 else []
     with files.telling() if ranks.rank == 0 else contextlib.nullcontext(), _bar(args) as bar:
 
@@ -264,12 +211,12 @@ def _resolved(spec: str | None) -> Callable[..., Any] | None:
     return None if spec is None else resolve_factory(spec)
 
 
-def _journals(args: argparse.Namespace, data: _Named, files: _Files) -> list[Journal]:
+def _journals(args: argparse.Namespace, data: LearningData, files: _Files) -> list[Journal]:
     from bnfold.training.journal import Curves, Lines
 
     made: list[Journal] = []
     if args.log_file is not None:
-        about = _about(args, data)
+        about = about_run(args, data)
         made.append(Lines(args.log_file, about, every=args.log_every, goes_on=files.resumes))
     if args.tensorboard is not None:
         made.append(Curves(args.tensorboard, every=args.log_every))
@@ -303,115 +250,3 @@ def _bar(args: argparse.Namespace) -> Iterator[_Bar]:
     hidden = args.quiet or args.json or other or not sys.stderr.isatty()
     with tqdm(desc="training", disable=hidden, leave=False) as bar:
         yield _Bar(bar)
-
-
-# --- what comes of it -----------------------------------------------------------------------------
-
-
-def _report(
-    args: argparse.Namespace,
-    outputs: Sequence[Path],
-    data: _Named,
-    files: _Files,
-    result: TrainResult,
-    processes: int,
-) -> Report:
-    """The checkpoint, and what is said about the run."""
-    from bnfold.training.train import save_checkpoint
-
-    done = new_report("train", args, ())
-    head = ["epoch", "loss", "accuracy %", "test loss", "test accuracy %", "s"]
-    rows = [
-        [
-            e.epoch,
-            f"{e.loss:.4f}",
-            percent(e.accuracy),
-            "-" if e.test_loss is None else f"{e.test_loss:.4f}",
-            percent(e.test_accuracy),
-            f"{e.seconds:.1f}",
-        ]
-        for e in result.history
-    ]
-    done["layers"] = {"head": head, "rows": rows}
-    done["warnings"] = unread(result.unread)
-    done["summary"] = _summary(args, data, result, processes)
-    metrics = _figures(result) | {"epochs": args.epochs, "seed": args.seed}
-    metrics["run"] = _about(args, data) | {"processes": processes}
-    for path in outputs:
-        save_checkpoint(
-            path,
-            result.module,
-            model_spec=args.factory,
-            example_input=_example(data.train),
-            metrics=metrics,
-        )
-        add_file(done, "checkpoint", path)
-    files.finish()
-    return done
-
-
-def _summary(args: argparse.Namespace, data: _Named, result: TrainResult, processes: int) -> str:
-    said = f"Trained on {data.name} for {counted(args.epochs, 'epoch')}"
-    said += f" in {processes} processes." if processes > 1 else "."
-    if result.test_accuracy is not None:
-        said += f" Test accuracy {percent(result.test_accuracy)} %"
-        if result.moving is not None:
-            said += f" ({percent(result.moving[1])} % with moving averages)"
-        said += f" on {data.test_name}"
-        chosen = f", by which epoch {result.epoch} was chosen: on other data expect less"
-        said += f"{chosen if args.keep == 'best' else ''}."
-    return said
-
-
-def _figures(result: TrainResult) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "test_accuracy": result.test_accuracy,
-        "test_loss": result.test_loss,
-        "epoch": result.epoch,
-    }
-    if result.moving is not None:
-        figures["with_moving_averages"] = {
-            "test_loss": result.moving[0],
-            "test_accuracy": result.moving[1],
-        }
-    return figures
-
-
-_RECORDED = (
-    *("norm", "batch_size", "samples", "seed", "epochs", "optimizer", "lr", "schedule"),
-    *("weight_decay", "momentum", "label_smoothing", "clip_norm", "amp", "augment", "statistics"),
-    *("keep", "device"),
-)
-_PREPARATION = ("mean", "std", "resize", "input_scale", "channels", "preprocess")
-
-
-def _about(args: argparse.Namespace, data: _Named) -> dict[str, Any]:
-    """The run in words and numbers, as JSON: all that it takes to repeat it."""
-    from bnfold.training.settings import defaults_of
-
-    about: dict[str, Any] = {name: getattr(args, name) for name in _RECORDED}
-    rates = defaults_of(args.optimizer, args.lr, args.weight_decay, args.momentum)
-    about["momentum"] = rates[2]
-    about |= {
-        "model": args.factory,
-        "arguments": dict(args.arguments),
-        "norm_options": args.norm_options,
-        "data": data.name,
-        "test_data": data.test_name,
-        "preprocessing": {name: getattr(args, name) for name in _PREPARATION},
-        "versions": report.versions(),
-    }
-    if data.classes:
-        about["classes"] = list(data.classes)
-    loaded: dict[str, Any] = json.loads(json.dumps(about, default=str))
-    return loaded
-
-
-def _example(data: Any) -> Any:
-    """One input, as forward takes it."""
-    from bnfold.training.batches import labelled
-
-    source = labelled(data, batch_size=1, seed=None, name="train_data")
-    for batch in source.epoch(0):
-        return batch.x[:1]
-    raise UsageError("The training data hold no sample.")

@@ -41,6 +41,9 @@ class Ranks(Protocol):
     def share(self, value: Any) -> list[Any]:
         """The value of each process, JSON, in the order of their numbers."""
 
+    def abandon(self) -> None:
+        """Nothing more can be told to the others, who see the connection close at the end."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -64,6 +67,9 @@ class Alone:
     def share(self, value: Any) -> list[Any]:
         """See Ranks."""
         return [value]
+
+    def abandon(self) -> None:
+        """See Ranks."""
 
     def __enter__(self) -> Self:
         return self
@@ -162,6 +168,10 @@ class Group:
     def share(self, value: Any) -> list[Any]:
         """See Ranks."""
         return [facts["value"] for facts, _ in self._exchange("share", {"value": value}, {})]
+
+    def abandon(self) -> None:
+        """See Ranks."""
+        self._over = True
 
     def __enter__(self) -> Self:
         return self

@@ -48,7 +48,10 @@ Data = Pair | Samples | Iterable[Pair]
 
 
 class Batch(NamedTuple):
-    """Inputs and targets. weight: of their mean in the mean over all processes' batches."""
+    """Inputs and targets. weight: of their mean in the mean over all processes' batches.
+
+    Among several processes a sample that cannot be read counts as one without a gradient.
+    """
 
     x: Tensor
     y: Tensor
@@ -83,7 +86,7 @@ class Source(Protocol):
         """A fingerprint by which a resumed run knows its data again."""
 
 
-def labelled(
+def source_of(
     data: Data,
     *,
     task: Task = Classification(),  # noqa: B008  # frozen
@@ -175,8 +178,15 @@ class SampleBatches:
         parts = np.array_split(order, self.count())
         own = [self.share.of(part) for part in parts]
         for part, (x, y) in zip(parts, self._read(own), strict=True):
-            if not len(x) and self.share.size == 1:
+            if self.share.size == 1:
+                if len(x):
+                    yield Batch(x, y, 1.0)
                 continue
+            if len(part) < self.share.size:
+                raise UsageError(
+                    f"{self.samples.name} is cut into batches of {len(part)}, which"
+                    f" {self.share.size} processes cannot share; start fewer."
+                )
             if not len(x):
                 raise InputError(
                     f"None of the samples that process {self.share.rank} was to take from"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
 from bnfold.measuring.ranks import Alone
-from bnfold.training.batches import Data, Source, labelled
+from bnfold.training.batches import Data, Source, source_of
 from bnfold.training.task import Classification, Task
 from bnfold.training.team import Team
 from bnfold.training.words import explaining_memory, one_line
@@ -42,7 +42,7 @@ def evaluate(
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
     target = device_of(device)
-    source = labelled(data, batch_size=batch_size, seed=None, name="the data")
+    source = source_of(data, batch_size=batch_size, seed=None, name="the data")
     found = score(module, source, Classification(), Team(Alone(), target))
     assert found.accuracy is not None  # of a classifier
     return found.accuracy

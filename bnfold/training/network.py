@@ -19,16 +19,20 @@ from torch import Tensor, nn
 from bnfold.errors import UsageError
 from bnfold.norm import Clipping, convert, initialise
 from bnfold.reading.factory import build_module
-from bnfold.training.batches import Data, labelled
+from bnfold.training.batches import Batch, Data, source_of
+from bnfold.training.evaluation import output_of, to_device
 from bnfold.training.settings import seed_by
 from bnfold.training.task import Task
 from bnfold.training.words import one_line
 
 FIRST_SAMPLES = 500  # as many as the authors' code initialises with
-_BY_DATA = ("weight", "weight-mean-only")
+_INITIALISED_BY_DATA = ("weight", "weight-mean-only")
 # SGD's own rate is one of networks whose batch norms divide by a deviation; with these kinds the
 # digits' networks of models/ lose half of their accuracy to it, or diverge
 _LOWER_RATE: Mapping[str, float] = {"weight": 0.01, "weight-mean-only": 0.01, "normprop": 0.01}
+
+
+_BOUNDS = tuple(part.name for part in fields(Clipping))
 
 
 def default_rate(norm: str | None, optimizer: str) -> float | None:
@@ -46,6 +50,11 @@ def options_in_run(norm: str | None, options: Mapping[str, Any], *, steps: int) 
         return {"input": "batch", **options}
     if norm != "renorm":
         return dict(options)
+    if unknown := set(options) - {*_BOUNDS, "eps", "momentum"}:
+        raise UsageError(
+            f"'renorm' has no option '{min(unknown)}' here; its options are: eps, momentum,"
+            f" {', '.join(_BOUNDS)}."
+        )
     bounds = {name: options[name] for name in ("r_max", "d_max") if name in options}
     with _told(norm, options):
         clipping = Clipping.over(steps, **bounds)
@@ -82,9 +91,6 @@ def build_network(
         return convert(module, norm, **given)  # type: ignore[arg-type]  # it checks the kind
 
 
-_BOUNDS = tuple(part.name for part in fields(Clipping))
-
-
 def _input_norm(example: Tensor) -> nn.Module:
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     if example.dim() not in kinds:
@@ -105,24 +111,30 @@ def _told(norm: str, options: Mapping[str, Any]) -> Iterator[None]:
         raise UsageError(f"{norm} does not take {given}: {one_line(error)}.") from error
 
 
-def is_started_by_data(norm: str | None) -> bool:
-    """Whether the kind starts from what the first samples show."""
-    return norm in _BY_DATA
+def initialise_by_data(
+    module: nn.Module, norm: str | None, data: Data, task: Task, *, batch_size: int, seed: int
+) -> None:
+    """Set weight norm's lengths and biases by the first samples, in place; other kinds need none.
 
-
-def start_by_data(module: nn.Module, data: Data, task: Task, *, batch_size: int, seed: int) -> None:
-    """Set weight norm's lengths and biases by the first samples of training, in place.
-
-    Every process takes the same samples, and so comes to the same weights.
+    Every process takes the same samples, and so comes to the same weights. Raises UsageError for
+    samples that the network does not take.
     """
+    if norm not in _INITIALISED_BY_DATA:
+        return
     with torch.random.fork_rng(devices=[]):
         seed_by(seed, 1)
-        source = labelled(data, task=task, batch_size=batch_size, seed=seed, name="train_data")
-        found: list[Tensor] = []
+        source = source_of(data, task=task, batch_size=batch_size, seed=seed, name="train_data")
+        found: list[Batch] = []
         for batch in source.epoch(1):
-            found.append(batch.x)
-            if sum(map(len, found)) >= FIRST_SAMPLES:
+            found.append(batch)
+            if sum(len(batch.x) for batch in found) >= FIRST_SAMPLES:
                 break
-    first = torch.cat(found)[:FIRST_SAMPLES]
-    parameter = next(module.parameters())
-    initialise(module, first.to(parameter.device, parameter.dtype))
+    x, y = (
+        torch.cat(arrays)[:FIRST_SAMPLES] for arrays in zip(*(b[:2] for b in found), strict=True)
+    )
+    device = next(module.parameters()).device
+    initialise(
+        module,
+        to_device(module, x, y, device),
+        lambda net, batch: output_of(net, batch[0], batch[1], task),
+    )

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfold.adapting.adapt import adapt
+from bnfold.errors import UsageError
 from bnfold.measuring.ranks import Ranks
 from bnfold.norm.batch import FrozenBatchNorm
 from bnfold.parts import parts
@@ -19,14 +22,26 @@ from bnfold.training.batches import Source
 from bnfold.training.settings import seed_by
 
 
+def check_statistics(module: nn.Module) -> None:
+    """Raises UsageError for a network that has no statistics to measure."""
+    if not any(_has_statistics(part) for _, part in parts(module)):
+        raise UsageError(
+            "statistics are 'exact', and the network has none to measure: no batch norm that is"
+            " trained. Leave them 'moving'."
+        )
+
+
+def _has_statistics(part: nn.Module) -> bool:
+    is_norm = isinstance(part, _BatchNorm) and not isinstance(part, FrozenBatchNorm)
+    return is_norm and part.running_mean is not None
+
+
 def exact_statistics(module: nn.Module, source: Source, ranks: Ranks, seed: int) -> nn.Module:
     """A copy with the statistics of the data in its batch norms; see `bnfold.adapt`, `exact`.
 
     The inputs are measured as they are stored: an augmentation is of the training only.
-    Raises InputError where the network has no statistics.
+    Raises InputError where the forward does not pass its batch norms.
     """
-    from bnfold.adapting.adapt import adapt
-
     frozen = {name for name, part in parts(module) if isinstance(part, FrozenBatchNorm)}
     result = adapt(
         module,

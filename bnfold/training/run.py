@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import UsageError
+from bnfold.errors import Diverged, UsageError
 from bnfold.training.batches import Batch, Source
 from bnfold.training.evaluation import Score, output_of, score, to_device
 from bnfold.training.settings import schedule_factor, seed_by
@@ -91,39 +91,42 @@ class Run:
         before, total = (epoch - 1) * self.steps, settings.epochs * self.steps
         loss_sum = right_sum = seen = 0.0
         lr, is_classified = settings.lr, True
-        for step, batch in enumerate(self._drawn(epoch), start=1):
+        drawn = self.team.in_step(self._drawn(epoch))
+        for step, batch in enumerate(drawn, start=1):
             lr = self._set_lr((before + step - 1) / max(total, 1))
+            x, y = batch.x, batch.y
             with self.team.guarded():
-                x, y = to_device(self.state.module, batch.x, batch.y, self.team.device)
-                x = self._augmented(x)
                 with explaining_memory(x):
                     loss, right = self._forward(x, y)
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    raise UsageError(diverged(x, value, epoch, step, lr))
+                    raise Diverged(diverged(x, value, epoch, step, lr))
             sums = self.team.summed([value * len(y), right or 0.0, len(y)])
-            with explaining_memory(x):
+            with self.team.averaging(), explaining_memory(x):
                 self._down(loss * batch.weight)
             loss_sum, right_sum, seen = (
                 a + b for a, b in zip((loss_sum, right_sum, seen), sums, strict=True)
             )
             is_classified &= right is not None
-            if self.on_step is not None:
-                told = (before + step, epoch, sums[0] / sums[2], lr)
-                self.on_step(Step(*told, self.state.module, x, y))
-            if self.progress is not None:
-                self.progress(before + step, total)
+            with self.team.guarded():
+                if self.on_step is not None:
+                    told = (before + step, epoch, sums[0] / sums[2], lr)
+                    self.on_step(Step(*told, self.state.module, x, y))
+                if self.progress is not None:
+                    self.progress(before + step, total)
         if not seen:
             raise UsageError(f"train_data gave no batch in epoch {epoch}.")
         return Score(loss_sum / seen, right_sum / seen if is_classified else None), lr
 
     def _drawn(self, epoch: int) -> Iterator[Batch]:
-        """The epoch's batches: the same ones drawn in all processes, then each draws on its own."""
+        """The epoch's batches, ready: the same in all processes, which then draw on their own."""
         seed_by(self.state.settings.seed, epoch)
-        for number, batch in enumerate(self.team.in_step(self.source.epoch(epoch))):
+        for number, batch in enumerate(self.source.epoch(epoch)):
             if not number and self.team.size > 1:
                 seed_by(self.state.settings.seed, epoch, self.team.rank)
-            yield batch
+            with explaining_memory(batch.x):
+                x, y = to_device(self.state.module, batch.x, batch.y, self.team.device)
+                yield Batch(self._augmented(x), y, batch.weight)
 
     def _augmented(self, x: Tensor) -> Tensor:
         if self.augment is None:
@@ -144,7 +147,13 @@ class Run:
             output = output_of(self.network, x, y, self.task)
         if self.state.settings.amp:
             output = output.float()
-        return self.task.loss(output, y), self.task.right(output.detach(), y)
+        loss = self.task.loss(output, y)
+        if not loss.requires_grad:
+            raise UsageError(
+                "The loss has no gradient: the network's output does not depend on a parameter that"
+                " is trained, or was detached on the way."
+            )
+        return loss, self.task.right(output.detach(), y)
 
     def _down(self, loss: Tensor) -> None:
         """One step down the gradient."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bnfold.errors import UsageError
+from bnfold.norm.weight import weight_normed
 from bnfold.training.words import check_choice
 
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop"]
@@ -34,9 +37,11 @@ WARM_UP, START_FACTOR = 0.3, 1 / 25
 class Settings:
     """What decides the numbers of a run, so that a resumed one must agree in all of it.
 
-    data: a fingerprint of the training data.  processes: how many share each step.
+    network: a fingerprint of its layers and their options.  data: one of the training data.
+    processes: how many share each step.
     """
 
+    network: str
     epochs: int
     batch_size: int
     loss: str
@@ -61,8 +66,8 @@ class Settings:
         check_choice("keep", self.keep, get_args(Keep))
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value < least:
-                raise UsageError(f"{name} is {value}; it must be at least {least}.")
+            if not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value}; it must be a whole number, {least} or more.")
         for name in ("lr", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -90,12 +95,15 @@ def defaults_of(
 
 def optimizer_of(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """The optimizer over all trainable parameters; gains, betas and biases do not decay."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    if not named:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
         raise UsageError(f"{type(module).__name__} has no parameter to train.")
+    gains = {id(gain) for gain in _gains(module)}
+    spared = [p for p in trained if p.dim() <= 1 or id(p) in gains]
+    names = {id(p) for p in spared}
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in named if _decays(name, p)]},
-        {"params": [p for name, p in named if not _decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) not in names]},
+        {"params": spared, "weight_decay": 0.0},
     ]
     lr, decay, momentum = settings.lr, settings.weight_decay, settings.momentum
     if settings.optimizer == "adam":
@@ -109,9 +117,17 @@ def optimizer_of(module: nn.Module, settings: Settings) -> torch.optim.Optimizer
     )
 
 
-def _decays(name: str, parameter: Tensor) -> bool:
-    """Whether it is a weight of rank 2 or more; the gain of a weight norm is none, in any shape."""
-    return parameter.dim() > 1 and not name.endswith(".original0")
+def _gains(module: nn.Module) -> Iterator[Tensor]:
+    """What weight norms hold the lengths in; of any shape, and no weights."""
+    for part in module.modules():
+        if weight_normed(part):
+            yield cast(Any, part).parametrizations.weight.original0
+
+
+def fingerprint(module: nn.Module) -> str:
+    """By what a network is known again: its layers and their options, not its weights."""
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(module))  # of functions, other in each process
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def schedule_factor(schedule: Schedule, done: float) -> float:

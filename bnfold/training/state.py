@@ -20,6 +20,10 @@ from bnfold.training.settings import Settings
 from bnfold.training.words import one_line
 
 SCHEMA = 2
+_DIFFER = {
+    "data": "other training data",
+    "network": "another network, or another normalisation in it",
+}
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,11 @@ class State:
         kind = (about.get("schema"), about.get("kind")) if isinstance(about, dict) else None
         if about is None or kind != (SCHEMA, "run"):
             raise InputError(f"{path} is not the state of a training run that bnfold wrote.")
+        settings = about.get("settings")
         for name, now in asdict(self.settings).items():
-            then = about["settings"].get(name)
+            then = settings.get(name) if isinstance(settings, dict) else None
             if then != now:
-                what = "other training data" if name == "data" else f"{name} {then}, now {now}"
+                what = _DIFFER.get(name, f"{name} {then}, now {now}")
                 raise InputError(f"{path} is of a run with {what}; resume with the same settings.")
         try:
             self.module.load_state_dict(content["module"])

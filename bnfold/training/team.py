@@ -7,7 +7,8 @@ the first process's, which DistributedDataParallel sends round before each forwa
 
 At fixed places of each step the processes exchange a few numbers. A process that fails says so
 there in place of its numbers, so that nobody waits for it; measuring/ranks.py tells its error to
-the others.
+the others. In the backward pass alone nothing can be told, as the others are in the middle of
+averaging: there it leaves, and they see the connection close.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfold.errors import BnfoldError, UsageError
+from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
 from bnfold.measuring.ranks import Ranks
-from bnfold.norm.batch import FrozenBatchNorm
+from bnfold.norm import BatchRenorm, FrozenBatchNorm
+from bnfold.training.words import one_line
 
 Item = TypeVar("Item")
 
@@ -70,12 +72,32 @@ class Team:
         try:
             yield
         except Exception:
-            self._exchanged([1.0])
+            with contextlib.suppress(
+                RuntimeError
+            ):  # with the others gone, what went wrong says more
+                self._exchanged([1.0])
             raise
+
+    @contextlib.contextmanager
+    def averaging(self) -> Iterator[None]:
+        """Where all processes average together: what fails there cannot be told to the others."""
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            self.ranks.abandon()
+            if isinstance(error, BnfoldError | torch.OutOfMemoryError):
+                raise
+            raise RuntimeUnavailableError(
+                f"Process {self.rank} of {self.size} failed while the processes averaged, or lost"
+                f" the others there: {one_line(error)}"
+            ) from error
 
     def summed(self, values: Sequence[float]) -> list[float]:
         """Each value summed over the processes. Raises the error of one that failed."""
-        failed, *sums = self._exchanged([0.0, *values])
+        with self.averaging():
+            failed, *sums = self._exchanged([0.0, *values])
         if failed:
             self.ranks.share(None)  # raises what that process tells
             raise BnfoldError("A process failed and did not say how.")
@@ -97,23 +119,30 @@ class Team:
             return
         import torch.distributed as dist
 
-        buffers = _running(module)
-        for dtype in {buffer.dtype for buffer in buffers}:
-            group = [buffer for buffer in buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.flatten() for buffer in group])
+        running = [held for held in _running(module) if held[0].numel()]
+        for dtype in {buffer.dtype for buffer, _ in running}:
+            group = [held for held in running if held[0].dtype == dtype]
+            flat = torch.cat(
+                [buffer if eps is None else _std(buffer, eps) for buffer, eps in group]
+            )
             dist.all_reduce(flat)
-            flat /= self.size
-            for buffer, mean in zip(
-                group, torch.split(flat, [b.numel() for b in group]), strict=True
-            ):
-                buffer.copy_(mean.view_as(buffer))
+            means = torch.split(flat / self.size, [len(buffer) for buffer, _ in group])
+            for (buffer, eps), mean in zip(group, means, strict=True):
+                buffer.copy_(mean if eps is None else (mean.square() - eps).clamp(min=0))
 
 
 _ROOM = 8  # numbers in an exchange: of one size, wherever a process is when another one fails
 
 
-def _running(module: nn.Module) -> list[Tensor]:
-    """The statistics that training moves, of each process differently."""
+def _std(var: Tensor, eps: float) -> Tensor:
+    return (var + eps).sqrt()
+
+
+def _running(module: nn.Module) -> Iterator[tuple[Tensor, float | None]]:
+    """The statistics that training moves, of each process differently.
+
+    eps: of those that are averaged as deviations, which is what batch renormalization does.
+    """
     layers = (
         layer
         for layer in module.modules()
@@ -121,8 +150,11 @@ def _running(module: nn.Module) -> list[Tensor]:
         and not isinstance(layer, nn.SyncBatchNorm | FrozenBatchNorm)
         and layer.training
     )
-    buffers = (b for layer in layers for b in (layer.running_mean, layer.running_var))
-    return [b for b in buffers if b is not None]
+    for layer in layers:
+        if layer.running_mean is not None:
+            yield layer.running_mean, None
+        if layer.running_var is not None:
+            yield layer.running_var, layer.eps if isinstance(layer, BatchRenorm) else None
 
 
 def _check_sync(module: nn.Module, device: torch.device) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from bnfold.errors import UsageError
 from bnfold.measuring.ranks import Alone, Ranks
-from bnfold.training.batches import Data, Share, labelled
+from bnfold.training.batches import Data, Share, source_of
 from bnfold.training.checkpoint import copied
 from bnfold.training.checkpoint import save_checkpoint as save_checkpoint
 from bnfold.training.evaluation import EVALUATION_BATCH, device_of
 from bnfold.training.evaluation import evaluate as evaluate
-from bnfold.training.lone import refusing_lone_values
-from bnfold.training.population import exact_statistics
+from bnfold.training.lone_values import refusing_lone_values
+from bnfold.training.population import check_statistics, exact_statistics
 from bnfold.training.run import OnStep, Progress, Run
 from bnfold.training.run import Step as Step
 from bnfold.training.settings import (
@@ -34,6 +34,7 @@ from bnfold.training.settings import (
     Settings,
     Statistics,
     defaults_of,
+    fingerprint,
     optimizer_of,
 )
 from bnfold.training.settings import schedule_factor as schedule_factor
@@ -129,7 +130,7 @@ def train(
     rates = defaults_of(optimizer, lr, weight_decay, momentum)
     team = Team(ranks or Alone(), device_of(device))
     share = Share(team.rank, team.size)
-    source = labelled(
+    source = source_of(
         train_data,
         task=task,
         batch_size=batch_size,
@@ -140,7 +141,7 @@ def train(
     )
     tests = None
     if test_data is not None:
-        tests = labelled(
+        tests = source_of(
             test_data,
             task=task,
             batch_size=min(max(batch_size, 100), EVALUATION_BATCH),
@@ -151,7 +152,11 @@ def train(
         )
     elif keep == "best":
         raise UsageError("keep is 'best', which needs test_data to be judged by.")
+    net = copied(module)
+    if statistics == "exact":
+        check_statistics(net)
     settings = Settings(
+        network=fingerprint(net),
         epochs=epochs,
         batch_size=batch_size,
         loss=task.name,
@@ -172,19 +177,21 @@ def train(
     settings.check()
     with _own_randomness(team.device):
         team.agree(asdict(settings))
-        net = copied(module).to(team.device)
+        net = net.to(team.device)
         state = State(net, optimizer_of(net, settings), settings)
         if resume is not None:
             state.load(Path(resume))
         team.agree(len(state.history))
         run = Run(state, task, source, tests, team, augment, progress, on_step)
-        with refusing_lone_values(net):
+        with refusing_lone_values(net, processes=team.size):
             for epoch in range(len(state.history) + 1, epochs + 1):
                 metrics = run.epoch(epoch)
-                if log is not None:
-                    log(asdict(metrics))
-                if checkpoint is not None and team.rank == 0:
-                    state.save(Path(checkpoint))
+                with team.guarded():
+                    if log is not None:
+                        log(asdict(metrics))
+                    if checkpoint is not None and team.rank == 0:
+                        state.save(Path(checkpoint))
+                team.summed([])
         return _finished(run, statistics)
 
 

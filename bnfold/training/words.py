@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import UsageError
+from bnfold.errors import Diverged, UsageError
 
 
 def one_line(error: BaseException) -> str:
@@ -50,7 +50,7 @@ def check_finite(module: nn.Module, epoch: int) -> None:
     """The loss is taken before a step; what the last step did shows only here."""
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UsageError(
+            raise Diverged(
                 f"After epoch {epoch} '{name}' holds NaN or infinity: training diverged. Lower lr,"
                 " or scale the inputs."
             )

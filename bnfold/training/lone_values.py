@@ -1,4 +1,4 @@
-"""Batch norms that would get one value per channel in training, from which no variance follows."""
+"""Batch norms that would get one value per channel in training: their own mean, and no variance."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from bnfold.norm.batch import FrozenBatchNorm, GhostBatchNorm
 
 
 @contextlib.contextmanager
-def refusing_lone_values(module: nn.Module) -> Iterator[None]:
-    """Name the batch norm that gets one value per channel. Raises UsageError, from its forward."""
+def refusing_lone_values(module: nn.Module, *, processes: int = 1) -> Iterator[None]:
+    """Name the batch norm that gets one value per channel. Raises UsageError, from its forward.
+
+    processes: how many train together; SyncBatchNorm then sees the values of all of them.
+    """
+    fine = (FrozenBatchNorm, nn.SyncBatchNorm) if processes > 1 else (FrozenBatchNorm,)
     handles = [
         layer.register_forward_pre_hook(_refusing(name))
         for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm)
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, fine)
     ]
     try:
         yield
@@ -39,8 +43,8 @@ def _refusing(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         of_each = "in each ghost batch " if parts > 1 else ""
         raise UsageError(
             f"The batch norm '{name}' gets an input of shape {tuple(x.shape)}: one value per"
-            f" channel {of_each}has no variance. Train with batches of 2 samples or more"
-            f"{', and a ghost_size of 2 or more' if parts > 1 else ''}."
+            f" channel {of_each}is its own mean and has no variance. Train with batches of 2"
+            f" samples or more{', and a ghost_size of 2 or more' if parts > 1 else ''}."
         )
 
     return check
