@@ -4,6 +4,11 @@ Every message is a sentence for the user: what was found, where, what to do.
 """
 
 
+def one_line(error: BaseException) -> str:
+    """Another library's error in our sentence: its message on one line, cut where it is long."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+
+
 class BnfoldError(Exception):
     """The root of bnfold's errors; `exit_code` is what the command line returns."""
 

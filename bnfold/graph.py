@@ -27,7 +27,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from bnfold.errors import InputError, UnsafeInputError, UsageError
+from bnfold.errors import InputError, UnsafeInputError, UsageError, one_line
 from bnfold.parts import parts
 
 if TYPE_CHECKING:
@@ -502,9 +502,9 @@ def _export_failure(module: object, error: Exception) -> str:
     overwritten = _overwritten(module)
     if overwritten:
         where += f" {overwritten}"
-    text = " ".join(str(root).split())[:300]
+    text = one_line(root)
     return (
-        f"{subject}{type(root).__name__}: {text}{where}"
+        f"{subject}{type(root).__name__}: {text}.{where}"
         " Check the input shape; what cannot be exported cannot be verified on onnxruntime either."
     )
 

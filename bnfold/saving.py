@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from bnfold.errors import InputError, UsageError
+from bnfold.errors import InputError, UsageError, one_line
 from bnfold.graph import detach_weights, replacing
 from bnfold.reading.checkpoint import DESCRIPTION_KEY
 from bnfold.version import VERSION
@@ -78,8 +78,7 @@ def checkpoint_bytes(
         torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise types of their own
         raise InputError(
-            "The network's state cannot be written as plain tensors:"
-            f" {' '.join(str(error).split())[:200]}"
+            f"The network's state cannot be written as plain tensors: {one_line(error)}."
         ) from error
     return file.getvalue()
 

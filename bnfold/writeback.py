@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as tree
 
-from bnfold.errors import InputError, UsageError
+from bnfold.errors import InputError, UsageError, one_line
 from bnfold.folding.apply import Folded, apply
 from bnfold.folding.module import (
     folded_state,
@@ -217,7 +217,7 @@ def _fault_of(folded: nn.Module, source: Source) -> str | None:
         try:
             found = _outputs(folded, source)
         except Exception as error:  # whatever the user's own code raises
-            text = " ".join(str(error).split())[:200]
+            text = one_line(error)
             return f"{read}: without its batch norms it fails ({type(error).__name__}: {text})."
     for a, b in zip(expected, found, strict=True):
         size = float(a.abs().max()) if a.numel() else 0.0

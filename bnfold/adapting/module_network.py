@@ -19,7 +19,7 @@ from bnfold.adapting.networks import (
     SkippedLayer,
     choose,
 )
-from bnfold.errors import InputError, RuntimeUnavailableError
+from bnfold.errors import InputError, RuntimeUnavailableError, one_line
 from bnfold.measuring import modules
 from bnfold.measuring.diagnosis import Observed
 from bnfold.measuring.estimate import Estimate
@@ -27,6 +27,12 @@ from bnfold.measuring.feed import Feed, Forward
 from bnfold.measuring.memory import available_bytes
 from bnfold.measuring.moments import ImageMoments
 from bnfold.measuring.statistics import Layer, Rule, Statistics
+from bnfold.parts import copied
+
+_OLD_WEIGHT_NORM = (
+    "a weight_norm of the old kind is one cause; take it off first, or use"
+    " torch.nn.utils.parametrizations"
+)
 
 
 class ModuleNetwork:
@@ -45,7 +51,7 @@ class ModuleNetwork:
     ) -> None:
         _check(module)
         self._forward = forward
-        self._result = _copied(module)
+        self._result = copied(module, _OLD_WEIGHT_NORM)
         self._work = _working_copy(self._result, device)
         self._source = _sharing_parameters(self._work)
         self._chosen, self.skipped = _split(self._work, choice)
@@ -190,18 +196,6 @@ def is_batch_norm(layer: nn.Module) -> bool:
     )
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            return copy.deepcopy(module)
-    except Exception as error:  # __deepcopy__ is the user's code too
-        raise InputError(
-            f"{type(module).__name__} cannot be copied ({type(error).__name__}:"
-            f" {' '.join(str(error).split())[:200]}). A weight_norm of the old kind is one cause;"
-            " remove it first, or use torch.nn.utils.parametrizations."
-        ) from error
-
-
 def _sharing_parameters(module: nn.Module) -> nn.Module:
     """A copy in eval mode with buffers and hooks of its own and the same parameters."""
     with torch.inference_mode(False), torch.no_grad():
@@ -217,7 +211,7 @@ def _working_copy(module: nn.Module, device: str | torch.device | None) -> nn.Mo
             return copy.deepcopy(module).to(torch.empty(1, device=device).device).eval()
     except (RuntimeError, AssertionError) as error:
         raise RuntimeUnavailableError(
-            f"The device '{device}' cannot be used here: {' '.join(str(error).split())[:200]}"
+            f"The device '{device}' cannot be used here: {one_line(error)}."
         ) from error
 
 

@@ -34,7 +34,7 @@ from bnfold.data.sets import SETS, open_set
 from bnfold.data.shifts import SHIFTS as SHIFTS
 from bnfold.data.shifts import shifted as shifted
 from bnfold.data.tars import TarReader
-from bnfold.errors import BnfoldError, InputError, UsageError
+from bnfold.errors import BnfoldError, InputError, UsageError, one_line
 
 Inputs = NDArray[np.float32]
 Preprocess = Callable[[Any], Any]
@@ -350,7 +350,7 @@ def _called(function: Preprocess, value: Any) -> Any:
         raise
     except Exception as error:  # the user's code may raise anything
         raise InputError(
-            f"preprocess failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"preprocess failed with {type(error).__name__}: {one_line(error)}."
         ) from error
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bnfold.data.images import ImageReader
 from bnfold.data.readers import ArrayReader, Reader, Rows, Stored
-from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
+from bnfold.errors import InputError, RuntimeUnavailableError, UsageError, one_line
 
 _IMAGES = ("image", "img", "pixel_values")
 _LABELS = ("label", "labels")
@@ -51,8 +51,7 @@ def open_dataset(spec: str, channels: int | None) -> Reader:
         raise
     except Exception as error:  # the library, and the network behind it, raise many types
         raise InputError(
-            f"The data set {name} cannot be loaded ({type(error).__name__}:"
-            f" {' '.join(str(error).split())[:300]})."
+            f"The data set {name} cannot be loaded ({type(error).__name__}: {one_line(error)})."
         ) from error
     return _reader(datasets, data, path.name if path.exists() else name, channels, path.exists())
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfold.data.readers import Labels, Samples, Stored
-from bnfold.errors import InputError
+from bnfold.errors import InputError, one_line
 
 # Pillow's own names; formats that call other programs (EPS) or render (PDF, WMF) are not among them
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
@@ -70,8 +70,8 @@ class ImageReader(ABC):
                     images.append(pixels_of(image, self._channels))
                 kept.append(index)
             except Exception as error:  # decoders raise types of their own on broken files
-                what = " ".join(str(error).split())[:300]
-                self.skipped[self._title(index)] = what or type(error).__name__
+                what = one_line(error)
+                self.skipped[self._title(index)] = what
         return images, np.array(kept, dtype=np.int64)
 
     def _channels_of_the_first(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bnfold.data.readers import ArrayReader, Stored
-from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
+from bnfold.errors import InputError, RuntimeUnavailableError, UsageError, one_line
 
 # the loader's name, and the files that it looks for
 SETS = {
@@ -53,7 +53,7 @@ def _torchvision(name: str) -> Any:
     try:
         return importlib.import_module("torchvision.datasets")
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was made for another torch
-        what = " ".join(str(error).split())[:200]
+        what = one_line(error)
         raise RuntimeUnavailableError(
             f"{name}: is read by torchvision, which cannot be loaded here ({what}). Install the"
             " torchvision that belongs to this torch, or give arrays (.npz with x and y)."
@@ -67,7 +67,7 @@ def _loaded(loader: Any, name: str, folder: str, is_train: bool, download: bool)
     try:
         return loader(str(path), train=is_train, download=download)
     except Exception as error:  # of torchvision, of the files, of the network
-        what = " ".join(str(error).split())[:200].rstrip(".")
+        what = one_line(error)
         hint = (
             "" if download else " bnfold train --download lets torchvision fetch what is missing."
         )

@@ -19,7 +19,7 @@ import numpy as np
 
 from bnfold.data.images import SUFFIXES, ImageReader
 from bnfold.data.readers import Labels
-from bnfold.errors import InputError, RuntimeUnavailableError
+from bnfold.errors import InputError, RuntimeUnavailableError, one_line
 
 _LABEL_BYTES = 64  # a number needs no more
 
@@ -75,7 +75,7 @@ def _samples(spec: str) -> Iterator[tuple[Path, str, tarfile.TarInfo, int | None
         except (OSError, ValueError, tarfile.TarError) as error:
             # an OSError's first argument is its number; webdataset adds arguments of its own
             told = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
-            what = " ".join(str(told).split())[:200]
+            what = one_line(told)
             raise InputError(
                 f"{path} cannot be read as a tar: {what}. It must lie here, uncompressed."
             ) from error

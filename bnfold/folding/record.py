@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfold.errors import InputError
+from bnfold.errors import InputError, one_line
 from bnfold.folding.affine import Array, Gauge
 from bnfold.folding.apply import Folded
 from bnfold.folding.plan import FoldPlan
@@ -167,7 +167,7 @@ def load_record(path: Path | str) -> FoldRecord:
     except FileNotFoundError:
         raise InputError(f"There is no fold record at {path}; --record names it.") from None
     except _BROKEN as error:
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+        text = one_line(error)
         raise InputError(f"{path} is not a fold record, or is damaged: {text}.") from error
     except SafetensorError as error:
         raise InputError(

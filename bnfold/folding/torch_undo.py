@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 
-from bnfold.errors import InputError
+from bnfold.errors import InputError, one_line
 from bnfold.folding.scope import Scope
 from bnfold.folding.told import AnyArray
 from bnfold.folding.undo import TorchSide, Undo, original_state
@@ -88,8 +88,8 @@ def unfold_module(module: nn.Module, undo: Undo) -> nn.Module:
     try:
         result.load_state_dict({**others, **tensors_of(state)})
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:300]
-        raise InputError(f"{type(module).__name__} is not what was folded: {text}") from error
+        text = one_line(error)
+        raise InputError(f"{type(module).__name__} is not what was folded: {text}.") from error
     return result.eval()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import BnfoldError, InputError, UsageError
+from bnfold.errors import BnfoldError, InputError, UsageError, one_line
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -112,10 +112,10 @@ class Feed(Passes):
         except (BnfoldError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's code may raise anything
-            what = " ".join(str(error).split())[:300]
+            what = one_line(error)
             raise InputError(
                 f"The network failed on batch {number} ({describe(batch)}) with"
-                f" {type(error).__name__}: {what or 'no message'}."
+                f" {type(error).__name__}: {what}."
             ) from error
 
     def _ready(self, batch: Any, number: int) -> Any:
@@ -237,10 +237,10 @@ def told(batches: Iterable[Any]) -> Iterator[Any]:
     except BnfoldError:
         raise
     except Exception as error:  # the user's code may raise anything
-        what = " ".join(str(error).split())[:300]
+        what = one_line(error)
         raise InputError(
             f"The target data could not be read after {number} batches: {type(error).__name__}:"
-            f" {what or 'no message'}."
+            f" {what}."
         ) from error
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from bnfold import errors
-from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
+from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError, one_line
 from bnfold.measuring.stored import Waiting as Waiting
 from bnfold.measuring.stored import from_bytes, to_bytes
 
@@ -119,7 +119,7 @@ def group_from_environment(*, backend: str = "gloo", timeout: float = TIMEOUT) -
     except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
         raise RuntimeUnavailableError(
             f"The other processes cannot be reached by {backend} at"
-            f" {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {_short(error)}."
+            f" {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {one_line(error)}."
         ) from error
     return Group(own=True)
 
@@ -138,10 +138,6 @@ def _number(name: str, value: str | None) -> int:
     if value is None or not value.isdecimal():
         raise UsageError(f"{name} is {value!r} in the environment; torchrun sets a number.")
     return int(value)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 class Group:
@@ -250,7 +246,7 @@ class Group:
         except RuntimeError as error:  # of torch.distributed: closed connections, timeouts
             self._over = True
             raise RuntimeUnavailableError(
-                f"Process {self.rank} of {self.size} lost the others ({_short(error)}): one has"
+                f"Process {self.rank} of {self.size} lost the others ({one_line(error)}): one has"
                 " ended without a word, or did not answer in time. Start all of them again."
             ) from error
         return [
@@ -266,4 +262,4 @@ def _error(told: Mapping[str, Any]) -> BnfoldError:
 
 
 def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_short(error)}"
+    return f"{type(error).__name__}: {one_line(error)}"

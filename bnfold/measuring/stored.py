@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from bnfold.errors import InputError
+from bnfold.errors import InputError, one_line
 from bnfold.measuring.moments import Float64, ImageMoments, Moments, excess_between
 
 _ROWS = ("centre", "within", "m2", "m3", "m4", "v2", "mv", "mmv")  # behind the pixels' mean and m2
@@ -86,7 +86,7 @@ def from_bytes(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Waitin
     except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"{name} holds no moments as bnfold writes them ({type(error).__name__}:"
-            f" {' '.join(str(error).split())[:200]})."
+            f" {one_line(error)})."
         ) from error
 
 

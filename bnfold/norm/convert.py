@@ -7,7 +7,6 @@ that take the batch norms out give other functions: they are for networks yet to
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -20,7 +19,7 @@ from bnfold.errors import InputError, UsageError
 from bnfold.norm import batch as batches
 from bnfold.norm import renorm as renorms
 from bnfold.norm.weight import WEIGHTED, check_weight, weight_norm
-from bnfold.parts import parts
+from bnfold.parts import copied, parts, put_in
 
 Kind = Literal[
     "batch",
@@ -120,7 +119,7 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
 
         return propagate(model, inplace=inplace, **options)
     if not inplace:
-        model = copied(model)
+        model = copied(model, "convert it in place")
     log_scale = options.pop("log_scale", False)
     if form.weight_normed:
         check_weights(model, log_scale)
@@ -133,17 +132,6 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     return model
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; InputError for a model that has none."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())[:200]});"
-            " convert it in place."
-        ) from error
-
-
 def _replace(model: nn.Module, kind: str, options: dict[str, Any]) -> nn.Module:
     """Every batch norm replaced, in all of its places; what it becomes is made first."""
     new: dict[int, nn.Module] = {}
@@ -154,11 +142,7 @@ def _replace(model: nn.Module, kind: str, options: dict[str, Any]) -> nn.Module:
         raise InputError(
             f"{type(model).__name__} has no batch norm, so there is no place for '{kind}'."
         )
-    for _, part in list(parts(model)):
-        for leaf, child in part._modules.items():
-            if id(child) in new:
-                part._modules[leaf] = new[id(child)]
-    return new.get(id(model), model)
+    return put_in(model, new)
 
 
 # --- which modules are batch norms ---------------------------------------------------------------

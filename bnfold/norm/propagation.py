@@ -14,7 +14,6 @@ second moment at 1, 1/1.21 = sqrt(1 - 1/pi) keeps the singular values of its Jac
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from bnfold.norm.convert import check_weights, convert
 from bnfold.norm.gaussian import Moments, activation_moments, average_moments, max_moments
 from bnfold.norm.variance import AVERAGE_POOLS, TRANSPOSED, Variances
 from bnfold.norm.weight import WEIGHTED, WeightNorm, weight_norm
-from bnfold.parts import parts
+from bnfold.parts import copied, parts, put_in
 
 GAIN = 1 / 1.21
 # A division by std itself; with an eps of 0 and a std of 1 it would be a mean-only batch norm.
@@ -92,7 +91,7 @@ def propagate(
     """
     if not (isinstance(gain, (int, float)) and math.isfinite(gain) and gain > 0):
         raise UsageError(f"gain is {gain!r}; it must be a positive number.")
-    bare = _without_norms(_copy(model))
+    bare = _without_norms(copied(model))
     found = Variances(bare, pooling=pooling)
     in_front = None if input is None else _input_norm(bare, found.first, input)
     moments = {
@@ -106,29 +105,16 @@ def propagate(
     for _, part in parts(target):
         if isinstance(part, WEIGHTED):
             _reparametrise(part, gain)
-    _replace(target, {id(target.get_submodule(n)): m for n, m in moments.items()})
+    _normalise(target, moments)
     if in_front is None:
         return target
     return nn.Sequential(OrderedDict(input_norm=in_front, network=target)).train(model.training)
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # a module may hold anything
-        raise InputError(
-            f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())[:200]}), and"
-            " its forward is read on a copy; take off what cannot be copied first."
-        ) from error
-
-
 def _without_norms(model: nn.Module) -> nn.Module:
     """The model, in place, without batch norms and constants; its layers with biases."""
-    for _, part in list(parts(model)):
-        for leaf, child in part._modules.items():
-            if isinstance(child, Propagated):
-                part._modules[leaf] = child.act
-    return convert(model, "none", inplace=True)
+    acts = {id(part): part.act for _, part in parts(model) if isinstance(part, Propagated)}
+    return convert(put_in(model, acts), "none", inplace=True)
 
 
 def _check_weight_norms(model: nn.Module) -> None:
@@ -155,17 +141,14 @@ def _reparametrise(layer: Any, gain: float) -> None:
     layer.bias.zero_()
 
 
-def _replace(model: nn.Module, moments: dict[int, Moments]) -> None:
-    """Put `Propagated` around modules, by their ids, one for all places of a module."""
+def _normalise(model: nn.Module, moments: dict[str, Moments]) -> None:
+    """Put `Propagated` around modules, in place; a module in two places stays one."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    done: dict[int, nn.Module] = {}
-    for _, part in list(parts(model)):
-        for leaf, child in part._modules.items():
-            if child is not None and id(child) in moments:
-                if id(child) not in done:
-                    known = moments[id(child)]
-                    done[id(child)] = Propagated(child, known, device=like.device, dtype=like.dtype)
-                part._modules[leaf] = done[id(child)]
+    new: dict[int, nn.Module] = {}
+    for name, known in moments.items():
+        act = model.get_submodule(name)
+        new[id(act)] = Propagated(act, known, device=like.device, dtype=like.dtype)
+    put_in(model, new)
 
 
 def _pool_moments(pool: nn.Module, variance: float) -> Moments:

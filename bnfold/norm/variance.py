@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from bnfold.errors import InputError
+from bnfold.errors import InputError, one_line
 from bnfold.norm.gaussian import ACTIVATIONS
 from bnfold.norm.weight import WEIGHTED
 
@@ -206,7 +206,7 @@ def _trace(model: nn.Module) -> fx.Graph:
     except Exception as error:  # the user's forward may raise anything
         raise InputError(
             f"torch.fx cannot read the forward of {type(model).__name__}, from which the variance"
-            f" before each activation follows ({' '.join(str(error).split())[:200]}); write the"
+            f" before each activation follows ({one_line(error)}); write the"
             " forward without control flow on tensors, or use another kind of normalisation."
         ) from error
 

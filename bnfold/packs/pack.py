@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnfold.adapting.base import Adapted, Base, Reading, open_base
-from bnfold.errors import InputError
+from bnfold.errors import InputError, one_line
 from bnfold.folding.record import FoldRecord
 from bnfold.folding.told import AnyArray
 from bnfold.graph import replacing
@@ -330,7 +330,7 @@ _BROKEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, Overflow
 
 
 def _broken(path: Path, error: Exception) -> InputError:
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = one_line(error)
     return InputError(f"{path} is not a domain pack, or is damaged: {text}.")
 
 

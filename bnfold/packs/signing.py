@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.errors import InputError, RuntimeUnavailableError, UsageError
+from bnfold.errors import InputError, RuntimeUnavailableError, UsageError, one_line
 from bnfold.graph import replacing
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def sign(message: bytes, private_key: Path | str) -> dict[str, str]:
         raise InputError(f"The private key {path} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError) as error:  # TypeError: it asks for a password
         raise InputError(
-            f"{path} is no private key in PEM without a password ({_text(error)}); `bnfold pack"
+            f"{path} is no private key in PEM without a password ({one_line(error)}); `bnfold pack"
             " keygen` makes one."
         ) from None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
@@ -90,7 +90,7 @@ def _public(given: Path | str | bytes) -> Ed25519PublicKey:
     except OSError as error:
         raise InputError(f"The public key {given!s} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise InputError(f"The public key is no PEM public key ({_text(error)}).") from None
+        raise InputError(f"The public key is no PEM public key ({one_line(error)}).") from None
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise InputError(
             f"The public key is a {type(key).__name__}; packs are signed with Ed25519."
@@ -105,10 +105,6 @@ def _pem(key: Ed25519PublicKey) -> bytes:
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     return pem
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split())[:120].rstrip(".")
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from bnfold.errors import InputError
+from bnfold.errors import InputError, one_line
 from bnfold.reading.source import Source
 
 _PARAMETRIZED = re.compile(r"(.*\.|)parametrizations\.([^.]+)\..+")
@@ -92,7 +92,7 @@ def _hold(
     except Exception as error:  # whatever the reference does not know
         raise InputError(
             f"The weight '{name}' of the checkpoint cannot be computed from its graph"
-            f" ({' '.join(str(error).split())[:200]}); name its network with --model."
+            f" ({one_line(error)}); name its network with --model."
         ) from error
     shape = ir.Shape(weight.shape)
     tensor = ir.Tensor(weight, name=name)

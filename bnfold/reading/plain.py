@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
-from bnfold.errors import InputError
-from bnfold.parts import parts
+from bnfold.errors import InputError, one_line
+from bnfold.parts import copied, parts, put_in
 
 # The hooks with which torch computes a weight before each forward, and how each is taken off.
 _COMPUTED = {
@@ -51,8 +51,8 @@ def plain(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """
     if not any(_computed(p) or is_variant(p) or _frozen(p) for _, p in parts(module)):
         return module, ()
-    copied = copy_of(module)
-    return copied, make_plain(copied)
+    made = copy_of(module)
+    return made, make_plain(made)
 
 
 def computed_layers(module: nn.Module) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def make_plain(module: nn.Module) -> tuple[str, ...]:
         except Exception as error:
             raise InputError(
                 f"The weight of '{name}' is computed by a hook or a parametrization that cannot be"
-                f" taken off ({' '.join(str(error).split())[:200]}); take it off before folding."
+                f" taken off ({one_line(error)}); take it off before folding."
             ) from error
     variants = _replace(module, is_variant, _torchs_own)
     frozen = _replace(module, _frozen, _batch_norm)
@@ -94,24 +94,8 @@ def _listed(names: list[str]) -> str:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy in eval mode; tensors that an earlier forward left behind are cut off.
-
-    Raises InputError for a module that cannot be copied.
-    """
-    left_behind: dict[int, Any] = {}
-    for _, part in parts(module):
-        for value in torch.utils._pytree.tree_leaves(list(vars(part).values())):
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                left_behind[id(value)] = value.detach().clone()
-    try:
-        copied = copy.deepcopy(module, left_behind)
-    except Exception as error:
-        raise InputError(
-            f"{type(module).__name__} cannot be copied ({' '.join(str(error).split())[:200]});"
-            " fold it to ONNX instead."
-        ) from error
-    copied.eval()
-    return copied
+    """A copy in eval mode. Raises InputError for a module that cannot be copied."""
+    return copied(module, "fold it to ONNX instead").eval()
 
 
 # --- computed weights ----------------------------------------------------------------------------
@@ -159,18 +143,9 @@ def _replace(
 
     The module itself stays what it is.
     """
-    done: dict[int, nn.Module] = {}
-    names = []
-    for path, part in list(parts(module)):
-        for leaf, child in part._modules.items():
-            if child is None:
-                continue
-            if id(child) not in done and chosen(child):
-                done[id(child)] = new(child)
-            if id(child) in done:
-                part._modules[leaf] = done[id(child)]
-                names.append(f"{path}.{leaf}" if path else leaf)
-    return names
+    places = [(name, part) for name, part in parts(module) if part is not module and chosen(part)]
+    put_in(module, {id(part): new(part) for part in {id(p): p for _, p in places}.values()})
+    return [name for name, _ in places]
 
 
 def is_variant(part: nn.Module) -> bool:

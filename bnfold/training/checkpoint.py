@@ -6,18 +6,16 @@ of the network nor a pickle.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from bnfold.errors import InputError
 from bnfold.folding.module import plain_parts
 from bnfold.graph import export_module, graph_inputs
+from bnfold.parts import copied
 from bnfold.saving import checkpoint_bytes, write_bytes
-from bnfold.training.words import one_line
 
 
 def save_checkpoint(
@@ -51,11 +49,3 @@ def save_checkpoint(
         plain=plain_parts(portable, graph),
     )
     write_bytes(path, data)
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """A copy. Raises InputError for a module that cannot be copied."""
-    try:
-        return copy.deepcopy(module)
-    except RuntimeError as error:  # a tensor that autograd computed, kept as an attribute
-        raise InputError(f"{type(module).__name__} cannot be copied: {one_line(error)}") from error

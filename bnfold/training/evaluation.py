@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
+from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError, one_line
 from bnfold.measuring.ranks import Alone
 from bnfold.training.batches import Data, Source, source_of
 from bnfold.training.task import Classification, Task
 from bnfold.training.team import Team
-from bnfold.training.words import explaining_memory, one_line
+from bnfold.training.words import explaining_memory
 
 EVALUATION_BATCH = 500
 
@@ -121,5 +121,5 @@ def device_of(device: str | torch.device) -> torch.device:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise RuntimeUnavailableError(
-            f"The device '{device}' cannot be used here: {one_line(error)}"
+            f"The device '{device}' cannot be used here: {one_line(error)}."
         ) from error

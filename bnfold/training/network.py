@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import UsageError
+from bnfold.errors import UsageError, one_line
 from bnfold.norm import Clipping, convert, initialise
 from bnfold.reading.factory import build_module
 from bnfold.training.batches import Batch, Data, source_of
 from bnfold.training.evaluation import output_of, to_device
 from bnfold.training.settings import seed_by
 from bnfold.training.task import Task
-from bnfold.training.words import one_line
 
 FIRST_SAMPLES = 500  # as many as the authors' code initialises with
 _INITIALISED_BY_DATA = ("weight", "weight-mean-only")

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import Diverged, UsageError
+from bnfold.errors import Diverged, UsageError, one_line
 from bnfold.training.batches import Batch, Source
 from bnfold.training.evaluation import Score, output_of, score, to_device
 from bnfold.training.settings import schedule_factor, seed_by
 from bnfold.training.state import Best, EpochMetrics, State
 from bnfold.training.task import Task
 from bnfold.training.team import Team
-from bnfold.training.words import check_finite, diverged, explaining_memory, one_line
+from bnfold.training.words import check_finite, diverged, explaining_memory
 
 Progress = Callable[[int, int | None], None]
 
@@ -135,7 +135,7 @@ class Run:
             made = self.augment(x)
         except Exception as error:  # the user's code may raise anything
             raise UsageError(
-                f"augment failed on a batch of shape {tuple(x.shape)}: {one_line(error)}"
+                f"augment failed on a batch of shape {tuple(x.shape)}: {one_line(error)}."
             ) from error
         if not isinstance(made, Tensor) or len(made) != len(x):
             raise UsageError("augment must return the batch, as a tensor of as many samples.")

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import InputError
+from bnfold.errors import InputError, one_line
 from bnfold.graph import replacing
 from bnfold.training.settings import Settings
-from bnfold.training.words import one_line
 
 SCHEMA = 2
 _DIFFER = {
@@ -93,7 +92,7 @@ class State:
             self.history = [EpochMetrics(**metrics) for metrics in content["history"]]
             self.best = content["best"] and Best(**content["best"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} is of another network: {one_line(error)}") from error
+            raise InputError(f"{path} is of another network: {one_line(error)}.") from error
 
 
 def _save_plain(content: Mapping[str, Any], path: Path) -> None:
@@ -105,7 +104,7 @@ def _save_plain(content: Mapping[str, Any], path: Path) -> None:
         raise  # of the disk, not of the content
     except Exception as error:  # pickle, zip and torch each raise types of their own
         raise InputError(
-            f"The network's state cannot be written as plain tensors: {one_line(error)}"
+            f"The network's state cannot be written as plain tensors: {one_line(error)}."
         ) from error
 
 
@@ -116,4 +115,4 @@ def _load_plain(path: Path) -> Any:
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
     except Exception as error:  # pickle, zip and torch each raise types of their own
-        raise InputError(f"{path} cannot be read as a checkpoint: {one_line(error)}") from error
+        raise InputError(f"{path} cannot be read as a checkpoint: {one_line(error)}.") from error

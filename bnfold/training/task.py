@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bnfold.errors import UsageError
-from bnfold.training.words import check_choice, describe, one_line, type_name
+from bnfold.errors import UsageError, one_line
+from bnfold.training.words import check_choice, describe, type_name
 
 Loss = Literal["cross_entropy", "mse"] | Callable[[Tensor, Tensor], Tensor]
 
@@ -174,7 +174,7 @@ class Own:
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise UsageError(
                 f"The loss {self.name} failed on an output of shape {tuple(output.shape)} and"
-                f" targets of shape {tuple(y.shape)}: {one_line(error)}"
+                f" targets of shape {tuple(y.shape)}: {one_line(error)}."
             ) from error
         if not isinstance(found, Tensor) or found.numel() != 1:
             raise UsageError(

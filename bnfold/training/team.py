@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError
+from bnfold.errors import BnfoldError, RuntimeUnavailableError, UsageError, one_line
 from bnfold.measuring.ranks import Ranks
 from bnfold.norm import BatchRenorm, FrozenBatchNorm
-from bnfold.training.words import one_line
 
 Item = TypeVar("Item")
 
@@ -91,7 +90,7 @@ class Team:
                 raise
             raise RuntimeUnavailableError(
                 f"Process {self.rank} of {self.size} failed while the processes averaged, or lost"
-                f" the others there: {one_line(error)}"
+                f" the others there: {one_line(error)}."
             ) from error
 
     def summed(self, values: Sequence[float]) -> list[float]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bnfold.errors import UsageError
 from bnfold.measuring.ranks import Alone, Ranks
+from bnfold.parts import copied
 from bnfold.training.batches import Data, Share, source_of
-from bnfold.training.checkpoint import copied
 from bnfold.training.checkpoint import save_checkpoint as save_checkpoint
 from bnfold.training.evaluation import EVALUATION_BATCH, device_of
 from bnfold.training.evaluation import evaluate as evaluate

@@ -12,11 +12,6 @@ from torch import Tensor, nn
 from bnfold.errors import Diverged, UsageError
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line, cut where it is long."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def describe(value: object) -> str:
     """A value in the words of an error message."""
     if isinstance(value, Tensor | np.ndarray):
