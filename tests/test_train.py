@@ -183,6 +183,13 @@ def test_resume_refuses_another_run(few, tmp_path):
         train(network(), (x, y[::-1]), epochs=2, resume=state)
     with pytest.raises(InputError, match="another network"):
         train(mlp(in_features=64, widths=(8,)), few, epochs=2, resume=state)
+    with pytest.raises(InputError, match="another network, or another normalisation"):
+        train(mlp(in_features=64, widths=(24,), dropout=0.2), few, epochs=2, resume=state)
+    cut = torch.load(state, weights_only=True)
+    del cut["bnfold"]["settings"]
+    torch.save(cut, state)
+    with pytest.raises(InputError, match="is of a run with another network"):
+        train(network(), few, epochs=2, resume=state)
 
 
 def test_resume_refuses_what_is_no_state_of_a_run(few, tmp_path):
@@ -335,7 +342,8 @@ def test_data_the_network_cannot_learn_from_is_refused_in_words(data, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"epochs": 0}, "epochs is 0; it must be a whole number, 1 or more"),
+        ({"epochs": 1.5}, "epochs is 1.5; it must be a whole number"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"lr": 0.0}, "lr is 0.0"),

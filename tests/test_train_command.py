@@ -236,6 +236,9 @@ def test_a_state_is_not_written_over_by_chance(monkeypatch, capsys):
     assert "net.state is the state of a run that was broken off" in capsys.readouterr().err
     assert main(call("--resume", "--seed", 1)) == 3
     assert "seed 0, now 1" in capsys.readouterr().err
+    # one state_dict, another function
+    assert main(call("--resume", "--norm", "ghost", "--norm-set", "ghost_size=8")) == 3
+    assert "another network, or another normalisation in it" in capsys.readouterr().err
     assert main(call("--overwrite", "--seed", 1, "-q")) == 0
     assert main(call("--resume")) == 2
     assert main(call("--overwrite", "--resume")) == 2
@@ -307,9 +310,12 @@ def test_a_signal_leaves_a_state_that_the_run_goes_on_from(folder, sign):
         (["--set", "in_channels=3"], 2, "--set in_channels=1"),
         (["--set", 'num_classes="a"'], 2, "net.py:net failed with TypeError"),
         (["--norm", "bogus"], 2, "There is no kind 'bogus'"),
-        (["--norm", "ghost", "--norm-set", "ghost_size=0"], 2, "ghost batch of 0"),
+        (["--norm", "ghost", "--norm-set", "ghost_size=0"], 2, "ghost batch"),
         (["--data", "flat.npz"], 2, "does not take a batch of shape (4, 5)"),
         (["--norm", "renorm", "--norm-set", "r_max=big"], 2, "renorm does not take r_max='big'"),
+        (["--norm", "renorm", "--norm-set", "schedule=3"], 2, "'renorm' has no option 'schedule'"),
+        (["--norm", "weight", "--set", "in_channels=3"], 2, "--set in_channels=1"),
+        (["--norm", "weight", "--statistics", "exact"], 2, "has none to measure"),
         (["--norm-set", "eps=1"], 2, "--norm-set is of --norm"),
         (["--data", "mnist:nowhere"], (3, 4), "mnist"),
         (["--data", "absent.npz"], 3, "does not exist"),

@@ -195,12 +195,58 @@ def test_augmentation_is_of_the_training_only_and_repeatable(data, tmp_path):
             train(network(), data, epochs=1, augment=bad)
 
 
+def test_a_loss_without_a_gradient_is_refused(data):
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    with pytest.raises(UsageError, match="The loss has no gradient"):
+        train(Detached(5, 3), data, epochs=1)
+
+
+def test_samples_that_cannot_be_read_do_not_shorten_the_step(data):
+    class Half:
+        """Samples of which every second one cannot be read."""
+
+        name = "half"
+        labels = None
+
+        def __len__(self):
+            return len(data[0])
+
+        def take(self, index):
+            kept = index[index % 2 == 0]
+            return data[0][kept], data[1][kept]
+
+    options = {"epochs": 1, "batch_size": 60, "momentum": 0.0, "weight_decay": 0.0}
+    even = [(data[0][::2], data[1][::2])]
+    found = train(network(norm=False), Half(), **options).module.state_dict()
+    wanted = train(network(norm=False), even, **options).module.state_dict()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7)
+
+
 def test_gains_of_weight_norm_do_not_decay(data, tmp_path):
     net = convert(network(), "weight")
     train(net, data, epochs=1, checkpoint=tmp_path / "s", weight_decay=0.25)
     groups = torch.load(tmp_path / "s", weights_only=True)["optimizer"]["param_groups"]
     # two directions; two gains and two biases
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.25, 2), (0.0, 4)]
+
+    class Sum(nn.Module):
+        """A parametrization in two parts that is no weight norm: both parts are weights."""
+
+        def forward(self, a, b):
+            return a + b
+
+        def right_inverse(self, weight):
+            return weight / 2, weight / 2
+
+    net = nn.Sequential(nn.Linear(5, 3, bias=False))
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Sum())
+    train(net, data, epochs=1, checkpoint=tmp_path / "s", weight_decay=0.25)
+    groups = torch.load(tmp_path / "s", weights_only=True)["optimizer"]["param_groups"]
+    assert [len(g["params"]) for g in groups] == [2, 0]
 
 
 # --- what is kept ---------------------------------------------------------------------------------
@@ -219,8 +265,15 @@ def test_exact_statistics_are_of_the_whole_set_and_frozen_ones_stay(data):
     torch.testing.assert_close(norm.running_var, hidden.var(0), rtol=1e-5, atol=1e-6)
     assert torch.equal(exact.module[0].running_mean, torch.zeros(5))
     assert evaluate(exact.module, data) == exact.test_accuracy
-    with pytest.raises(InputError, match="batch norm"):
-        train(network(norm=False), data, epochs=1, statistics="exact")
+    steps = []
+    for without in (
+        network(norm=False),
+        convert(network(), "frozen"),
+        convert(network(), "weight"),
+    ):
+        with pytest.raises(UsageError, match="the network has none to measure"):
+            train(without, data, epochs=1, statistics="exact", on_step=steps.append)
+    assert not steps  # said before the work, not behind it
 
 
 def test_the_best_epoch_is_kept_and_survives_an_interruption(data, tmp_path):
@@ -258,7 +311,7 @@ def test_lone_values_are_told_of_each_variant(data):
         with pytest.raises(UsageError, match=r"batch norm '1' gets an input of shape \(1, 8\)"):
             train(convert(network(), kind), one, epochs=1)
     ghosts = convert(network(), "ghost", ghost_size=1)
-    with pytest.raises(UsageError, match="in each ghost batch has no variance"):
+    with pytest.raises(UsageError, match="in each ghost batch is its own mean and has no variance"):
         train(ghosts, [(x[:6], y[:6])], epochs=1)
     train(convert(network(), "ghost", ghost_size=2), [(x[:6], y[:6])], epochs=1)
     train(convert(network(), "frozen"), one, epochs=1)

@@ -15,8 +15,9 @@ COMMON = """
 import sys
 import numpy as np, torch
 from torch import nn
-from bnfold.errors import BnfoldError
+from bnfold.errors import BnfoldError, UsageError
 from bnfold.measuring.ranks import group_from_environment
+from bnfold.norm import convert
 from bnfold.training.train import train
 
 rng = np.random.default_rng(3)
@@ -42,8 +43,11 @@ def trained(how, ranks):
 TRAIN = """
 with group_from_environment() as ranks:
     found = {how: trained(how, ranks) for how in ("samples", "given", "norm")}
-    one_step = train(network(True), [(x[:50], y[:50])], epochs=1, ranks=ranks)
-    found["step"] = one_step.module.state_dict()
+    for kind in ("batch", "renorm"):
+        momentum = {"momentum": 0.5} if kind == "renorm" else {}
+        net = convert(network(True), kind, **momentum)
+        one_step = train(net, [(x[:50], y[:50])], epochs=1, ranks=ranks)
+        found[kind] = one_step.module.state_dict()
     torch.save(found, f"{sys.argv[1]}/{ranks.rank}.pt")
 """
 
@@ -87,18 +91,26 @@ def test_batch_norms_of_two_processes_are_one_network_with_exact_statistics(here
 
 
 def test_moving_averages_are_the_mean_of_what_the_processes_saw(here, two):
-    state = two[0]["step"]
-    assert furthest(state, two[1]["step"]) == 0
+    state = two[0]["batch"]
+    assert furthest(state, two[1]["batch"]) == 0
     seen = here["network"](True)[0](torch.from_numpy(here["x"][:50])).detach()
     torch.testing.assert_close(state["1.running_mean"], 0.1 * seen.mean(0))
     var = (seen[:25].var(0) + seen[25:].var(0)) / 2
     torch.testing.assert_close(state["1.running_var"], 0.9 + 0.1 * var)
+    # batch renormalization averages deviations, of the batch and of the processes
+    eps = 1e-5
+    parts = [(part.var(0, correction=0) + eps).sqrt() for part in (seen[:25], seen[25:])]
+    start = (torch.tensor(1.0) + eps).sqrt()
+    std = (parts[0] + parts[1] + 2 * start) / 4
+    found = (two[0]["renorm"]["1.running_var"] + eps).sqrt()
+    torch.testing.assert_close(found, std)
 
 
 FAIL = """
 class Spoiled(nn.Sequential):
     def forward(self, x):
-        return super().forward(x) * (float("nan") if self.training else 1.0)
+        spoils = self.training and ranks.rank == 1
+        return super().forward(x) * (float("nan") if spoils else 1.0)
 
 class Short:
     def __len__(self):
@@ -106,17 +118,24 @@ class Short:
     def __iter__(self):
         yield from given[:3]
 
-for how in ("nan", "short", "arguments"):
-    net, data = network(), given
+def boo(*_):
+    if ranks.rank == 1:
+        raise UsageError("boo")
+    return _[0]
+
+for how in ("nan", "short", "arguments", "augment", "on_step", "log"):
+    net, data, more = network(norm=True), given, {}
     try:
         with group_from_environment() as ranks:
-            if ranks.rank == 1 and how == "nan":
+            if how == "nan":
                 net = Spoiled(*net)
             if ranks.rank == 1 and how == "short":
                 data = Short()
             if ranks.rank == 1 and how == "arguments":
-                options["lr"] = 0.04
-            train(net, data, ranks=ranks, **options)
+                more["lr"] = 0.04
+            if how in ("augment", "on_step", "log"):
+                more[how] = boo
+            train(net, data, ranks=ranks, **{**options, **more})
     except BnfoldError as error:
         print(how, "|", error)
 """
@@ -126,10 +145,44 @@ def test_what_fails_in_one_process_ends_all_with_its_words():
     ended = run_in(2, COMMON + FAIL, joined=True)
     assert [code for code, _ in ended] == [0, 0]
     for _, said in ended:
-        nan, short, arguments = said.splitlines()
+        nan, short, arguments, augment, hook, log = said.splitlines()
         assert nan.startswith("nan | The loss became nan in step 1 of epoch 1")
         assert "short | The processes got different numbers of batches: 1 of 2 are" in short
         assert "arguments | The processes were started with different arguments" in arguments
+        assert augment == "augment | augment failed on a batch of shape (5, 6): boo"
+        assert (hook, log) == ("on_step | boo", "log | boo")
+
+
+BACKWARD = """
+class Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no way back")
+
+class Stuck(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        return Refusing.apply(y) if ranks.rank == 1 else y
+
+try:
+    with group_from_environment() as ranks:
+        net = network(norm=True)
+        train(Stuck(*net), given, ranks=ranks, **options)
+except BnfoldError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_failure_on_the_way_back_does_not_leave_the_others_waiting():
+    (other, failed) = run_in(2, COMMON + BACKWARD)
+    assert failed[0] == other[0] == 0
+    assert "RuntimeUnavailableError Process 1 of 2 failed while the processes averaged" in failed[1]
+    assert "no way back" in failed[1]
+    assert "RuntimeUnavailableError Process 0 of 2 failed while" in other[1]
+    assert "lost the others" in other[1]
 
 
 def test_torchrun_trains_reports_and_writes_once(tmp_path):
