@@ -30,8 +30,8 @@ from tests.test_folded_adapt import moved
 SHAPES = {"digits": (1, 1, 8, 8), "resnet": (1, 3, 8, 8), "preact": (1, 3, 8, 8)}
 NETWORKS = {
     "digits": digits_cnn,
-    "resnet": lambda: ResNetCifar(1),
-    "preact": lambda: PreActResNet((2,), (8,)),
+    "resnet": lambda: ResNetCifar(1, 10, 3, 16),
+    "preact": lambda: PreActResNet((2,), (8,), 10, 3),
 }
 
 

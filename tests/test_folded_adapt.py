@@ -168,8 +168,8 @@ class Hooked(nn.Module):
 
 NETWORKS = {
     "digits": (digits_cnn, DIGIT, False),
-    "resnet": (lambda: ResNetCifar(1), IMAGE, False),
-    "preact": (lambda: PreActResNet((2,), (8,)), IMAGE, True),
+    "resnet": (lambda: ResNetCifar(1, 10, 3, 16), IMAGE, False),
+    "preact": (lambda: PreActResNet((2,), (8,), 10, 3), IMAGE, True),
     "hooked": (Hooked, IMAGE, False),
 }
 
@@ -246,7 +246,7 @@ def test_files_of_every_kind_agree(folder):
 
 def test_a_record_that_does_not_say_what_was_asked_still_does():
     """Records of before there were choices: the same batch norms fold, of a class or a graph."""
-    module = with_statistics(ResNetCifar(1))
+    module = with_statistics(ResNetCifar(1, 10, 3, 16))
     first = bnfold.fold(module, IMAGE, only=["layer1.*"])
     statistics = moved(first.original)
     old = dataclasses.replace(first.record, choices=None)

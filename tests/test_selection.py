@@ -22,7 +22,7 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 @pytest.fixture(scope="module")
 def resnet():
     """7 batch norms: bn1 and two in each of layer1.0, layer2.0, layer3.0."""
-    return with_statistics(ResNetCifar(1))
+    return with_statistics(ResNetCifar(1, 10, 3, 16))
 
 
 class TwoReaders(nn.Module):

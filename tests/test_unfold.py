@@ -146,8 +146,8 @@ def test_models_in_memory_give_their_own_type_back():
 
 NETWORKS = {
     "digits": (digits_cnn, DIGIT),
-    "resnet": (lambda: ResNetCifar(1), torch.zeros(1, 3, 8, 8)),
-    "preact": (lambda: PreActResNet((2,), (8,)), torch.zeros(1, 3, 8, 8)),
+    "resnet": (lambda: ResNetCifar(1, 10, 3, 16), torch.zeros(1, 3, 8, 8)),
+    "preact": (lambda: PreActResNet((2,), (8,), 10, 3), torch.zeros(1, 3, 8, 8)),
 }
 
 
@@ -200,7 +200,7 @@ def test_a_module_that_was_changed_is_refused():
         change(module)
         with pytest.raises(InputError, match=word):
             bnfold.unfold(module, result.record)
-    other = bnfold.fold(with_statistics(ResNetCifar(1)), torch.zeros(1, 3, 8, 8))
+    other = bnfold.fold(with_statistics(ResNetCifar(1, 10, 3, 16)), torch.zeros(1, 3, 8, 8))
     with pytest.raises(InputError):
         bnfold.unfold(other.model, result.record)
 
