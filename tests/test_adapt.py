@@ -736,7 +736,7 @@ def test_modules_that_cannot_be_adapted_are_refused():
     with pytest.raises(InputError, match="no shape yet"):
         adapt(nn.Sequential(nn.LazyBatchNorm2d()), [target()])
     net = nn.Sequential(nn.BatchNorm2d(2))
-    net.held = (net[0].weight * 2).sum()
+    net.lock = threading.Lock()
     with pytest.raises(InputError, match="Sequential cannot be copied"):
         adapt(net, [target()])
 

@@ -1,6 +1,7 @@
 """One normalization in place of another, and what carries over."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -425,9 +426,17 @@ def test_calls_that_are_wrong():
         convert(nn.BatchNorm2d(2), "normprop", eps=1)
 
 
-def test_a_model_that_cannot_be_copied():
+def test_a_tensor_that_a_forward_left_behind_is_no_obstacle():
     net = nn.Sequential(nn.BatchNorm1d(2))
     net.left = net[0].weight * 2
+    made = convert(net, "renorm")
+    assert torch.equal(made.left, net.left)
+    assert not made.left.requires_grad
+
+
+def test_a_model_that_cannot_be_copied():
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    net.lock = threading.Lock()
     with pytest.raises(InputError, match=r"Sequential cannot be copied .* in place"):
         convert(net, "renorm")
     assert convert(net, "renorm", inplace=True) is net

@@ -95,7 +95,9 @@ def _listed(names: list[str]) -> str:
 
 def copy_of(module: nn.Module) -> nn.Module:
     """A copy in eval mode. Raises InputError for a module that cannot be copied."""
-    return copied(module, "fold it to ONNX instead").eval()
+    made = copied(module, "fold it to ONNX instead")
+    made.eval()
+    return made
 
 
 # --- computed weights ----------------------------------------------------------------------------
