@@ -29,11 +29,6 @@ from bnfold.measuring.moments import ImageMoments
 from bnfold.measuring.statistics import Layer, Rule, Statistics
 from bnfold.parts import copied
 
-_OLD_WEIGHT_NORM = (
-    "a weight_norm of the old kind is one cause; take it off first, or use"
-    " torch.nn.utils.parametrizations"
-)
-
 
 class ModuleNetwork:
     """An nn.Module. Modes, momenta, hooks and num_batches_tracked of the result are the module's.
@@ -51,7 +46,7 @@ class ModuleNetwork:
     ) -> None:
         _check(module)
         self._forward = forward
-        self._result = copied(module, _OLD_WEIGHT_NORM)
+        self._result = copied(module)
         self._work = _working_copy(self._result, device)
         self._source = _sharing_parameters(self._work)
         self._chosen, self.skipped = _split(self._work, choice)
