@@ -154,8 +154,8 @@ TABLE
 
 Made and measured by `scripts/train_models.py` with one thread (`OMP_NUM_THREADS=1`). On one machine
 the same command gives the same bytes, which `scripts/train_models.py --check` proves. Elsewhere
-they may differ: another processor or another version of torch sums in another order, and the
-exporter's graph, which is in the file, is torch's too.
+they may differ: another processor or another version of torch sums in another order, and a file
+holds the exporter's graph, the settings of its run and the versions that it was made with.
 """
 
 
