@@ -13,6 +13,7 @@ from bnfold import norm
 from bnfold.errors import UsageError
 
 C = 3
+FAMILIES = ["BatchRenorm", "GhostBatchNorm", "MeanOnlyBatchNorm", "FrozenBatchNorm"]
 EPS = 0.05
 SHAPES = {(7, C): "1d", (6, C, 4): "1d", (5, C, 3, 2): "2d", (4, C, 2, 1, 2): "3d"}
 RANKS = [(shape, rank) for shape, own in SHAPES.items() for rank in (own, "")]
@@ -166,8 +167,44 @@ def test_no_ghost_is_smaller_than_asked(size, monkeypatch):
 
 
 def test_a_ghost_of_nothing():
-    with pytest.raises(UsageError, match="ghost batch cannot have 0 samples"):
+    with pytest.raises(UsageError, match="ghost_size is 0; it must be the samples of a ghost"):
         norm.GhostBatchNorm2d(C, ghost_size=0)
+
+
+# --- arguments and batches that are none ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["BatchNorm", *FAMILIES])
+def test_a_layer_refuses_arguments_that_are_none(family):
+    for rank in ("", "1d", "2d", "3d"):
+        if f"{family}{rank}" in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
+            continue  # torch's own
+        cls = getattr(norm, f"{family}{rank}")
+        if family != "MeanOnlyBatchNorm":
+            with pytest.raises(UsageError, match="eps is -1; it must be a finite number"):
+                cls(C, eps=-1)
+        if family != "FrozenBatchNorm":
+            with pytest.raises(UsageError, match="momentum is 2; it must be the weight of a new"):
+                cls(C, momentum=2)
+
+
+@pytest.mark.parametrize("family", ["GhostBatchNorm", "MeanOnlyBatchNorm", "BatchRenorm"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shape", [(0, C), (0, C, 4), (2, C, 0)])
+def test_an_empty_batch_leaves_the_statistics_as_torchs_does(family, momentum, shape):
+    layer = getattr(norm, f"{family}1d")(C, momentum=momentum)
+    torchs = nn.BatchNorm1d(C, momentum=momentum)
+    layer(torch.randn(5, C) + 1)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    torchs(torch.randn(5, C))
+    x = torch.randn(shape, requires_grad=True)
+    assert layer(x).shape == torchs(x).shape == shape
+    layer(x).sum().backward()
+    torchs(x)
+    assert torch.equal(layer.running_mean, mean)
+    assert torch.equal(layer.running_var, var)
+    assert layer.num_batches_tracked == torchs.num_batches_tracked
+    assert all(not p.grad.any() for p in layer.parameters())
 
 
 # --- mean-only batch norm ------------------------------------------------------------------------
@@ -292,8 +329,6 @@ def test_frozen_loads_a_batch_norm():
 
 
 # --- all of them ---------------------------------------------------------------------------------
-
-FAMILIES = ["BatchRenorm", "GhostBatchNorm", "MeanOnlyBatchNorm", "FrozenBatchNorm"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

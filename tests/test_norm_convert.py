@@ -399,12 +399,21 @@ def test_an_epsilon_of_zero_carries_over(cls, kind):
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("batch", {"eps": "1"}, "'eps' is a number, not '1'"),
-        ("ghost", {"eps": None}, "'eps' is a number, not None"),
-        ("mean-only", {"momentum": "x"}, "'momentum' is a number, not 'x'"),
-        ("ghost", {"ghost_size": "a"}, "ghost batch cannot have 'a' samples"),
-        ("renorm", {"schedule": 3}, "schedule is a Clipping, not 3"),
-        ("weight-mean-only", {"log_scale": 0}, "a number above 0, not 0"),
+        ("batch", {"eps": "1"}, "eps is '1'; it must be a finite number, 0 or more"),
+        ("batch", {"eps": -1}, "eps is -1; it must be a finite number, 0 or more"),
+        ("sync", {"eps": float("inf")}, "eps is inf"),
+        ("ghost", {"eps": None}, "eps is None"),
+        ("frozen", {"eps": True}, "eps is True"),
+        ("mean-only", {"momentum": "x"}, "momentum is 'x'; it must be the weight of a new batch"),
+        ("batch", {"momentum": 5}, "momentum is 5; .* a number from 0 to 1, or None"),
+        ("renorm", {"momentum": float("nan")}, "momentum is nan"),
+        ("ghost", {"ghost_size": "a"}, "ghost_size is 'a'; it must be the samples of a ghost"),
+        ("ghost", {"ghost_size": 2.5}, "ghost_size is 2.5; .* a whole number, 1 or more"),
+        ("ghost", {"ghost_size": True}, "ghost_size is True"),
+        ("renorm", {"schedule": 3}, "schedule is 3; it must be a Clipping"),
+        ("sync", {"process_group": 3}, "process_group is 3; it must be a group of torch"),
+        ("weight", {"log_scale": "a"}, "log_scale is 'a'; it must be the scale c"),
+        ("weight-mean-only", {"log_scale": -1}, "log_scale is -1; .* a number above 0"),
     ],
 )
 def test_options_that_are_none(kind, options, words):

@@ -316,11 +316,14 @@ def test_the_step_is_the_count_of_batches():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"r_max": 0.5}, "r_max >= 1"),
-        ({"d_max": -1}, "d_max >= 0"),
-        ({"r_max": math.nan}, "r_max >= 1"),
+        ({"r_max": 0.5}, "r_max is 0.5; it must be a number, 1 or more"),
+        ({"r_max": "3"}, "r_max is '3'; it must be a number"),
+        ({"r_max": math.nan}, "r_max is nan"),
+        ({"d_max": -1}, "d_max is -1; it must be a number, 0 or more"),
+        ({"d_max": None}, "d_max is None"),
         ({"start": 30_000}, "start at step 30000"),
-        ({"start": -1}, "start at step -1"),
+        ({"start": -1}, "start is -1; it must be a whole number, 0 or more"),
+        ({"r_end": 1e5}, "r_end is 100000.0; it must be a whole number"),
     ],
 )
 def test_bounds_that_make_no_sense(arguments, words):

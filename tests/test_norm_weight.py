@@ -178,10 +178,18 @@ def test_a_length_of_zero_has_no_logarithm(name):
     weight_norm(layer)
 
 
-@pytest.mark.parametrize("c", [0, 0.0, -1.0, float("inf"), float("nan"), "1"])
+@pytest.mark.parametrize("c", [-1.0, float("inf"), float("nan"), "1", None])
 def test_a_scale_that_is_none(c):
-    with pytest.raises(UsageError, match=r"exp\(c s\) is a number above 0"):
+    with pytest.raises(UsageError, match=r"log_scale is .*; it must be the scale c of lengths"):
         weight_norm(nn.Linear(3, 2), log_scale=c)
+
+
+@pytest.mark.parametrize("c", [0, 0.0])
+def test_a_scale_of_zero_is_no_scale(c):
+    layer = nn.Linear(3, 2)
+    weight = layer.weight.detach().clone()
+    assert weight_norm(layer, log_scale=c).parametrizations.weight[0].c is None
+    torch.testing.assert_close(layer.weight, weight)
 
 
 def test_what_cannot_be_weight_normed():

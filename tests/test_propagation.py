@@ -471,6 +471,11 @@ def test_a_gain_out_of_range_is_refused(gain):
         propagate(mlp(4, 1), gain=gain)
 
 
+def test_pooling_is_a_choice_of_two():
+    with pytest.raises(UsageError, match="pooling is 'no'; it must be True or False"):
+        propagate(mlp(4, 1), pooling="no")
+
+
 # --- conversion -----------------------------------------------------------------------------------
 
 

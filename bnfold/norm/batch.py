@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfold.errors import UsageError
+from bnfold.norm.options import check_options
 
 __all__ = [
     "BatchNorm",
@@ -41,7 +41,22 @@ class BatchNorm(_BatchNorm):
 
     Ioffe & Szegedy: Batch Normalization, 2015, algorithm 1; momentum, unbiased running variance and
     cumulative average (momentum None) as in `torch.nn.BatchNorm2d`.
+
+    Raises UsageError for an eps or a momentum that is none.
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_options({"eps": eps, "momentum": momentum})
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -66,7 +81,7 @@ class GhostBatchNorm(BatchNorm):
     `ghost_size`; with one part this is torch's batch norm, bit for bit. `num_batches_tracked`
     counts ghost batches.
 
-    Raises UsageError for a ghost size below 1.
+    Raises UsageError for a ghost size that is no whole number, 1 or more.
     """
 
     def __init__(
@@ -82,8 +97,7 @@ class GhostBatchNorm(BatchNorm):
         ghost_size: int = 32,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not isinstance(ghost_size, int) or ghost_size < 1:
-            raise UsageError(f"A ghost batch cannot have {ghost_size!r} samples; give 1 or more.")
+        check_options({"ghost_size": ghost_size})
         self.ghost_size = ghost_size
 
     def forward(self, input: Tensor) -> Tensor:
@@ -148,8 +162,10 @@ class MeanOnlyBatchNorm(BatchNorm):
             )
         others = [dim for dim in range(input.dim()) if dim != 1]
         mean = input.mean(others, dtype=torch.promote_types(input.dtype, torch.float32))
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.count())
+        rate = self.count()
+        if input.numel():  # of no sample there is no mean; torch's own counts it and leaves it too
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
         shift = -mean if self.bias is None else self.bias - mean
         return (input + shift.view(-1, *[1] * (input.dim() - 2))).to(input.dtype)
 

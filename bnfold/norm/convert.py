@@ -18,6 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from bnfold.errors import InputError, UsageError
 from bnfold.norm import batch as batches
 from bnfold.norm import renorm as renorms
+from bnfold.norm.options import check_options
 from bnfold.norm.weight import WEIGHTED, check_weight, weight_norm
 from bnfold.parts import copied, parts, put_in
 
@@ -68,7 +69,6 @@ _FORMS: dict[str, _Form] = {
     "sync": _form((nn, "SyncBatchNorm"), "eps momentum process_group"),
     "none": _form(None, ""),
 }
-_AVERAGE = ("momentum", None)  # the one option that may be no number: the cumulative average
 # The modules whose batch norms are known here, and the classes of others, by name.
 _KNOWN = ("torch.nn.modules.batchnorm", batches.__name__, renorms.__name__)
 _FROZEN = (
@@ -100,10 +100,10 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     `log_scale` of weight norm. Returns the model itself if `inplace`, unless it is a batch norm;
     else a copy.
 
-    Raises UsageError for an unknown kind or option; InputError for a batch norm of the user's own
-    class or with hooks, a lazy layer, a batch norm without the statistics that the kind needs, a
-    weight that two layers share and that would be weight-normed, a model in which the kind finds no
-    place, or one that cannot be copied.
+    Raises UsageError for an unknown kind or option, or a value that it does not take; InputError
+    for a batch norm of the user's own class or with hooks, a lazy layer, a batch norm without the
+    statistics that the kind needs, a weight that two layers share and that would be weight-normed,
+    a model in which the kind finds no place, or one that cannot be copied.
     """
     if kind not in KINDS:
         raise UsageError(f"There is no kind '{kind}'; the kinds are {', '.join(KINDS)}.")
@@ -111,9 +111,7 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     if unknown := set(options) - form.options:
         allowed = ", ".join(sorted(form.options)) or "none"
         raise UsageError(f"'{kind}' has no option '{min(unknown)}'; its options: {allowed}.")
-    for option in {"eps", "momentum"} & set(options):
-        if not isinstance(options[option], float | int) and (option, options[option]) != _AVERAGE:
-            raise UsageError(f"'{option}' is a number, not {options[option]!r}.")
+    check_options(options)
     if kind == "normprop":
         from bnfold.norm.propagation import propagate  # which converts to 'none'
 

@@ -27,6 +27,7 @@ from bnfold.errors import InputError, UsageError
 from bnfold.norm import batch as batch_norms
 from bnfold.norm.convert import check_weights, convert
 from bnfold.norm.gaussian import Moments, activation_moments, average_moments, max_moments
+from bnfold.norm.options import check_options
 from bnfold.norm.variance import AVERAGE_POOLS, TRANSPOSED, Variances
 from bnfold.norm.weight import WEIGHTED, WeightNorm, weight_norm
 from bnfold.parts import copied, parts, put_in
@@ -89,8 +90,7 @@ def propagate(
 
     Raises InputError for a network that cannot be followed, UsageError for an option out of range.
     """
-    if not (isinstance(gain, (int, float)) and math.isfinite(gain) and gain > 0):
-        raise UsageError(f"gain is {gain!r}; it must be a positive number.")
+    check_options({"gain": gain, "pooling": pooling})
     bare = _without_norms(copied(model))
     found = Variances(bare, pooling=pooling)
     in_front = None if input is None else _input_norm(bare, found.first, input)

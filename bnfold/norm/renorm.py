@@ -10,7 +10,7 @@ it is computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from bnfold.errors import UsageError
 from bnfold.norm.batch import BatchNorm
+from bnfold.norm.options import check_options
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,7 @@ class Clipping:
     d_end: int = 25_000
 
     def __post_init__(self) -> None:
-        if not (self.r_max >= 1 and self.d_max >= 0):
-            raise UsageError(
-                f"Batch renorm's bounds are r_max >= 1 and d_max >= 0, not {self.r_max:g} and"
-                f" {self.d_max:g}."
-            )
+        check_options(asdict(self))
         if not 0 <= self.start <= min(self.r_end, self.d_end):
             raise UsageError(
                 f"Batch renorm's bounds cannot start at step {self.start} and end at {self.r_end}"
@@ -107,7 +104,7 @@ class BatchRenorm(BatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, device=device, dtype=dtype)
         if not isinstance(schedule, Clipping | None):
-            raise UsageError(f"Batch renorm's schedule is a Clipping, not {schedule!r}.")
+            raise UsageError(f"schedule is {schedule!r}; it must be a Clipping, or None.")
         self.schedule = schedule or Clipping()
 
     @property
@@ -118,7 +115,7 @@ class BatchRenorm(BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape."""
-        if not self.training:
+        if not (self.training and input.numel()):  # of no sample torch keeps no statistics
             return super().forward(input)
         self._check_input_dim(input)
         assert self.running_mean is not None

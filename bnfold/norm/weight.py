@@ -5,7 +5,6 @@ Salimans & Kingma: Weight Normalization, 2016; with the data-dependent initialis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from bnfold.errors import InputError, UsageError
 from bnfold.norm.batch import MeanOnlyBatchNorm
+from bnfold.norm.options import check_options
 from bnfold.parts import parts
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -77,11 +77,11 @@ def weight_norm(
 
     `dim` None: one length for each output unit, also of transposed and of grouped convolutions;
     else one for each index of that dimension of the weight. `log_scale`: the length is held as
-    its logarithm, g = exp(c s), c being 1 or the number given. A layer that has a weight norm
-    already, this one or torch's, is left as it is. Returns the layer.
+    its logarithm, g = exp(c s), c being 1 (True) or the number given; 0 is False. A layer that has
+    a weight norm already, this one or torch's, is left as it is. Returns the layer.
 
     Raises InputError for a layer of another kind, for one whose weight is computed otherwise, and
-    for a row of zeros where lengths are held as logarithms; UsageError for a c that is not above 0.
+    for a row of zeros where lengths are held as logarithms; UsageError for a c that is none.
     """
     check_weight(layer, log_scale=log_scale)
     if weight_normed(layer):
@@ -89,7 +89,7 @@ def weight_norm(
     groups = 1
     if dim is None:
         dim, groups = _units(layer)
-    c = None if log_scale is False else float(log_scale)
+    c = float(log_scale) if log_scale else None
     parametrize.register_parametrization(layer, "weight", WeightNorm(dim, groups, c=c))
     return layer
 
@@ -101,10 +101,7 @@ def _units(layer: Any) -> tuple[int, int]:
 
 def check_weight(layer: nn.Module, name: str = "", log_scale: bool | float = False) -> None:
     """InputError for a layer that can have no weight norm, UsageError for no such scale."""
-    if log_scale is not False and not (
-        isinstance(log_scale, float | int) and 0 < log_scale < math.inf
-    ):
-        raise UsageError(f"The scale c of lengths exp(c s) is a number above 0, not {log_scale!r}.")
+    check_options({"log_scale": log_scale})
     what = f"{type(layer).__name__} '{name}'" if name else type(layer).__name__
     if not isinstance(layer, WEIGHTED):
         raise InputError(f"Weight norm is for linear and convolution layers, not for {what}.")
@@ -113,7 +110,7 @@ def check_weight(layer: nn.Module, name: str = "", log_scale: bool | float = Fal
             f"The weight of {what} is computed from other tensors already; take off what computes"
             " it before weight norm."
         )
-    if weight_normed(layer) or log_scale is False:
+    if weight_normed(layer) or not log_scale:
         return
     lengths = WeightNorm(*_units(layer)).right_inverse(layer.weight)[0]
     if not lengths.is_meta and (lengths == 0).any():

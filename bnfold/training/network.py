@@ -8,15 +8,14 @@ normalised themselves, which stored pixels are not.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import UsageError, one_line
+from bnfold.errors import UsageError
 from bnfold.norm import Clipping, convert, initialise
 from bnfold.reading.factory import build_module
 from bnfold.training.batches import Batch, Data, source_of
@@ -55,8 +54,7 @@ def options_in_run(norm: str | None, options: Mapping[str, Any], *, steps: int) 
             f" {', '.join(_BOUNDS)}."
         )
     bounds = {name: options[name] for name in ("r_max", "d_max") if name in options}
-    with _told(norm, options):
-        clipping = Clipping.over(steps, **bounds)
+    clipping = Clipping.over(steps, **bounds)
     return {**asdict(clipping), **options}
 
 
@@ -80,14 +78,13 @@ def build_network(
     if norm is None:
         return module
     given = dict(options or {})
-    with _told(norm, given):
-        if norm == "renorm":
-            bounds = {name: given.pop(name) for name in _BOUNDS if name in given}
-            given["schedule"] = Clipping(**bounds)
-        if norm == "normprop" and given.get("input") == "batch":
-            # made here: behind a Flatten, the first layer does not tell the input's channels
-            given["input"] = _input_norm(example)
-        return convert(module, norm, **given)  # type: ignore[arg-type]  # it checks the kind
+    if norm == "renorm":
+        bounds = {name: given.pop(name) for name in _BOUNDS if name in given}
+        given["schedule"] = Clipping(**bounds)
+    if norm == "normprop" and given.get("input") == "batch":
+        # made here: behind a Flatten, the first layer does not tell the input's channels
+        given["input"] = _input_norm(example)
+    return convert(module, norm, **given)  # type: ignore[arg-type]  # it checks the kind
 
 
 def _input_norm(example: Tensor) -> nn.Module:
@@ -98,16 +95,6 @@ def _input_norm(example: Tensor) -> nn.Module:
             " yourself, and say so by input=null."
         )
     return kinds[example.dim()](example.shape[1], affine=False)
-
-
-@contextlib.contextmanager
-def _told(norm: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Values of a wrong type told with the options."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise UsageError(f"{norm} does not take {given}: {one_line(error)}.") from error
 
 
 def initialise_by_data(
