@@ -572,7 +572,8 @@ def _add_training(train: argparse.ArgumentParser) -> None:
         "--keep",
         choices=("last", "best"),
         default="last",
-        help="the last epoch's network (default), or the best one's on the test data",
+        help="the last epoch's network (default), or the best one's on the test data (with moving"
+        " averages)",
     )
 
 

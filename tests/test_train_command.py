@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,16 @@ def test_the_checkpoint_says_how_it_came_about():
 def test_exact_statistics_are_those_of_the_training_set(capsys):
     assert main(call("--statistics", "exact")) == 0
     assert "with moving averages)" in capsys.readouterr().out
+    best = call("--statistics", "exact", "--keep", "best", "--overwrite")
+    assert main(best) == 0
+    told = re.search(
+        r"accuracy ([\d.]+) % \(([\d.]+) % with moving averages, by which epoch (\d) was chosen\)",
+        capsys.readouterr().out,
+    )
+    figures = about("net.pt")["metrics"]
+    found = figures["test_accuracy"], figures["with_moving_averages"]["test_accuracy"]
+    assert told.groups() == (*(f"{100 * share:.2f}" for share in found), str(figures["epoch"]))
+    assert main(call("--statistics", "exact", "--overwrite")) == 0
     assert "with_moving_averages" in about("net.pt")["metrics"]
     state = torch.load("net.pt", weights_only=True)["state_dict"]
     x = torch.from_numpy(np.load("data.npz")["x"])
@@ -308,11 +319,15 @@ def test_a_signal_leaves_a_state_that_the_run_goes_on_from(folder, sign):
         (["--set", "num_classes"], 2, "write NAME=VALUE"),
         (["--set", "num_classes=2"], 2, "label 2, but the network has 2 outputs (classes 0 to 1)"),
         (["--set", "in_channels=3"], 2, "--set in_channels=1"),
-        (["--set", 'num_classes="a"'], 2, "net.py:net failed with TypeError"),
+        (["--set", 'num_classes="a"'], 2, "net.py:net(num_classes='a') failed with TypeError"),
         (["--norm", "bogus"], 2, "There is no kind 'bogus'"),
-        (["--norm", "ghost", "--norm-set", "ghost_size=0"], 2, "ghost batch"),
+        (["--norm", "ghost", "--norm-set", "ghost_size=0"], 2, "ghost_size is 0; it must be"),
+        (["--norm", "ghost", "--norm-set", "ghost_size=2.5"], 2, "ghost_size is 2.5; it must be"),
+        (["--norm", "batch", "--norm-set", "momentum=5"], 2, "momentum is 5; it must be"),
+        (["--norm", "weight", "--norm-set", "log_scale=-1"], 2, "log_scale is -1; it must be"),
+        (["--norm", "normprop", "--norm-set", "pooling=2"], 2, "pooling is 2; it must be"),
         (["--data", "flat.npz"], 2, "does not take a batch of shape (4, 5)"),
-        (["--norm", "renorm", "--norm-set", "r_max=big"], 2, "renorm does not take r_max='big'"),
+        (["--norm", "renorm", "--norm-set", "r_max=big"], 2, "r_max is 'big'; it must be a number"),
         (["--norm", "renorm", "--norm-set", "schedule=3"], 2, "'renorm' has no option 'schedule'"),
         (["--norm", "weight", "--set", "in_channels=3"], 2, "--set in_channels=1"),
         (["--norm", "weight", "--statistics", "exact"], 2, "has none to measure"),
@@ -320,7 +335,10 @@ def test_a_signal_leaves_a_state_that_the_run_goes_on_from(folder, sign):
         (["--data", "mnist:nowhere"], (3, 4), "mnist"),
         (["--data", "absent.npz"], 3, "does not exist"),
         (["--data", "unlabelled.npy"], 2, "holds no labels"),
-        (["--data", "one.npz"], 2, "samples of one class only"),
+        (["--data", "one.npz"], 3, "samples of one class only"),
+        (["--data", "negative.npz"], 3, "has the label -1; classes count from 0"),
+        (["--data", "floats.npz"], 3, "floats.npz"),
+        (["--data", "short.npz"], 3, "short.npz"),
         (["--data", "net.py:net"], 2, "train_data gave a value of type Conv2d where a batch"),
         (["--data", "net.py:one"], 2, "net.py:one returned"),
         (["--epochs", "0"], 2, "epochs is 0"),
@@ -345,6 +363,12 @@ def test_a_signal_leaves_a_state_that_the_run_goes_on_from(folder, sign):
 def test_what_is_wrong_is_said_in_a_sentence(folder, capsys, options, code, message):
     np.save("unlabelled.npy", np.zeros((4, 1, 6, 6), np.float32))
     np.savez("one.npz", x=np.zeros((4, 1, 6, 6), np.float32), y=np.ones(4, np.int64))
+    for name, y in (
+        ("negative", np.arange(-1, 3)),
+        ("floats", np.arange(4) / 2),
+        ("short", np.arange(3)),
+    ):
+        np.savez(f"{name}.npz", x=np.zeros((4, 1, 6, 6), np.float32), y=y)
     np.savez("flat.npz", x=np.zeros((4, 5), np.float32), y=np.arange(4) % 2)
     before = sorted(path.name for path in folder.iterdir())
     assert main(call(*options)) in np.atleast_1d(code)

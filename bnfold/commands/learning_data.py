@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfold.commands.shared import open_samples
-from bnfold.errors import UsageError
+from bnfold.errors import InputError, UsageError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def learning_data(args: argparse.Namespace) -> LearningData:
         name, test_name = f"{name}:train", f"{name}:test"
     train = _labelled(args, name)
     if getattr(train, "labels", None) is not None and len(set(train.labels.tolist())) < 2:
-        raise UsageError(
+        raise InputError(
             f"{name} holds samples of one class only ({_listed(train.classes) or 'label'}"
             f" {train.labels[0]}); there is nothing to tell apart."
         )

@@ -64,11 +64,12 @@ def _summary(
     said += f" in {processes} processes." if processes > 1 else "."
     if result.test_accuracy is not None:
         said += f" Test accuracy {percent(result.test_accuracy)} %"
-        if result.moving is not None:
-            said += f" ({percent(result.moving[1])} % with moving averages)"
-        said += f" on {data.test_name}"
-        chosen = f", by which epoch {result.epoch} was chosen: on other data expect less"
-        said += f"{chosen if args.keep == 'best' else ''}."
+        chosen = f", by which epoch {result.epoch} was chosen" if args.keep == "best" else ""
+        if result.moving is not None:  # the epochs were scored with these
+            said += f" ({percent(result.moving[1])} % with moving averages{chosen})"
+            chosen = ""
+        said += f" on {data.test_name}{chosen}"
+        said += ": on other data expect less." if args.keep == "best" else "."
     return said
 
 

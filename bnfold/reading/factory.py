@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,7 +58,8 @@ def resolve_factory(spec: str) -> Callable[..., Any]:
 
     @functools.wraps(target, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        with importable(folder), _user_code(spec, folder):
+        called = f"{spec}({_listed(kwargs)})" if kwargs else spec
+        with importable(folder), _user_code(called, folder):
             return target(*args, **kwargs)
 
     return call
@@ -82,12 +84,19 @@ def build_module(spec: str, **arguments: Any) -> nn.Module:
     try:
         module = factory(**arguments)
     except TypeError as error:  # of a collection's builder, which passes them on
-        raise UsageError(f"{spec} does not take these arguments: {error}.") from error
+        raise UsageError(
+            f"{spec} does not take these arguments ({_listed(arguments)}): {error}."
+        ) from error
     if isinstance(module, torch.jit.ScriptModule):
         raise UsageError(f"{spec} returned TorchScript; return the nn.Module it was made from.")
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"{spec} returned a {type(module).__name__}; it must return an nn.Module.")
     return module
+
+
+def _listed(arguments: Mapping[str, Any]) -> str:
+    """Arguments as they are written in a call; long ones cut."""
+    return ", ".join(f"{name}={reprlib.repr(value)}" for name, value in arguments.items())
 
 
 def _check_arguments(spec: str, target: Callable[..., Any], given: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bnfold.errors import UsageError, one_line
+from bnfold.errors import InputError, UsageError, one_line
 from bnfold.training.words import check_choice, describe, type_name
 
 Loss = Literal["cross_entropy", "mse"] | Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +24,10 @@ class Task(Protocol):
         """See above."""
 
     def targets(self, y: Tensor, name: str) -> Tensor:
-        """y (N, ...) as the loss takes it. Raises UsageError for what it cannot take."""
+        """y (N, ...) as the loss takes it.
+
+        Raises UsageError for a shape or a type that it cannot take, InputError for such values.
+        """
 
     def check(self, output: object, shape: tuple[int, ...], y: Tensor) -> Tensor:
         """The network's output for x of this shape, if it can be held against y."""
@@ -72,7 +75,7 @@ class Classification:
             )
         y = y.to(torch.int64)
         if y.numel() and int(y.min()) < 0:
-            raise UsageError(f"{name} has the label {int(y.min())}; classes count from 0.")
+            raise InputError(f"{name} has the label {int(y.min())}; classes count from 0.")
         return y
 
     def check(self, output: object, shape: tuple[int, ...], y: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def train(
     where torch's autocast says so. augment: from the inputs of a training batch, on the device, to
     other ones; what it draws from torch's generators is repeatable.
     statistics: `moving` averages as the layers keep them, or `exact`: after training those of the
-    whole training set. keep: the network of the last epoch, or of the best one on the test data.
+    whole training set. keep: the network of the last epoch, or of the best one on the test data,
+    by its moving averages.
     workers: processes that read `bnfold.data`'s samples ahead.
     checkpoint: after each epoch the state of the run is written there; `resume` names such a file
     to go on from. On a CPU the resumed run ends at the bits of one that was never interrupted.
@@ -120,9 +121,10 @@ def train(
     ranks: the processes that train together, each with all of the data and `batch_size` samples of
     each step; None: this one alone. Of batches that come as they are, each takes its rows.
 
-    Raises UsageError for data the network does not take (shapes, labels, a batch norm with one
-    value per channel), for a loss that is no longer a number and for settings that make no sense;
-    InputError for values that are not finite and for a `resume` file that does not fit;
+    Raises UsageError for data the network does not take (shapes, types, labels above its classes, a
+    batch norm with one value per channel), for a loss that is no longer a number and for settings
+    that make no sense; InputError for values that are not finite, labels below 0 and a `resume`
+    file that does not fit;
     RuntimeUnavailableError for a device that is not there.
     """
     check_choice("statistics", statistics, get_args(Statistics))
