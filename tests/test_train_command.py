@@ -87,6 +87,12 @@ def test_the_digits_are_the_data_unless_others_are_named(tmp_path, monkeypatch, 
     assert main([*adapt, "-o", "adapted.pt"]) == 0
 
 
+def operators(path):
+    import onnx
+
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sync"])
 @pytest.mark.usefixtures("folder")
 def test_every_normalisation_trains_and_its_checkpoint_folds_alone(kind, capsys):
@@ -106,12 +112,16 @@ def test_every_normalisation_trains_and_its_checkpoint_folds_alone(kind, capsys)
     assert main(["fold", "net.pt", "--json", "-o", "net.folded.onnx"]) == 0
     folded = json.loads(capsys.readouterr().out)
     assert folded["proof"]["passed"]
-    import onnx
-
-    operators = {node.op_type for node in onnx.load("net.folded.onnx").graph.node}
     # Add: NormProp's shift of the input; the others are the shape of the flattening
     plain = {"Conv", "Relu", "Gemm", "Add", "Pad", "Reshape", "Shape", "Squeeze", "Concat"}
-    assert operators <= plain, operators - plain
+    assert operators("net.folded.onnx") <= plain
+    assert main(["verify", "net.pt", "net.folded.onnx", "--json"]) == 0
+    gates = json.loads(capsys.readouterr().out)["gates"]
+    assert {gate["gate"] for gate in gates} == {"A", "B", "C"}
+    # as ONNX the weights are held too, so that the file folds as the checkpoint does
+    assert main(["export", "net.pt", "-o", "net.onnx", "-q"]) == 0
+    assert main(["fold", "net.onnx", "-o", "again.onnx", "-q"]) == 0
+    assert operators("again.onnx") == operators("net.folded.onnx")
 
 
 @pytest.mark.usefixtures("folder")

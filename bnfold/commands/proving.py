@@ -27,13 +27,14 @@ def export(args: argparse.Namespace) -> Report:
     from bnfold.api import count_operators
     from bnfold.graph import to_proto, write_onnx
     from bnfold.proof.verify import verify as prove
+    from bnfold.reading.computed import held
     from bnfold.reading.sniff import Kind, sniff
 
     if sniff(args.model) is Kind.ONNX:
         raise UsageError(f"{args.model} is ONNX already; `bnfold fold` folds it.")
     outputs = args.outputs or [args.model.with_suffix(".onnx")]
     check_outputs(outputs, args.model, args.overwrite, (".onnx",))
-    source = open_model(args, args.model)
+    source = held(open_model(args, args.model))
     done = new_report("export", args, source.notes)
     operators = count_operators(source.graph)
     done["operators"] = {"before": operators, "after": operators}
@@ -61,8 +62,10 @@ def verify(args: argparse.Namespace) -> Report:
     from bnfold.folding.record import load_record
     from bnfold.graph import to_proto
     from bnfold.proof.verify import verify as prove
+    from bnfold.reading.computed import held
 
-    original, folded = open_model(args, args.original), open_model(args, args.folded)
+    # as a fold reads them: its record is of weights that are held
+    original, folded = (held(open_model(args, path)) for path in (args.original, args.folded))
     path = args.record or record_path(args.folded)
     record = load_record(path) if args.record is not None or path.is_file() else None
     done = new_report("verify", args, (*original.notes, *folded.notes))
