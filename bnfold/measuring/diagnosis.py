@@ -45,7 +45,9 @@ class LayerShift:
     kl_before, kl_after, w2_before, w2_after: the distance of the layer's normalised input on the
     target from what it was on the source, N(0, 1), mean over channels: symmetric Kullback-Leibler
     divergence (AdaBN paper, eq. 3) and squared 2-Wasserstein distance, both between Gaussians.
-    Before: the source network; after: the adapted one, in a pass of its own. None if not diagnosed.
+    Of a mean-only batch norm, whose source variance nobody knows, the means alone, in the target's
+    deviations. Before: the source network; after: the adapted one, in a pass of its own. None if
+    not diagnosed.
     mean_error: standard error of the mean by image, in standard deviations; scale_error: of the
     scale that is folded, relative. Median over channels.
     images_needed: images for the precision that was asked for, median over channels.
@@ -208,22 +210,26 @@ def wasserstein(shift: Float64, ratio: Float64) -> Float64:
     return distance
 
 
-def distances(statistics: Statistics, eps: float, moments: ImageMoments) -> tuple[float, float]:
+def distances(statistics: Statistics, layer: Layer, moments: ImageMoments) -> tuple[float, float]:
     """Symmetric KL and squared W2, means over channels, of a layer's input on the target.
+
+    statistics: what the layer normalises by, its source's or the adapted ones.
 
     In units of the layer's own normalisation: eps belongs to both variances, as it does to what the
     layer divides by, so that a channel without variance is no infinite distance.
     """
-    unit = statistics.var + eps
+    seen = moments.pixels.var + layer.eps
+    # the 1 of a mean-only layer is no variance that was measured
+    unit = np.where(seen > 0, seen, 1.0) if layer.mean_only else statistics.var + layer.eps
     shift = (moments.pixels.mean - statistics.mean) / np.sqrt(unit)
-    ratio = (moments.pixels.var + eps) / unit
+    ratio = np.ones_like(unit) if layer.mean_only else seen / unit
     return float(symmetric_kl(shift, ratio).mean()), float(wasserstein(shift, ratio).mean())
 
 
 def _distances(
-    statistics: Statistics, eps: float, moments: ImageMoments | None
+    statistics: Statistics, layer: Layer, moments: ImageMoments | None
 ) -> tuple[float, float] | tuple[None, None]:
-    return (None, None) if moments is None else distances(statistics, eps, moments)
+    return (None, None) if moments is None else distances(statistics, layer, moments)
 
 
 def layer_shifts(
@@ -233,8 +239,8 @@ def layer_shifts(
     rows = []
     for name, moments in estimate.moments.items():
         layer, eps = layers[name], layers[name].eps
-        before = _distances(layer.source, eps, seen.before.get(name) if seen else None)
-        after = _distances(estimate.statistics[name], eps, seen.after.get(name) if seen else None)
+        before = _distances(layer.source, layer, seen.before.get(name) if seen else None)
+        after = _distances(estimate.statistics[name], layer, seen.after.get(name) if seen else None)
         needed = float(np.median(moments.images_needed(precision, eps)))
         was, now = layer.source.var, moments.pixels.var
         rows.append(
