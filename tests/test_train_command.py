@@ -202,6 +202,13 @@ def test_tensorboard_gets_the_curves():
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_place_where_no_curves_can_be_written_is_told(capsys):
+    pytest.importorskip("tensorboard")
+    assert main(call("--tensorboard", "data.npz", "-q")) == 2
+    assert "Cannot write TensorBoard's files in data.npz: File exists." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
 def test_without_tensorboard_a_sentence_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main(call("--tensorboard", "curves")) == 4
@@ -337,6 +344,11 @@ def test_a_signal_leaves_a_state_that_the_run_goes_on_from(folder, sign):
         (["--norm", "weight", "--norm-set", "log_scale=-1"], 2, "log_scale is -1; it must be"),
         (["--norm", "normprop", "--norm-set", "pooling=2"], 2, "pooling is 2; it must be"),
         (["--data", "flat.npz"], 2, "does not take a batch of shape (4, 5)"),
+        (
+            ["--norm", "weight", "--data", "little.npz"],
+            2,
+            "does not take a batch of shape (4, 1, 2",
+        ),
         (["--norm", "renorm", "--norm-set", "r_max=big"], 2, "r_max is 'big'; it must be a number"),
         (["--norm", "renorm", "--norm-set", "schedule=3"], 2, "'renorm' has no option 'schedule'"),
         (["--norm", "weight", "--set", "in_channels=3"], 2, "--set in_channels=1"),
@@ -379,6 +391,7 @@ def test_what_is_wrong_is_said_in_a_sentence(folder, capsys, options, code, mess
         ("short", np.arange(3)),
     ):
         np.savez(f"{name}.npz", x=np.zeros((4, 1, 6, 6), np.float32), y=y)
+    np.savez("little.npz", x=np.zeros((4, 1, 2, 2), np.float32), y=np.arange(4) % 2)
     np.savez("flat.npz", x=np.zeros((4, 5), np.float32), y=np.arange(4) % 2)
     before = sorted(path.name for path in folder.iterdir())
     assert main(call(*options)) in np.atleast_1d(code)

@@ -98,7 +98,7 @@ def output_of(module: nn.Module, x: Tensor, y: Tensor, task: Task) -> Tensor:
         raise
     except Exception as error:  # the user's forward may raise anything
         raise UsageError(
-            f"The network does not take a batch of shape {shape}: {one_line(error)}{_hint(error)}"
+            f"The network does not take a batch of shape {shape}: {one_line(error)}.{_hint(error)}"
         ) from error
     return task.check(output, shape, y)
 
@@ -109,7 +109,7 @@ def _hint(error: BaseException) -> str:
     if found is None:
         return ""
     return (
-        f". It takes {found[1]} channels and the data has {found[2]}: build it for the data, with"
+        f" It takes {found[1]} channels and the data has {found[2]}: build it for the data, with"
         f" in_channels={found[2]} or the like (bnfold train: --set in_channels={found[2]}), or read"
         f" images with {found[1]} (--channels {found[1]})."
     )

@@ -128,8 +128,13 @@ class Curves:
             self._writer.close()
 
     def _add(self, step: int, values: Mapping[str, float | None]) -> None:
-        if self._writer is None:  # what an interrupted run had written from here on is void
-            self._writer = self._library.SummaryWriter(str(self._folder), purge_step=step)
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
+        try:
+            if self._writer is None:  # what an interrupted run had written from here on is void
+                self._writer = self._library.SummaryWriter(str(self._folder), purge_step=step)
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            raise UsageError(
+                f"Cannot write TensorBoard's files in {self._folder}: {error.strerror or error}."
+            ) from error
