@@ -163,7 +163,7 @@ MUTANTS: list[Mutant] = [
     Mutant(MOVES, "inner = layout.constant_along(array, [axis])", "inner = array", "chosen at run time"),
     # operators that pass gauges on
     Mutant(PASSING, "new == number)", "new == new)", "pads with 2"),
-    Mutant(PASSING, "if as_input else value\n", "\n", "opset 10"),
+    Mutant(PASSING, "gauge) if as_input else value, value", "gauge), value", "opset 10"),
     Mutant(PASSING, "origin == value, new", "origin == origin, new", "Pad"),
     Mutant(PASSING, 'string(node, "mode", "constant") != "constant" or', "True or", "pads a shift"),
     Mutant(PASSING, "return {_PAD_VALUE: np.asarray(number)}", "return {}", "pads all"),

@@ -131,7 +131,7 @@ def test_settings_carry_over():
     assert [n.momentum for n in norms(convert(net, "ghost", ghost_size=4))] == [0.1, 0.3, None]
     assert [n.ghost_size for n in norms(convert(net, "ghost", ghost_size=4))] == [4] * 3
     renorm = convert(net, "renorm", schedule=Clipping.fixed(2, 1))
-    assert [n.momentum for n in norms(renorm)] == [0.01, 0.01, None]
+    assert [n.momentum for n in norms(renorm)] == [0.1, 0.3, None]
     assert [n.momentum for n in norms(convert(net, "renorm", momentum=0.2))] == [0.2] * 3
     assert [n.num_batches_tracked for n in norms(renorm)] == [3] * 3
     again = convert(renorm, "renorm", momentum=0.5)

@@ -149,7 +149,7 @@ def test_what_fails_in_one_process_ends_all_with_its_words():
         assert nan.startswith("nan | The loss became nan in step 1 of epoch 1")
         assert "short | The processes got different numbers of batches: 1 of 2 are" in short
         assert "arguments | The processes were started with different arguments" in arguments
-        assert augment == "augment | augment failed on a batch of shape (5, 6): boo"
+        assert augment == "augment | augment failed on a batch of shape (5, 6): boo."
         assert (hook, log) == ("on_step | boo", "log | boo")
 
 

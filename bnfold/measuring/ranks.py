@@ -11,6 +11,7 @@ its next message, and all of them end with its error.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -192,6 +193,9 @@ class Group:
         finally:
             self._over = True
             if self._own and dist.is_initialized():
+                # a DistributedDataParallel holds the group, in a cycle; where it outlives the group
+                # the process can abort when it ends
+                gc.collect()
                 dist.destroy_process_group()
 
     def _tell(self, error: Exception) -> None:

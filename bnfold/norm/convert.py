@@ -89,8 +89,8 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     linear and convolution layer and gives it a bias; `weight-mean-only` puts mean-only batch norms
     in their places; `none` takes them out and gives every layer a bias; `normprop` is
     `bnfold.norm.propagation.propagate`. Modes, device, type, requires_grad, eps and momentum carry
-    over, except that batch renorm averages at its own pace, 0.01. A module in two places stays one
-    module. timm's norm and activation in one become a Sequential of `norm`, `drop` and `act`.
+    over (batch renorm's own momentum, 0.01, is for runs of many thousands of steps, and shorter
+    ones would end before its averages arrive). A module in two places stays one module. timm's norm and activation in one become a Sequential of `norm`, `drop` and `act`.
     From `sync`, which does not tell the rank of its inputs, come norms that take any rank. Where
     batch norms are taken out, activation modules no longer work in place: what they would overwrite
     is now the batch norm's input, which other layers may read. A function that does so in the
@@ -227,8 +227,6 @@ def _norm(
     settings = {option: getattr(old, option) for option in form.options if hasattr(old, option)}
     if isinstance(old, batches.MeanOnlyBatchNorm):
         settings.pop("eps", None)  # it divides by nothing
-    if kind == "renorm" and settings.get("momentum") and not isinstance(old, renorms.BatchRenorm):
-        del settings["momentum"]
     if not form.measured:
         settings["track_running_stats"] = old.running_mean is not None
     if tensors:
