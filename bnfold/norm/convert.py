@@ -90,11 +90,12 @@ def convert(model: nn.Module, kind: Kind, *, inplace: bool = False, **options: A
     in their places; `none` takes them out and gives every layer a bias; `normprop` is
     `bnfold.norm.propagation.propagate`. Modes, device, type, requires_grad, eps and momentum carry
     over (batch renorm's own momentum, 0.01, is for runs of many thousands of steps, and shorter
-    ones would end before its averages arrive). A module in two places stays one module. timm's norm and activation in one become a Sequential of `norm`, `drop` and `act`.
-    From `sync`, which does not tell the rank of its inputs, come norms that take any rank. Where
-    batch norms are taken out, activation modules no longer work in place: what they would overwrite
-    is now the batch norm's input, which other layers may read. A function that does so in the
-    forward (`torch.relu_`, `relu(x, inplace=True)`) is not seen here: write it without.
+    ones would end before its averages arrive). A module in two places stays one module. timm's norm
+    and activation in one become a Sequential of `norm`, `drop` and `act`. From `sync`, which does
+    not tell the rank of its inputs, come norms that take any rank. Where batch norms are taken out,
+    activation modules no longer work in place: what they would overwrite is now the batch norm's
+    input, which other layers may read. A function that does so in the forward (`torch.relu_`,
+    `relu(x, inplace=True)`) is not seen here: write it without.
 
     `options` are those of the kind's class (`schedule`, `ghost_size`, `momentum`, ...), and
     `log_scale` of weight norm. Returns the model itself if `inplace`, unless it is a batch norm;
