@@ -20,6 +20,16 @@ def parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from parts(child, f"{name}.{leaf}" if name else leaf)
 
 
+def class_name(part: object) -> str:
+    """The class of an object by its full name, for classes that cannot be imported here."""
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def hooked(part: nn.Module) -> bool:
+    """True where more than the class's own forward runs: hooks, or a forward of its own."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+
+
 def put_in(module: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     """Put other modules in the places of parts, by the ids of these; in all places of each.
 

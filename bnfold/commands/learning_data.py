@@ -14,13 +14,17 @@ from bnfold.errors import InputError, UsageError
 
 @dataclass(frozen=True)
 class LearningData:
-    """The data by the names that they were opened by. classes: their names, if they have any."""
+    """The data by the names that they were opened by.
+
+    classes: their names, if they have any. example: one input, as forward takes it.
+    """
 
     name: str
     train: Any
     test_name: str | None
     test: Any
     classes: tuple[str, ...]
+    example: Any
 
 
 def learning_data(args: argparse.Namespace) -> LearningData:
@@ -44,7 +48,7 @@ def learning_data(args: argparse.Namespace) -> LearningData:
             f"{name} has the classes {_listed(classes)} and {test_name} {_listed(others)};"
             " classes are numbered by their names, so both need the same ones."
         )
-    return LearningData(name, train, test_name, test, classes)
+    return LearningData(name, train, test_name, test, classes, _example_of(train))
 
 
 def _is_set(name: str) -> bool:
@@ -69,11 +73,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
 
 
-def example_of(data: LearningData) -> Any:
-    """One input, as forward takes it."""
+def _example_of(data: Any) -> Any:
     from bnfold.training.batches import source_of
 
-    source = source_of(data.train, batch_size=1, seed=None, name="train_data")
+    source = source_of(data, batch_size=1, seed=None, name="train_data")
     for batch in source.epoch(0):
         return batch.x[:1]
     raise UsageError("The training data hold no sample.")

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +74,31 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
+class Bar:
+    """A progress bar, called with the steps that are done and how many there are."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """Move to a step."""
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def tell(self, figures: Mapping[str, Any]) -> None:
+        """Show figures behind the bar from its next step on."""
+        self._bar.set_postfix(figures, refresh=False)
+
+
 @contextlib.contextmanager
-def progress_bar(
-    args: argparse.Namespace, what: str
-) -> Iterator[Callable[[int, int | None], None]]:
+def progress_bar(args: argparse.Namespace, what: str) -> Iterator[Bar]:
     """A progress bar on a terminal's stderr, nothing elsewhere."""
     from tqdm import tqdm
 
     other = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun started
     hidden = args.quiet or args.json or other or not sys.stderr.isatty()
     with tqdm(desc=what, disable=hidden, leave=False) as bar:
-
-        def show(done: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
+        yield Bar(bar)
 
 
 def new_report(command: str, args: argparse.Namespace, notes: Any) -> Report:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold import report
-from bnfold.commands.learning_data import LearningData, example_of
+from bnfold.commands.learning_data import LearningData
 from bnfold.commands.shared import Report, counted, new_report, percent, unread
 from bnfold.outputs import add_file
 
@@ -50,7 +50,7 @@ def write_trained(
             path,
             result.module,
             model_spec=args.factory,
-            example_input=example_of(data),
+            example_input=data.example,
             metrics=metrics,
         )
         add_file(done, "checkpoint", path)

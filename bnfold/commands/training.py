@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnfold.commands.learning_data import LearningData, example_of, learning_data
-from bnfold.commands.shared import Report, percent
+from bnfold.commands.learning_data import LearningData, learning_data
+from bnfold.commands.shared import Report, percent, progress_bar
 from bnfold.commands.trained import about_run, write_trained
 from bnfold.errors import UsageError
 from bnfold.outputs import check_outputs
@@ -154,17 +153,18 @@ def _trained(
         dict(args.arguments),
         norm=args.norm,
         options=args.norm_options,
-        example=example_of(data),
+        example=data.example,
         seed=args.seed,
     ).to(device)
     if not args.resume:
         cut = {"batch_size": args.batch_size, "seed": args.seed}
         initialise_by_data(module, args.norm, data.train, task, **cut)
     journals = _journals(args, data, files) if ranks.rank == 0 else []
-    with files.telling() if ranks.rank == 0 else contextlib.nullcontext(), _bar(args) as bar:
+    telling = files.telling() if ranks.rank == 0 else contextlib.nullcontext()
+    with telling, progress_bar(args, "training") as bar:
 
         def log(metrics: dict[str, Any]) -> None:
-            bar.epoch(metrics)
+            bar.tell(_last(metrics))
             for journal in journals:
                 journal.epoch(metrics)
 
@@ -195,7 +195,7 @@ def _trained(
                 workers=args.workers,
                 checkpoint=files.state,
                 resume=files.state if files.resumes else None,
-                progress=bar.step,
+                progress=bar,
                 log=log,
                 on_step=on_step,
                 ranks=ranks,
@@ -223,30 +223,10 @@ def _journals(args: argparse.Namespace, data: LearningData, files: _Files) -> li
     return made
 
 
-class _Bar:
-    """Steps done, and how well the last epoch did."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-
-    def step(self, done: int, total: int | None) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-    def epoch(self, metrics: dict[str, Any]) -> None:
-        told = {"epoch": metrics["epoch"], "loss": f"{metrics['loss']:.3f}"}
-        for name in ("accuracy", "test_accuracy"):
-            if metrics[name] is not None:
-                told[name.replace("_", " ")] = f"{percent(metrics[name])} %"
-        self._bar.set_postfix(told, refresh=False)
-
-
-@contextlib.contextmanager
-def _bar(args: argparse.Namespace) -> Iterator[_Bar]:
-    """A progress bar on a terminal's stderr, nothing elsewhere."""
-    from tqdm import tqdm
-
-    other = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun started
-    hidden = args.quiet or args.json or other or not sys.stderr.isatty()
-    with tqdm(desc="training", disable=hidden, leave=False) as bar:
-        yield _Bar(bar)
+def _last(metrics: dict[str, Any]) -> dict[str, Any]:
+    """How well an epoch did, for the progress bar."""
+    told = {"epoch": metrics["epoch"], "loss": f"{metrics['loss']:.3f}"}
+    for name in ("accuracy", "test_accuracy"):
+        if metrics[name] is not None:
+            told[name.replace("_", " ")] = f"{percent(metrics[name])} %"
+    return told

@@ -23,9 +23,9 @@ from bnfold.folding.plan import FoldPlan
 from bnfold.folding.rules.node import name_of
 from bnfold.folding.scope import Scope
 from bnfold.graph import MODULE, is_batch_norm
-from bnfold.parts import parts
+from bnfold.parts import class_name, hooked, parts
 from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
-from bnfold.reading.plain import copy_of, ends_in_act, hooked, make_plain, plain
+from bnfold.reading.plain import copy_of, ends_in_act, make_plain, plain
 from bnfold.reading.weights import load_into
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -100,7 +100,7 @@ def _constants_and_clips(
     for name, child in named:
         if places[id(child)] != 1 or hooked(child):
             continue
-        if _kind(child) == PROPAGATED:
+        if class_name(child) == PROPAGATED:
             for key in _NEUTRAL:
                 value = graph.graph.initializers.get(f"{name}.{key}")
                 users = [user for user, _ in value.uses()] if value is not None else []
@@ -114,10 +114,6 @@ def _constants_and_clips(
 _CLIPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 # What a propagated constant is that does nothing.
 _NEUTRAL = {"mean": 0.0, "std": 1.0}
-
-
-def _kind(child: nn.Module) -> str:
-    return f"{type(child).__module__}.{type(child).__qualname__}"
 
 
 def _seen_by_hooks(module: nn.Module, graph: ir.Model) -> tuple[dict[str, str], list[str]]:
@@ -166,7 +162,7 @@ def behind(child: nn.Module) -> nn.Module | None:
     An Identity for torch's own classes and for subclasses that keep their forward, `drop` and `act`
     for those that end in them. A subclass with another forward may add to it whatever it likes.
     """
-    if _kind(child) == PROPAGATED and not hooked(child):
+    if class_name(child) == PROPAGATED and not hooked(child):
         act = child.act
         assert isinstance(act, nn.Module)
         return act

@@ -20,7 +20,7 @@ from bnfold.norm import batch as batches
 from bnfold.norm import renorm as renorms
 from bnfold.norm.options import check_options
 from bnfold.norm.weight import WEIGHTED, check_weight, weight_norm
-from bnfold.parts import copied, parts, put_in
+from bnfold.parts import class_name, copied, hooked, parts, put_in
 
 Kind = Literal[
     "batch",
@@ -147,10 +147,6 @@ def _replace(model: nn.Module, kind: str, options: dict[str, Any]) -> nn.Module:
 # --- which modules are batch norms ---------------------------------------------------------------
 
 
-def _class(part: nn.Module) -> str:
-    return f"{type(part).__module__}.{type(part).__qualname__}"
-
-
 def _is_norm(part: nn.Module, name: str) -> bool:
     """Whether a module is a batch norm to be replaced; InputError if it is one that cannot be."""
     where = f"'{name}'" if name else "The model"
@@ -159,16 +155,16 @@ def _is_norm(part: nn.Module, name: str) -> bool:
             f"{where} is a {type(part).__name__} whose size is not known yet; run a batch through"
             " the model first."
         )
-    known = _class(part) in (*_FROZEN, *_NORM_ACTS) or type(part).__module__ in _KNOWN
+    known = class_name(part) in (*_FROZEN, *_NORM_ACTS) or type(part).__module__ in _KNOWN
     norm = isinstance(part, _BatchNorm) or set(part._buffers) >= {"running_mean", "running_var"}
     if not norm or isinstance(part, nn.modules.instancenorm._InstanceNorm):
         return False
     if not known:
         raise InputError(
-            f"{where} is a {_class(part)}, not one of the batch norms known here, and what it"
+            f"{where} is a {class_name(part)}, not one of the batch norms known here, and what it"
             " does beside would be lost; put one of torch's in its place first."
         )
-    if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+    if hooked(part):
         raise InputError(
             f"{where} has hooks or a forward of its own, which a batch norm in its place would"
             " lose; take them off first."
@@ -205,7 +201,7 @@ def _successor(old: Any, name: str, kind: str, options: dict[str, Any]) -> nn.Mo
     norms = _FORMS[kind].norms
     new = nn.Identity() if norms is None else _norm(old, name, kind, norms, options)
     new.train(old.training)
-    if _class(old) in _NORM_ACTS:
+    if class_name(old) in _NORM_ACTS:
         new = nn.Sequential(OrderedDict(norm=new, drop=old.drop, act=old.act))
         new.training = old.training
     return new

@@ -28,8 +28,8 @@ from bnfold.norm import batch as batch_norms
 from bnfold.norm.convert import check_weights, convert
 from bnfold.norm.gaussian import Moments, activation_moments, average_moments, max_moments
 from bnfold.norm.options import check_options
-from bnfold.norm.variance import AVERAGE_POOLS, TRANSPOSED, Variances
-from bnfold.norm.weight import WEIGHTED, WeightNorm, weight_norm
+from bnfold.norm.variance import AVERAGE_POOLS, Variances
+from bnfold.norm.weight import TRANSPOSED, WEIGHTED, WeightNorm, weight_norm
 from bnfold.parts import copied, parts, put_in
 
 GAIN = 1 / 1.21

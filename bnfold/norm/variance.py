@@ -20,9 +20,8 @@ from torch import fx, nn
 
 from bnfold.errors import InputError, one_line
 from bnfold.norm.gaussian import ACTIVATIONS
-from bnfold.norm.weight import WEIGHTED
+from bnfold.norm.weight import TRANSPOSED, WEIGHTED
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 

@@ -17,8 +17,8 @@ from bnfold.norm.batch import MeanOnlyBatchNorm
 from bnfold.norm.options import check_options
 from bnfold.parts import parts
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 class WeightNorm(nn.Module):
@@ -96,7 +96,7 @@ def weight_norm(
 
 def _units(layer: Any) -> tuple[int, int]:
     """The dimension of a layer's weight that holds the output units, and in how many groups."""
-    return (1, layer.groups) if isinstance(layer, _TRANSPOSED) else (0, 1)
+    return (1, layer.groups) if isinstance(layer, TRANSPOSED) else (0, 1)
 
 
 def check_weight(layer: nn.Module, name: str = "", log_scale: bool | float = False) -> None:

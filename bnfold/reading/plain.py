@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from bnfold.errors import InputError, one_line
-from bnfold.parts import copied, parts, put_in
+from bnfold.parts import class_name, copied, hooked, parts, put_in
 
 # The hooks with which torch computes a weight before each forward, and how each is taken off.
 _COMPUTED = {
@@ -103,14 +103,10 @@ def copy_of(module: nn.Module) -> nn.Module:
 # --- computed weights ----------------------------------------------------------------------------
 
 
-def _kind(hook: object) -> str:
-    return f"{type(hook).__module__}.{type(hook).__qualname__}"
-
-
 def _computed(part: nn.Module) -> bool:
     hooks = part._forward_pre_hooks.values()
     return parametrize.is_parametrized(part) or any(
-        _kind(hook) in _COMPUTED or isinstance(hook, prune.BasePruningMethod) for hook in hooks
+        class_name(hook) in _COMPUTED or isinstance(hook, prune.BasePruningMethod) for hook in hooks
     )
 
 
@@ -129,7 +125,7 @@ def _hold_weights(part: nn.Module) -> None:
                 assert value is not None
                 part.register_parameter(name, nn.Parameter(value, requires_grad=learnt))
     for hook in list(part._forward_pre_hooks.values()):
-        if take_off := _COMPUTED.get(_kind(hook)):
+        if take_off := _COMPUTED.get(class_name(hook)):
             take_off(part, hook)
         elif isinstance(hook, prune.BasePruningMethod):
             prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]
@@ -213,18 +209,13 @@ def _batch_norm(part: nn.Module) -> nn.Module:
 # --- what a module computes ----------------------------------------------------------------------
 
 
-def hooked(part: nn.Module) -> bool:
-    """True where more than the class's own forward runs: hooks, or a forward of its own."""
-    return bool(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
-
-
 def ends_in_act(part: nn.Module) -> bool:
     """True for a batch norm that is followed by `drop` and `act` of its own, and nothing else.
 
     That is NormAct, and the classes of timm by name; what they compute is looked at, since another
     version may compute something else.
     """
-    if not (isinstance(part, NormAct) or _kind(part) in _NORM_ACTS) or hooked(part):
+    if not (isinstance(part, NormAct) or class_name(part) in _NORM_ACTS) or hooked(part):
         return False
     children = {name for name, child in part._modules.items() if child is not None}
     known = all(isinstance(getattr(part, name), torch.Tensor) for name in _FROZEN)

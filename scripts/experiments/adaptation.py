@@ -160,11 +160,6 @@ def trained(make: Callable[[], nn.Module], data: Labelled, seed: int, epochs: in
 Results = Mapping[str, Sequence[Found]]
 
 
-def spread(found: Sequence[Found], name: str) -> Spread:
-    """One of the figures over the seeds."""
-    return Spread.of(getattr(one, name) for one in found)
-
-
 def of_count(found: Sequence[Found], count: int) -> Spread:
     """Accuracy with so many images, over the seeds."""
     return Spread.of(one.counts[count] for one in found)
@@ -179,7 +174,7 @@ def enough(found: Sequence[Found]) -> int | None:
     """The least number of images from which on adapting is better than not, beyond the spread."""
     fine = None
     for count in sorted(found[0].counts, reverse=True):
-        gain = of_count(found, count) - spread(found, "before")
+        gain = of_count(found, count) - Spread.by(found, "before")
         if not (gain.differs_from_zero and gain.mean > 0):
             break
         fine = count
@@ -194,7 +189,7 @@ def draw(results: Results) -> Figure:
         found = results[name]
         counts = list(found[0].counts)
         curve(top, counts, [of_count(found, n) for n in counts], 0, "adapted to so many images")
-        before = spread(found, "before")
+        before = Spread.by(found, "before")
         curve(top, (counts[0], counts[-1]), [before, before], 1, "not adapted")
         top.set(xscale="log", title=words(name), xlabel="target images")
         layers = list(found[0].kl)
@@ -214,7 +209,7 @@ def draw(results: Results) -> Figure:
 
 def chosen(results: Results) -> list[str]:
     """What the figure shows: the greatest gain, the least, and the real data where it was given."""
-    gains = {n: (spread(f, "after") - spread(f, "before")).mean for n, f in results.items()}
+    gains = {n: (Spread.by(f, "after") - Spread.by(f, "before")).mean for n, f in results.items()}
     ends = [max(gains, key=lambda n: gains[n]), min(gains, key=lambda n: gains[n])]
     return list(dict.fromkeys([*ends, *(name for name in results if name not in SHIFTS)]))
 
@@ -226,7 +221,7 @@ def words(name: str) -> str:
 
 def claims(results: Results) -> list[str]:
     """What came out, in words."""
-    gains = {n: spread(f, "after") - spread(f, "before") for n, f in results.items()}
+    gains = {n: Spread.by(f, "after") - Spread.by(f, "before") for n, f in results.items()}
     told = [gain for gain in gains.values() if gain.differs_from_zero]
     better = sum(gain.mean > 0 for gain in told)
     layers = [(n, layer) for n, found in results.items() for layer in found[0].kl]
@@ -238,14 +233,14 @@ def claims(results: Results) -> list[str]:
     )
     never = ", ".join(words(name) for name, count in counts.items() if count is None)
     few = min(next(iter(results.values()))[0].counts)
-    hurt = [n for n, f in results.items() if (of_count(f, few) - spread(f, "before")).mean < 0]
+    hurt = [n for n, f in results.items() if (of_count(f, few) - Spread.by(f, "before")).mean < 0]
     said = [
         f"Of {len(results)} shifts, adapting is better in {better}, worse in {len(told) - better},"
         f" and in {len(gains) - len(told)} there is no difference beyond the spread; it lowers the"
         f" divergence of {fell} of {len(layers)} layers on images that it has not seen",
         *(
             f"{words(name)}: "
-            + compared("adapting", spread(found, "after"), "none", spread(found, "before"))
+            + compared("adapting", Spread.by(found, "after"), "none", Spread.by(found, "before"))
             for name, found in results.items()
         ),
     ]
@@ -266,7 +261,7 @@ def page(results: Results, real: bool) -> Page:
     rows = [
         [
             f"{name} {SHIFTS[name]:g}" if name in SHIFTS else name,
-            *(f"{spread(found, key):.1f}" for key in ("source", "before", "after")),
+            *(f"{Spread.by(found, key):.1f}" for key in ("source", "before", "after")),
             *(f"{of_count(found, n):.1f}" for n in counts),
         ]
         for name, found in results.items()

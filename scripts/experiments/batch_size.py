@@ -146,11 +146,6 @@ def cases(quick: bool) -> dict[str, list[Case]]:
     }
 
 
-def spread(found: Sequence[Found], name: str) -> Spread:
-    """One of the figures over the seeds."""
-    return Spread.of(getattr(one, name) for one in found)
-
-
 def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
     """Accuracy over batch size, and over the classes in a batch."""
     figure, axes = canvas(1, 2, height=3.2, width=8, sharey=True)
@@ -164,7 +159,7 @@ def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
     ):
         x = [getattr(case, key) for case in groups[group]]
         for number, (arm, label) in enumerate(arms.items()):
-            curve(panel, x, [spread(results[c], arm) for c in groups[group]], number, label)
+            curve(panel, x, [Spread.by(results[c], arm) for c in groups[group]], number, label)
         panel.set(xscale="log", ylim=(0, 102))
         panel.set_xticks(x, [str(v) for v in x])
         panel.minorticks_off()
@@ -176,7 +171,9 @@ def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
 
 def verdict(found: Sequence[Found]) -> str:
     """Renorm against batch norm at inference, in words."""
-    return compared("batch renorm", spread(found, "renorm"), "batch norm", spread(found, "batch"))
+    return compared(
+        "batch renorm", Spread.by(found, "renorm"), "batch norm", Spread.by(found, "batch")
+    )
 
 
 def claims(groups: Mapping[str, list[Case]], results: Results) -> list[str]:
@@ -184,7 +181,9 @@ def claims(groups: Mapping[str, list[Case]], results: Results) -> list[str]:
     said = []
     for group, name in (("size", "fair batches"), ("classes", "batches of few classes"),
                         ("pairs", "batches of pairs")):  # fmt: skip
-        gains = [spread(results[c], "renorm") - spread(results[c], "batch") for c in groups[group]]
+        gains = [
+            Spread.by(results[c], "renorm") - Spread.by(results[c], "batch") for c in groups[group]
+        ]
         told = [gain for gain in gains if gain.differs_from_zero]
         better = sum(gain.mean > 0 for gain in told)
         said.append(
@@ -194,8 +193,8 @@ def claims(groups: Mapping[str, list[Case]], results: Results) -> list[str]:
     small, few = groups["size"][0], groups["classes"][-1]
     where = [
         compared(
-            "the moving averages", spread(results[case], "batch"),
-            "test batches made as in training", spread(results[case], "same"),
+            "the moving averages", Spread.by(results[case], "batch"),
+            "test batches made as in training", Spread.by(results[case], "same"),
         )
         for case in (small, few)
     ]  # fmt: skip
@@ -216,8 +215,8 @@ def page(groups: Mapping[str, list[Case]], results: Results) -> Page:
     for members in groups.values():
         for case in members:
             found = results[case]
-            gain = spread(found, "renorm") - spread(found, "batch")
-            shown = [f"{spread(found, arm):.1f}" for arm in ("batch", "renorm", "same")]
+            gain = Spread.by(found, "renorm") - Spread.by(found, "batch")
+            shown = [f"{Spread.by(found, arm):.1f}" for arm in ("batch", "renorm", "same")]
             classes = "fair draw" if case.classes is None else case.classes
             rows.append([case.batch_size, classes, case.steps, *shown[:2], f"{gain:.1f}", shown[2]])
     head = ["batch", "classes in it", "steps", "batch norm, %", "renorm, %", "difference"]

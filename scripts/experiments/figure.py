@@ -68,6 +68,11 @@ class Spread:
         """Of any iterable of at least one number."""
         return cls(tuple(map(float, values)))
 
+    @classmethod
+    def by(cls, found: Iterable[Any], name: str) -> Spread:
+        """One attribute of what each seed gave."""
+        return cls.of(getattr(one, name) for one in found)
+
     @property
     def mean(self) -> float:
         """Over the seeds."""

@@ -142,11 +142,6 @@ def cases(quick: bool) -> dict[str, list[Case]]:
     }
 
 
-def spread(found: Sequence[Found], name: str) -> Spread:
-    """One of the figures over the seeds."""
-    return Spread.of(getattr(one, name) for one in found)
-
-
 def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
     """Accuracy above, the averages' error by layer below."""
     figure, axes = canvas(2, 3, height=2.6, sharex="col")
@@ -155,8 +150,8 @@ def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
         x = [getattr(case, key) for case in groups[name]]
         found = [results[case] for case in groups[name]]
         top, bottom = axes[:, column]
-        curve(top, x, [spread(f, "exact") for f in found], 0, "exact statistics")
-        curve(top, x, [spread(f, "moving") for f in found], 1, "moving averages")
+        curve(top, x, [Spread.by(f, "exact") for f in found], 0, "exact statistics")
+        curve(top, x, [Spread.by(f, "moving") for f in found], 1, "moving averages")
         for number, layer in enumerate(LAYERS):
             by_layer = [Spread.of(one.errors[layer] for one in f) for f in found]
             curve(bottom, x, by_layer, number, f"{layer} (layer {number + 1})", is_log=True)
@@ -172,7 +167,7 @@ def draw(groups: Mapping[str, list[Case]], results: Results) -> Figure:
 
 def claims(groups: Mapping[str, list[Case]], results: Results) -> list[str]:
     """What came out, in words."""
-    gains = {case: spread(f, "exact") - spread(f, "moving") for case, f in results.items()}
+    gains = {case: Spread.by(f, "exact") - Spread.by(f, "moving") for case, f in results.items()}
     told = {case: gain for case, gain in gains.items() if gain.differs_from_zero}
     better = sum(gain.mean > 0 for gain in told.values())
     most = max(gains, key=lambda case: gains[case].mean)
@@ -188,11 +183,11 @@ def claims(groups: Mapping[str, list[Case]], results: Results) -> list[str]:
         "a last batch of 2 samples": groups["last batch"][1],
         "a last batch like the others": groups["last batch"][0],
     }.items():
-        arms = [spread(results[case], arm) for arm in ("exact", "moving")]
+        arms = [Spread.by(results[case], arm) for arm in ("exact", "moving")]
         said.append(f"With {name}: " + compared("exact", arms[0], "moving", arms[1]))
-    plain, tail = (spread(results[case], "error") for case in groups["last batch"])
+    plain, tail = (Spread.by(results[case], "error") for case in groups["last batch"])
     said.append(f"That last batch multiplies the averages' error by {tail.over(plain):.1f}")
-    errors = {c.batch_size: spread(results[c], "error") for c in groups["batch size"]}
+    errors = {c.batch_size: Spread.by(results[c], "error") for c in groups["batch size"]}
     least, greatest = (f(errors, key=lambda b: errors[b].mean) for f in (min, max))
     said.append(
         f"Over the batch sizes the averages' error is least at {least} ({errors[least]:.2f}"
@@ -219,9 +214,9 @@ def page(groups: Mapping[str, list[Case]], results: Results) -> Page:
                 "steps": case.steps,
                 "last batch": case.tail or "as the others",
             }[name]
-            gain = spread(found, "exact") - spread(found, "moving")
+            gain = Spread.by(found, "exact") - Spread.by(found, "moving")
             errors = [f"{Spread.of(one.errors[layer] for one in found):.3f}" for layer in LAYERS]
-            moving, exact = (f"{spread(found, arm):.1f}" for arm in ("moving", "exact"))
+            moving, exact = (f"{Spread.by(found, arm):.1f}" for arm in ("moving", "exact"))
             rows.append([name, value, moving, exact, f"{gain:.1f}", *errors])
     base = groups["last batch"][0]
     return Page(
