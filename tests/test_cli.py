@@ -458,3 +458,16 @@ def test_options_that_do_not_fit_are_refused_in_a_sentence(net, capsys, monkeypa
     assert main(["fold", "net.pt", "--model", spec, *SHAPE, *options]) == 2
     assert word in capsys.readouterr().err
     assert sorted(p.name for p in net.iterdir()) == ["net.onnx", "net.pt"]
+
+
+def test_a_fault_of_our_own_is_told_as_one_and_exits_with_70(monkeypatch, capsys):
+    monkeypatch.setattr("bnfold.proof.runtime.available", lambda: 1 / 0)
+    monkeypatch.delenv("BNFOLD_TRACEBACK", raising=False)
+    assert main(["doctor", "--json"]) == 70
+    out = capsys.readouterr()
+    assert "fault of bnfold's own" in out.err
+    assert "ZeroDivisionError" in out.err
+    assert json.loads(out.out)["error"]["exit_code"] == 70
+    monkeypatch.setenv("BNFOLD_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from bnfold.cli import build_parser
+from bnfold.parser import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

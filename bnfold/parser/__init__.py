@@ -1,0 +1,44 @@
+"""The command line's verbs and options; light, so that `bnfold --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+
+from bnfold.parser import adapting, folding, packs, proving, training
+from bnfold.parser.shared import Parser
+
+EXIT_CODES = """exit codes:
+  0  good (nothing to fold included)      5  nothing was compared
+  1  a gate failed: not the same function 70  a fault of bnfold's own
+  2  wrong usage                          130  interrupted
+  3  input unreadable, unsupported or unsafe
+  4  a runtime that was asked for cannot run here
+"""
+# in the order that the help lists them
+VERBS = (
+    folding.fold,
+    folding.unfold,
+    adapting.adapt,
+    packs.pack,
+    proving.export,
+    proving.verify,
+    folding.inspect,
+    training.train,
+    proving.doctor,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(
+        prog="bnfold",
+        description="Fold batch normalization into the neighbouring weights, adapt its statistics"
+        " to a target domain, export ONNX, and prove that nothing changed.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="the versions in use")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    for add in VERBS:
+        add(verbs)
+    return parser
