@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
-from bnfold.errors import BnfoldError, one_line
+from bnfold.errors import BnfoldError, LimitError, one_line
 from bnfold.parser import build_parser
 
 
@@ -23,14 +23,21 @@ def _terminated(*_: object) -> None:
     raise SystemExit(143)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code comes back. Bad input gives a sentence, no traceback."""
+def main(argv: Sequence[str] | None = None, *, limited: bool = False) -> int:
+    """Run the command line; the exit code comes back. Bad input gives a sentence, no traceback.
+
+    limited: this is the process that `--timeout` has started.
+    """
     with contextlib.suppress(ValueError):  # of a thread, which may not
         signal.signal(signal.SIGTERM, _terminated)
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     try:
         args = build_parser().parse_args(arguments)
+        if getattr(args, "timeout", None) is not None and not limited:
+            from bnfold.limits import within
+
+            return within(args.timeout, partial(main, arguments, limited=True))
         return _run(args)
     except BnfoldError as error:
         _tell_failure(error, as_json)
@@ -42,12 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of stdout went away, which is its right; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        full = LimitError("There is not enough memory for it; nothing was proved.", code="E_MEMORY")
+        _tell_failure(full, as_json)
+        return full.exit_code
     except Exception as error:
         if "BNFOLD_TRACEBACK" in os.environ:
             raise
         ours = BnfoldError(
             f"this is a fault of bnfold's own, and nothing was proved: {type(error).__name__}:"
-            f" {one_line(error)}. Set BNFOLD_TRACEBACK=1 to see where, and please report it."
+            f" {one_line(error)}. Set BNFOLD_TRACEBACK=1 to see where, and please report it.",
+            hint="Set BNFOLD_TRACEBACK=1 to see where.",
         )
         _tell_failure(ours, as_json)
         return ours.exit_code
@@ -89,11 +101,7 @@ def _tell_failure(error: BnfoldError, as_json: bool) -> None:
     if as_json:
         from bnfold.report import to_json
 
-        kind = type(error).__name__
-        document: Mapping[str, Any] = {
-            "error": {"type": kind, "message": str(error), "exit_code": error.exit_code}
-        }
-        print(to_json(document))
+        print(to_json({"error": error.to_dict()}))
 
 
 if __name__ == "__main__":
