@@ -9,6 +9,8 @@ import argparse
 from importlib import import_module
 from typing import Any
 
+from bnfold.commands.demands import settle
+
 HOMES = {
     "fold": "folding",
     "unfold": "folding",
@@ -26,4 +28,6 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """The verb's report; None in a process of several that does not report."""
     home = import_module(f"bnfold.commands.{HOMES[args.verb]}")
     done: dict[str, Any] | None = getattr(home, args.verb)(args)
+    if done is not None:
+        settle(done, args)
     return done

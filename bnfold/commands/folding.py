@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bnfold.commands.demands import unmet
 from bnfold.commands.shared import (
     FORMATS,
     Report,
@@ -65,13 +66,13 @@ def fold(args: argparse.Namespace) -> Report:
     _add_fold(done, result)
     found = len(result.folded) + len(result.kept)
     done["summary"] = _fold_summary(found, result)
-    if args.dry_run:
-        done["summary"] += " Nothing was written (--dry-run)."
+    if args.dry_run or unmet(done, args):
+        done["summary"] += f" Nothing was written{' (--dry-run)' * args.dry_run}."
         return timed(done, started)
     if not args.no_verify:
         proof = result.verify(providers=args.providers or ("cpu",))
         add_proof(done, proof)
-        if not proof.passed:
+        if not proof.passed or unmet(done, args):
             done["summary"] += " No file was written."
             return timed(done, started)
     writers = {path: writer_of(path, args, result, source) for path in outputs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bnfold.parser.demands import add_demands
 from bnfold.parser.shared import (
     Verbs,
     add_model,
@@ -33,6 +34,7 @@ def fold(verbs: Verbs) -> None:
     _add_folding(fold)
     add_source(fold)
     add_proof(fold)
+    add_demands(fold, folds=True)
     add_report(fold)
 
 
@@ -50,6 +52,7 @@ def unfold(verbs: Verbs) -> None:
     unfold.add_argument("--no-verify", action="store_true", help="write without proof")
     add_source(unfold)
     add_proof(unfold)
+    add_demands(unfold)
     add_report(unfold)
 
 
@@ -59,6 +62,7 @@ def inspect(verbs: Verbs) -> None:
     add_model(inspect)
     _add_folding(inspect)
     add_source(inspect)
+    add_demands(inspect, folds=True)
     add_report(inspect)
 
 
