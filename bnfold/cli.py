@@ -13,9 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from bnfold.errors import BnfoldError, LimitError, one_line
 from bnfold.parser import build_parser
+
+if TYPE_CHECKING:
+    from bnfold.report import Reports
 
 
 def _terminated(*_: object) -> None:
@@ -31,28 +35,26 @@ def main(argv: Sequence[str] | None = None, *, limited: bool = False) -> int:
     with contextlib.suppress(ValueError):  # of a thread, which may not
         signal.signal(signal.SIGTERM, _terminated)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in arguments
+    run = _Run("--json" in arguments)
     try:
         args = build_parser().parse_args(arguments)
+        run.begin(args)
         if getattr(args, "timeout", None) is not None and not limited:
             from bnfold.limits import within
 
             return within(args.timeout, partial(main, arguments, limited=True))
-        return _run(args)
+        return run.end(args)
     except BnfoldError as error:
-        _tell_failure(error, as_json)
-        return error.exit_code
+        return run.fail(error)
     except KeyboardInterrupt:
         print("bnfold: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader of stdout went away, which is its right; keep Python from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _no_reader()
         return 0
     except MemoryError:
-        full = LimitError("There is not enough memory for it; nothing was proved.", code="E_MEMORY")
-        _tell_failure(full, as_json)
-        return full.exit_code
+        full = "There is not enough memory for it; nothing was proved."
+        return run.fail(LimitError(full, code="E_MEMORY"))
     except Exception as error:
         if "BNFOLD_TRACEBACK" in os.environ:
             raise
@@ -61,11 +63,66 @@ def main(argv: Sequence[str] | None = None, *, limited: bool = False) -> int:
             f" {one_line(error)}. Set BNFOLD_TRACEBACK=1 to see where, and please report it.",
             hint="Set BNFOLD_TRACEBACK=1 to see where.",
         )
-        _tell_failure(ours, as_json)
-        return ours.exit_code
+        return run.fail(ours)
 
 
-def _run(args: argparse.Namespace) -> int:
+class _Run:
+    """One run of a verb, from its arguments to what is told of it."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.verb: str | None = None
+        self.reports: Reports | None = None
+
+    def begin(self, args: argparse.Namespace) -> None:
+        """Refuse reports that could not be written before any work is done."""
+        self.verb = args.verb
+        if getattr(args, "report", None) or getattr(args, "github", False):
+            from bnfold.report import Reports
+
+            self.reports = Reports.asked(args)
+
+    def end(self, args: argparse.Namespace) -> int:
+        """Do it, and tell what came of it; the exit code."""
+        if args.version or args.verb is None or getattr(args, "schema", False):
+            return _tell_itself(args)
+        from bnfold import commands, report
+
+        result = commands.run(args)
+        if result is None:  # of several processes one reports
+            return 0
+        text = report.to_json(result) if args.json else report.to_text(result, verbose=args.verbose)
+        if self.reports is not None:
+            self.reports.write(result)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            _no_reader()
+        return int(result["exit_code"])
+
+    def fail(self, error: BnfoldError) -> int:
+        """Tell an error, in the reports that were asked for too; the exit code."""
+        from bnfold.report import SCHEMA, printable, to_json
+
+        if os.environ.get("RANK", "0") != "0":
+            # torchrun's processes fail with the same sentence; it ends all when one does, so the
+            # one that tells goes first
+            time.sleep(2)
+            return error.exit_code
+        print(f"bnfold: {printable(str(error))}", file=sys.stderr)
+        document = {"schema": SCHEMA, "command": self.verb, "error": error.to_dict()}
+        if self.verb is None:
+            del document["command"]
+        if self.as_json:
+            print(to_json(document))
+        if self.reports is not None:
+            with contextlib.suppress(BnfoldError):  # one error is told, the first
+                self.reports.write(document)
+        return error.exit_code
+
+
+def _tell_itself(args: argparse.Namespace) -> int:
+    """The versions, the schema or the help."""
     if args.version:
         from bnfold.report import versions
 
@@ -74,34 +131,15 @@ def _run(args: argparse.Namespace) -> int:
     if args.verb is None:
         build_parser().print_help()
         return 2
-    from bnfold import commands, report
-    from bnfold.outputs import check_report, write_text
+    from bnfold.report.schema import schema_text
 
-    if args.report is not None:
-        check_report(args)
-    result = commands.run(args)
-    if result is None:  # of several processes one reports
-        return 0
-    print(report.to_json(result) if args.json else report.to_text(result, verbose=args.verbose))
-    sys.stdout.flush()
-    if args.report is not None:
-        write_text(args.report, report.render(result, args.report))
-    return int(result["exit_code"])
+    print(schema_text(), end="")
+    return 0
 
 
-def _tell_failure(error: BnfoldError, as_json: bool) -> None:
-    from bnfold.report import printable
-
-    if os.environ.get("RANK", "0") != "0":
-        # torchrun's processes fail with the same sentence; it ends all when one does, so the one
-        # that tells goes first
-        time.sleep(2)
-        return
-    print(f"bnfold: {printable(str(error))}", file=sys.stderr)
-    if as_json:
-        from bnfold.report import to_json
-
-        print(to_json({"error": error.to_dict()}))
+def _no_reader() -> None:
+    """The reader of stdout went away, which is its right; keep Python from complaining at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -158,27 +158,6 @@ def write_plain(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def check_report(args: Namespace) -> None:
-    """Refuse a report that could not be written, or would replace a model. Raises UsageError."""
-    path = args.report
-    if not path.parent.is_dir() or path.is_dir():
-        raise UsageError(f"--report {path}: there is no folder {path.parent}, or it is a folder.")
-    names = ("model", "original", "folded", "record", "adapted", "base", "pack", "other")
-    named = [getattr(args, name, None) for name in names]
-    models = [*named, *(getattr(args, "outputs", None) or ())]
-    for other in models:
-        if isinstance(other, Path) and path.resolve() == other.resolve():
-            raise UsageError(f"--report {path} would replace {other}; name another file.")
-    if path.suffix.lower() not in (".md", ".markdown", ".json", ".txt"):
-        raise UsageError(f"--report {path}: the suffix must be .md, .json or .txt.")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a report, replacing an older one. Raises UsageError."""
-    with replacing(path) as staged:
-        staged.write_text(text, encoding="utf-8")
-
-
 def write_all(
     done: Report,
     writers: Mapping[Path, Writer],

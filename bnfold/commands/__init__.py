@@ -21,6 +21,7 @@ HOMES = {
     "pack": "packs",
     "train": "training",
     "doctor": "doctor",
+    "report": "reporting",
 }
 
 

@@ -187,6 +187,8 @@ def _report(
     """The files, once they are proved, and what is said about them."""
     done = new_report("adapt", args, (*target.base.notes, *notes))
     done["layers"] = _layer_table(result.layers)
+    if any(layer.kl_before is not None for layer in result.layers):
+        done["domains"] = [_domain(args.data, result.layers)]
     done["skipped"] = [vars(layer) for layer in result.skipped]
     unreadable = {name: why for part in skipped for name, why in part.items()}
     done["warnings"] = [*result.warnings, *unread(unreadable)]
@@ -285,6 +287,14 @@ def _layer_table(layers: Sequence[LayerShift]) -> Report:
         for layer in layers
     ]
     return {"head": head, "rows": rows}
+
+
+def _domain(data: str, layers: Sequence[LayerShift]) -> Report:
+    rows = [
+        {"name": layer.name, "kl_before": layer.kl_before, "kl_after": layer.kl_after}
+        for layer in layers
+    ]
+    return {"name": Path(data).name or data, "layers": rows}
 
 
 def _output_table(outputs: OutputShift) -> Report:

@@ -31,6 +31,7 @@ from bnfold.outputs import (
     writeback_of,
     writer_of,
 )
+from bnfold.weight_ranges import weight_ranges
 
 _NOT_RUN = (
     "The network's torch module was not at hand: the torch file holds the proved graph's weights by"
@@ -217,6 +218,7 @@ def _add_fold(done: Report, result: Any) -> None:
         "before": count_operators(result.original),
         "after": count_operators(result.graph),
     }
+    done["weights"] = weight_ranges(result.original, result.graph)
 
 
 def _besides(result: Any) -> str:

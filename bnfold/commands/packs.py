@@ -111,6 +111,10 @@ def compare(args: argparse.Namespace) -> Report:
     done = _report("diff", args, pack=args.pack, other=args.other)
     head = ["layer", "channels", "KL", "W2", "largest move of a mean (sd)", "of a sd (relative)"]
     done["layers"] = {"head": head, "rows": [_row(row) for row in rows]}
+    if rows:
+        apart = [{"name": row.name, "kl_before": row.kl, "kl_after": None} for row in rows]
+        name = f"{args.other.name} against {args.pack.name}"
+        done["domains"] = [{"name": name, "layers": apart}]
     alone = [name for name in {**a.layers, **b.layers} if (name in a.layers) != (name in b.layers)]
     if alone:
         done["warnings"] = [f"{len(alone)} layers are in one pack alone, the first: {alone[0]}."]

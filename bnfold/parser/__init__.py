@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bnfold.parser import adapting, folding, packs, proving, training
+from bnfold.parser import adapting, folding, packs, proving, reporting, training
 from bnfold.parser.shared import Parser
 
 EXIT_CODES = """exit codes:
@@ -24,6 +24,7 @@ VERBS = (
     proving.verify,
     folding.inspect,
     training.train,
+    reporting.report,
     proving.doctor,
 )
 

@@ -133,13 +133,29 @@ def add_output(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     """How the report is told."""
+    group = add_telling(parser)
+    group.add_argument(
+        "--report",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="also write it: .html (a page with pictures), .md, .xml (JUnit), .json or .txt; repeat"
+        " for several",
+    )
+    group.add_argument(
+        "--github",
+        action="store_true",
+        help="append it as Markdown to the job's summary, $GITHUB_STEP_SUMMARY",
+    )
+
+
+def add_telling(parser: argparse.ArgumentParser) -> Any:
+    """What the terminal shows; the group comes back."""
     group = parser.add_argument_group("report")
     group.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    group.add_argument(
-        "--report", type=Path, metavar="FILE", help="also write it (.md, .json, .txt)"
-    )
     group.add_argument("-v", "--verbose", action="store_true", help="every table in full")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, no notes")
+    return group
 
 
 def add_proof(parser: argparse.ArgumentParser) -> None:
