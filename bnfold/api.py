@@ -1,4 +1,4 @@
-"""The verbs as functions: fold, inspect, export. Pure: a model in, a result back, nothing printed.
+"""The verbs as functions. Pure: a model in, a result back, nothing printed.
 
 result = bnfold.fold(module, example_inputs=torch.zeros(1, 3, 32, 32))
 result.verify().raise_for_failure()
@@ -35,6 +35,7 @@ from bnfold.folding.record import (
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.folding.selection import Selection
 from bnfold.folding.undo import TorchSide
+from bnfold.proof.runtimes import DEFAULT, Runtime
 from bnfold.reading.computed import held
 from bnfold.reading.sniff import Kind
 from bnfold.reading.source import (
@@ -127,7 +128,7 @@ class FoldResult:
         self,
         inputs: Mapping[str, np.ndarray] | None = None,
         *,
-        providers: Sequence[str] = ("cpu",),
+        runtimes: Sequence[str | Runtime] = (DEFAULT,),
         seed: int = 0,
     ) -> VerifyReport:
         """Gates A, B and C of this fold; see `bnfold.verify`."""
@@ -139,7 +140,7 @@ class FoldResult:
             gauges=gauges_of(self.plan),
             aliases=self.applied.aliases,
             inputs=inputs,
-            providers=tuple(providers),
+            runtimes=runtimes,
             seed=seed,
             torch_modules=self.modules,
         )
@@ -217,15 +218,17 @@ def verify(
     inputs: Mapping[str, np.ndarray] | None = None,
     *,
     record: FoldRecord | None = None,
-    providers: Sequence[str] = ("cpu",),
+    runtimes: Sequence[str | Runtime] = (DEFAULT,),
     seed: int = 0,
 ) -> VerifyReport:
     """Compare two ONNX models: gates B and C, and gate A where the record of the fold is given.
 
-    inputs: arrays by input name; drawn from `seed` if there are none. providers: "cpu", "cuda".
+    inputs: arrays by input name; drawn from `seed` if there are none. runtimes: where gate C runs
+    the folded one, such as "ort-cpu", "ort-cuda" or "ort-cuda:tf32", which declares that precision.
     A failed gate is no exception: see `VerifyReport.passed` and `raise_for_failure`.
-    Raises RuntimeUnavailableError when a provider cannot run here (never a pass),
-    NothingComparedError when there is no output, InputError for models that cannot be read.
+    Raises RuntimeUnavailableError when a runtime cannot run here (never a pass),
+    NothingComparedError when there is no output, InputError for models that cannot be read,
+    UsageError for an unknown runtime.
     """
     from bnfold.proof.verify import verify as prove
 
@@ -235,8 +238,35 @@ def verify(
         gauges=record.gauges if record else None,
         aliases=record.aliases if record else None,
         inputs=inputs,
-        providers=tuple(providers),
+        runtimes=runtimes,
         seed=seed,
+    )
+
+
+def parity(
+    model: nn.Module | ExportedProgram | ir.Model | onnx.ModelProto | Path | str,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    *,
+    example_inputs: Examples | None = None,
+    factory: str | None = None,
+    runtimes: Sequence[str | Runtime] = (DEFAULT,),
+    seed: int = 0,
+) -> VerifyReport:
+    """Compare one model on several runtimes with its float64 evaluation: gate C.
+
+    model, example_inputs, factory: as for `fold`. inputs: arrays by input name; drawn from `seed`
+    if there are none. runtimes: such as "torch" (of a torch model), "ort-cpu", "ort-cuda:tf32".
+    Raises as `verify`.
+    """
+    from bnfold.proof.verify import parity as prove
+
+    source = held(_source(model, example_inputs, None, False, factory))
+    return prove(
+        graph.to_proto(source.graph),
+        runtimes=runtimes,
+        inputs=inputs,
+        seed=seed,
+        torch_module=source.module,
     )
 
 

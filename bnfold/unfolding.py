@@ -20,6 +20,7 @@ from bnfold.errors import InputError, UsageError
 from bnfold.folding.record import FoldedNorm, FoldRecord, load_record
 from bnfold.folding.undo import original_graph, original_state
 from bnfold.outputs import record_path
+from bnfold.proof.runtimes import DEFAULT, Runtime
 from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
 from bnfold.reading.factory import build_module
 from bnfold.reading.sniff import Kind, sniff
@@ -62,7 +63,7 @@ class UnfoldResult:
         self,
         inputs: Mapping[str, np.ndarray] | None = None,
         *,
-        providers: Sequence[str] = ("cpu",),
+        runtimes: Sequence[str | Runtime] = (DEFAULT,),
         seed: int = 0,
     ) -> VerifyReport:
         """The gates of the fold that was undone, on both models as they are now; `bnfold.verify`.
@@ -80,7 +81,7 @@ class UnfoldResult:
             gauges=self.record.gauges if self.own_graph else None,
             aliases=self.record.aliases if self.own_graph else None,
             inputs=inputs,
-            providers=tuple(providers),
+            runtimes=runtimes,
             seed=seed,
             torch_modules=self.modules,
         )

@@ -170,7 +170,7 @@ def test_shape_arithmetic_may_stay_on_the_cpu() -> None:
     ],
 )
 def test_failure_names_what_the_loader_said(said: str, named: str) -> None:
-    sentence = runtime._cuda_failure(said)
+    sentence = runtime._gpu_failure(said)
     assert sentence.startswith("CUDA was asked for")
     assert named in sentence
 
@@ -183,7 +183,7 @@ def test_a_build_without_cuda_is_told_apart() -> None:
             return ["CPUExecutionProvider"]
 
     with pytest.raises(RuntimeUnavailableError, match="install onnxruntime-gpu instead"):
-        runtime._require_cuda(CpuBuild())
+        runtime._require_offered(CpuBuild(), "cuda")
 
 
 @pytest.mark.gpu

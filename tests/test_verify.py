@@ -42,6 +42,7 @@ from bnfold.proof.divergence import first_divergence
 from bnfold.proof.draws import drawn_inputs, given_inputs, input_specs
 from bnfold.proof.reference import Float64Reference
 from bnfold.proof.runtime import available
+from bnfold.proof.runtimes import Runtime
 from bnfold.proof.verify import VerifyReport, verify
 
 
@@ -99,8 +100,8 @@ def test_right_fold_passes_every_gate() -> None:
     assert report.certificate is not None
     assert report.certificate.passed
     assert report.sets == ("normal", "one row", "zeros", "constant", "ten times")
-    assert report.noise == {"onnxruntime cpu, optimized": 0.0}
-    assert report.backends["onnxruntime cpu"]["CPUExecutionProvider"]["Conv"] == 2
+    assert [ran.noise for ran in report.runtimes] == [0.0, 0.0]
+    assert report.runtimes[0].providers["CPUExecutionProvider"]["Conv"] == 2
     report.raise_for_failure()
 
 
@@ -337,12 +338,12 @@ def test_cuda_that_is_not_there_is_an_error_and_no_pass() -> None:
     if available()["loads"]["CUDAExecutionProvider"] is True:
         pytest.skip("CUDA runs here")
     with pytest.raises(RuntimeUnavailableError, match="CUDA was asked for"):
-        proved(network(), providers=("cpu", "cuda"))
+        proved(network(), runtimes=("ort-cpu", "ort-cuda"))
 
 
 def test_no_provider_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
-        proved(network(), providers=())
+        proved(network(), runtimes=())
 
 
 class Net(torch.nn.Module):
@@ -377,7 +378,7 @@ def test_torch_modules_are_backends() -> None:
     assert report.passed, [result.sentence for result in report.failures]
     backends = [result.subject for result in report.gates if result.gate == "C"]
     assert backends == [
-        "out, onnxruntime cpu, optimized",
+        "out, ort-cpu",
         "out, torch, original module",
         "out, torch, folded module",
     ]
@@ -397,9 +398,10 @@ def test_module_that_cannot_run_is_a_failure() -> None:
 
 
 def test_ratio_of_tf32_is_recognised() -> None:
-    backend = comparison.Backend("onnxruntime cuda, optimized", "C", lambda feeds: feeds)
-    assert "TF32" in comparison._diagnosis(backend, 1500.0)
-    assert not comparison._diagnosis(backend, 2.0)
+    assert "TF32" in comparison._diagnosis(Runtime("ort-cuda"), 1500.0)
+    assert not comparison._diagnosis(Runtime("ort-cuda"), 2.0)
+    assert not comparison._diagnosis(Runtime("ort-cuda", "tf32"), 1500.0)
+    assert not comparison._diagnosis(Runtime("ort-cpu"), 1500.0)
 
 
 # -------------------------------------------------------------------------------------- inputs

@@ -17,6 +17,7 @@ HOMES = {
     "inspect": "folding",
     "export": "proving",
     "verify": "proving",
+    "parity": "proving",
     "adapt": "adapting",
     "pack": "packs",
     "train": "training",

@@ -22,6 +22,8 @@ from bnfold.commands.shared import (
     open_samples,
     percent,
     progress_bar,
+    provider_of,
+    runtimes_of,
     unread,
 )
 from bnfold.errors import InputError, UsageError
@@ -97,7 +99,7 @@ def _open_target(args: argparse.Namespace) -> Target:
         matched=args.source_data is not None,
         choice=args.layers,
         device=own_device(args.device),
-        provider=(args.providers or ["cpu"])[0],
+        provider=provider_of(args),
     )
     return target_of(args.model, options, args.record, reading)
 
@@ -203,7 +205,7 @@ def _report(
     if result.fold is not None:
         done["summary"] += " The model is folded again."
         if not args.no_verify:
-            proof = result.fold.verify(providers=args.providers or ("cpu",))
+            proof = result.fold.verify(runtimes=runtimes_of(args))
             add_proof(done, proof)
             if not proof.passed:
                 done["summary"] += " No file was written."

@@ -16,6 +16,7 @@ from bnfold.commands.shared import (
     counted,
     new_report,
     open_model,
+    runtimes_of,
     timed,
 )
 from bnfold.errors import UsageError
@@ -71,7 +72,7 @@ def fold(args: argparse.Namespace) -> Report:
         done["summary"] += f" Nothing was written{' (--dry-run)' * args.dry_run}."
         return timed(done, started)
     if not args.no_verify:
-        proof = result.verify(providers=args.providers or ("cpu",))
+        proof = result.verify(runtimes=runtimes_of(args))
         add_proof(done, proof)
         if not proof.passed or unmet(done, args):
             done["summary"] += " No file was written."
@@ -110,7 +111,7 @@ def unfold(args: argparse.Namespace) -> Report:
         f"{len(result.norms)} batch norms are back, every weight the original's bit for bit."
     )
     if not args.no_verify:
-        proof = result.verify(providers=args.providers or ("cpu",))
+        proof = result.verify(runtimes=runtimes_of(args))
         add_proof(done, proof, is_fold=own_graph)
         if not proof.passed:
             done["summary"] += " No file was written."

@@ -14,7 +14,7 @@ import onnx
 from bnfold import report
 from bnfold.adapting.base import Adapted, Base, Reading, open_base
 from bnfold.commands.adapted import check_adapted_outputs, write_adapted
-from bnfold.commands.shared import add_proof, counted, new_report, timed
+from bnfold.commands.shared import add_proof, counted, new_report, runtimes_of, timed
 from bnfold.errors import InputError, UsageError, VerificationError
 from bnfold.graph import parse_onnx, to_bytes, to_proto
 from bnfold.measuring.statistics import Statistics
@@ -213,16 +213,16 @@ def _prove(
     """The gates; of what is not folded also that the statistics alone are new, bit by bit."""
     from bnfold.proof.verify import verify
 
-    providers = tuple(args.providers or ("cpu",))
+    runtimes = runtimes_of(args)
     if adapted.fold is not None:
-        add_proof(done, adapted.fold.verify(providers=providers))
+        add_proof(done, adapted.fold.verify(runtimes=runtimes))
         return
     _check_nothing_else(pack, base, adapted)
     if adapted.graph is None:
         done["warnings"] = ["The checkpoint carries no graph and was not run; --model names it."]
         return
     expected = _expected_graph(pack, base)
-    add_proof(done, verify(expected, to_proto(adapted.graph), providers=providers), is_fold=False)
+    add_proof(done, verify(expected, to_proto(adapted.graph), runtimes=runtimes), is_fold=False)
 
 
 def _expected_graph(pack: Pack, base: Base) -> onnx.ModelProto:

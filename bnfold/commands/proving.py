@@ -1,9 +1,10 @@
-"""`bnfold export` and `verify`."""
+"""`bnfold export`, `verify` and `parity`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 from bnfold import report
 from bnfold.commands.shared import (
@@ -13,6 +14,7 @@ from bnfold.commands.shared import (
     new_report,
     open_model,
     open_samples,
+    runtimes_of,
 )
 from bnfold.errors import UsageError
 from bnfold.outputs import (
@@ -42,9 +44,7 @@ def export(args: argparse.Namespace) -> Report:
     if not args.no_verify:
         proto = to_proto(source.graph)
         modules = (source.module, source.module) if source.module is not None else None
-        proof = prove(
-            proto, proto, providers=tuple(args.providers or ("cpu",)), torch_modules=modules
-        )
+        proof = prove(proto, proto, runtimes=runtimes_of(args), torch_modules=modules)
         add_proof(done, proof, is_fold=False)
         if not proof.passed:
             done["summary"] += " No file was written."
@@ -57,8 +57,6 @@ def export(args: argparse.Namespace) -> Report:
 
 def verify(args: argparse.Namespace) -> Report:
     """`bnfold verify ORIGINAL FOLDED`: the gates, for any two models."""
-    import numpy as np
-
     from bnfold.folding.record import load_record
     from bnfold.graph import to_proto
     from bnfold.proof.verify import verify as prove
@@ -77,13 +75,6 @@ def verify(args: argparse.Namespace) -> Report:
             f"{args.folded} is not what {path} was written for, or was changed since: gate A says"
             " whether it still is that fold"
         )
-    inputs = None
-    if args.data is not None:
-        names = list(inputs_of(original))
-        parts = [b[0] if isinstance(b, list | tuple) else b for b in open_samples(args, args.data)]
-        if len(names) != 1 or not parts or isinstance(parts[0], Mapping):
-            raise UsageError("verify --data takes samples of a model's single input.")
-        inputs = {names[0]: np.concatenate([np.asarray(part) for part in parts])}
     modules = None
     if original.module is not None and folded.module is not None:
         modules = (original.module, folded.module)
@@ -92,8 +83,8 @@ def verify(args: argparse.Namespace) -> Report:
         to_proto(folded.graph),
         gauges=record.gauges if record else None,
         aliases=record.aliases if record else None,
-        inputs=inputs,
-        providers=tuple(args.providers or ("cpu",)),
+        inputs=_given(args, original),
+        runtimes=runtimes_of(args),
         torch_modules=modules,
         seed=args.seed,
         samples=args.samples,
@@ -101,3 +92,36 @@ def verify(args: argparse.Namespace) -> Report:
     done["summary"] = ""
     add_proof(done, proof)
     return done
+
+
+def parity(args: argparse.Namespace) -> Report:
+    """`bnfold parity MODEL`: gate C, for one model on many runtimes."""
+    from bnfold.graph import to_proto
+    from bnfold.proof.verify import parity as prove
+    from bnfold.reading.computed import held
+
+    source = held(open_model(args, args.model))
+    done = new_report("parity", args, source.notes)
+    proof = prove(
+        to_proto(source.graph),
+        runtimes=runtimes_of(args),
+        inputs=_given(args, source),
+        torch_module=source.module,
+        seed=args.seed,
+        samples=args.samples,
+    )
+    add_proof(done, proof, is_fold=False)
+    return done
+
+
+def _given(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
+    """The samples of --data by input name; None where inputs are to be drawn."""
+    import numpy as np
+
+    if args.data is None:
+        return None
+    names = list(inputs_of(source))
+    parts = [b[0] if isinstance(b, list | tuple) else b for b in open_samples(args, args.data)]
+    if len(names) != 1 or not parts or isinstance(parts[0], Mapping):
+        raise UsageError(f"{args.verb} --data takes samples of a model's single input.")
+    return {names[0]: np.concatenate([np.asarray(part) for part in parts])}

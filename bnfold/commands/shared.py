@@ -133,10 +133,23 @@ def timed(done: Report, started: float) -> Report:
     return done
 
 
+def runtimes_of(args: argparse.Namespace) -> tuple[Any, ...]:
+    """Where to compare, as the options say (runtimes.Runtime)."""
+    from bnfold.proof.runtimes import DEFAULT, as_runtimes
+
+    return as_runtimes(args.runtimes or (DEFAULT,), getattr(args, "declared", None) or "fp32")
+
+
+def provider_of(args: argparse.Namespace) -> str:
+    """Where onnxruntime measures an ONNX model: "cpu", or "cuda" where a GPU is named first."""
+    return "cuda" if runtimes_of(args)[0].place.device == "cuda" else "cpu"
+
+
 def add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
     """The gates in a report, its verdict and its exit code."""
     found = proof.to_dict()
     done["gates"] = found.pop("gates")
+    done["runtimes"] = found.pop("runtimes")
     done["proof"] = found
     done["exit_code"] = 0 if proof.passed else 1
     gates = ", ".join(sorted({gate["gate"] for gate in done["gates"]}))

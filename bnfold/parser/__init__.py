@@ -22,6 +22,7 @@ VERBS = (
     packs.pack,
     proving.export,
     proving.verify,
+    proving.parity,
     folding.inspect,
     training.train,
     reporting.report,

@@ -112,7 +112,7 @@ def adapt(verbs: Verbs) -> None:
     add_output(adapt, "adapted model (default NAME.adapted beside the input, same suffix)")
     adapt.add_argument("--pack", type=Path, metavar="FILE", help="also write a domain pack")
     add_source(adapt)
-    add_proof(adapt)
+    add_proof(adapt, precision=False)
     add_report(adapt)
 
 

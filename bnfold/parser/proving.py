@@ -1,4 +1,4 @@
-"""`bnfold export`, `verify` and `doctor`."""
+"""`bnfold export`, `verify`, `parity` and `doctor`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def verify(verbs: Verbs) -> None:
     add_source(verify)
     add_proof(verify)
     add_report(verify)
+
+
+def parity(verbs: Verbs) -> None:
+    """`bnfold parity MODEL`."""
+    parity = verbs.add_parser("parity", help="prove that runtimes compute the same of one model")
+    add_model(parity)
+    add_data(parity, "--data", "inputs to compare on (default: drawn)", required=False)
+    add_source(parity)
+    add_proof(parity)
+    add_report(parity)
 
 
 def doctor(verbs: Verbs) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bnfold.errors import UsageError
+from bnfold.proof.runtimes import PRECISIONS, parse_runtime
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -47,6 +48,12 @@ def size(text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a size") from None
+
+
+def runtime(text: str) -> str:
+    """`ort-cuda` or `ort-cuda:tf32`, as it was written; a wrong one is told at once."""
+    parse_runtime(text)
+    return text
 
 
 def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
@@ -158,13 +165,29 @@ def add_telling(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def add_proof(parser: argparse.ArgumentParser) -> None:
-    """Where networks are compared."""
+def add_proof(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
+    """Where networks are compared; precision: whether the verb has no other option of that name."""
     group = parser.add_argument_group("proof")
     group.add_argument(
+        "--runtime",
+        dest="runtimes",
+        action="append",
+        type=runtime,
+        metavar="NAME[:CLASS]",
+        help="where to compare: torch, torch-cuda, ort-cpu (default), ort-cuda, ort-tensorrt, with"
+        " the precision class declared for it; repeat for several",
+    )
+    group.add_argument(
         "--provider",
-        dest="providers",
+        dest="runtimes",
         action="append",
         choices=("cpu", "cuda"),
-        help="onnxruntime provider to compare on (default cpu); repeat for several",
+        help="another spelling of --runtime ort-cpu and ort-cuda",
     )
+    if precision:
+        group.add_argument(
+            "--precision",
+            dest="declared",
+            choices=tuple(PRECISIONS),
+            help="class of every runtime without one of its own (default fp32)",
+        )

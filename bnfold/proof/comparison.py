@@ -9,26 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 
 from bnfold.errors import InputError, NothingComparedError
+from bnfold.proof.backends import Backend, Backends, Values, beyond
 from bnfold.proof.counterpart import ROUNDINGS
 from bnfold.proof.draws import InputSet, drawn_inputs, given_inputs
 from bnfold.proof.reference import Float64Reference, NoReferenceError
-from bnfold.proof.runtime import PROTOBUF_LIMIT, Session, open_session, run_torch
-
-if TYPE_CHECKING:
-    import torch
+from bnfold.proof.runtimes import R_LIMIT, Runtime, ceiling
+from bnfold.proof.tally import Tally, peak_share, relative_difference
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Values = Mapping[str, Any]
 Progress = Callable[[int, int | None], None]
 
-R_LIMIT = 4.0
 ELEMENT_LIMIT = 10.0
+CLASS_LIMIT = 2.0  # folded over original, both in the class that was declared
 FLOOR = 4.0  # roundings below which an error of the original is luck
 ORDINARY = ("given", "normal")  # input sets whose error shows what is usual
 FEW = 64  # output elements on given inputs, below which normal draws are compared as well
@@ -53,177 +51,6 @@ class GateResult:
     sentence: str
 
 
-# ------------------------------------------------------------------------------- the backends
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Something that maps inputs to outputs by name; gate B or C, and whose network it runs."""
-
-    name: str
-    gate: str
-    run: Callable[[Mapping[str, Array]], Values]
-    session: Session | None = None
-
-
-@dataclass(frozen=True)
-class Backends:
-    """The original's session, and all that is compared with it."""
-
-    original: Backend
-    compared: tuple[Backend, ...]
-
-    @staticmethod
-    def open(original: Any, folded: Any, providers: Sequence[str],
-             modules: tuple[torch.nn.Module, torch.nn.Module] | None, threads: int | None
-             ) -> Backends:  # fmt: skip
-        """Every session that will be needed, before any time is spent on arithmetic."""
-        folded = _once(folded)
-        optimized = [
-            _of_session(
-                f"onnxruntime {provider}, optimized", "C",
-                open_session(folded, provider, optimize=True, threads=threads),
-            )
-            for provider in dict.fromkeys(providers)
-        ]  # fmt: skip
-        first = open_session(original, "cpu", optimize=False, threads=threads)
-        second = open_session(folded, "cpu", optimize=False, threads=threads)
-        compared = [_of_session("onnxruntime cpu", "B", second), *optimized]
-        if modules is not None:
-            names = first.input_names
-            for role, module in zip(("original", "folded"), modules, strict=True):
-                name = f"torch, {role} module"
-                run = _torch_runner(module, names, first.output_names, name)
-                compared.append(Backend(name, "C", run))
-        return Backends(_of_session("original", "B", first), tuple(compared))
-
-    @staticmethod
-    def in_torch(original: onnx.ModelProto, modules: tuple[torch.nn.Module, torch.nn.Module]
-                 ) -> Backends:  # fmt: skip
-        """The two modules alone, for types that onnxruntime has no operators for."""
-        held = {tensor.name for tensor in original.graph.initializer}
-        names = [value.name for value in original.graph.input if value.name not in held]
-        outputs = [value.name for value in original.graph.output]
-        first, second = (
-            Backend(f"torch, {role} module", "B",
-                    _torch_runner(module, names, outputs, f"torch, {role} module"))
-            for role, module in zip(("original", "folded"), modules, strict=True)
-        )  # fmt: skip
-        return Backends(first, (second,))
-
-    @property
-    def placement(self) -> dict[str, Mapping[str, Mapping[str, int]]]:
-        """Where onnxruntime says that the nodes ran."""
-        return {b.name: b.session.assignment for b in self.compared if b.session is not None}
-
-
-def _once(model: Any) -> Any:
-    """A proto as bytes, so that several sessions do not serialize it each."""
-    small = isinstance(model, onnx.ModelProto) and model.ByteSize() < PROTOBUF_LIMIT
-    return model.SerializeToString() if small else model
-
-
-def _of_session(name: str, gate: str, session: Session) -> Backend:
-    return Backend(name, gate, session.run, session)
-
-
-def _torch_runner(module: torch.nn.Module, inputs: Sequence[str], outputs: Sequence[str], name: str
-                  ) -> Callable[[Mapping[str, Array]], Values]:  # fmt: skip
-    def run(feeds: Mapping[str, Array]) -> Values:
-        try:
-            values = run_torch(module, [feeds[key] for key in inputs])
-        except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{name} cannot run on the model's inputs: {first}") from error
-        if len(values) != len(outputs):
-            raise InputError(f"{name} has {len(values)} outputs, the model has {len(outputs)}.")
-        return dict(zip(outputs, values, strict=True))
-
-    return run
-
-
-# ------------------------------------------------------------------------------ the comparison
-
-
-@dataclass
-class Tally:
-    """What one backend's output differs by from the reference, over the batches of an input set.
-
-    peaks, sizes: per sample, the largest error of an element and the largest exact element.
-    """
-
-    error: float = 0.0  # sum of squares
-    size: float = 0.0  # sum of squares of the reference
-    elements: int = 0
-    flips: int = 0
-    discrete: bool = False
-    peaks: list[Array] = field(default_factory=list)
-    sizes: list[Array] = field(default_factory=list)
-    trouble: str = ""
-
-    def add(self, value: Any, exact: Any) -> None:
-        """Count one batch."""
-        problem = _unlike(value, exact)
-        self.trouble = self.trouble or problem
-        if problem:
-            return
-        # a NaN that both agree on says nothing about two networks
-        self.elements += int(np.count_nonzero(np.isfinite(exact)))
-        if exact.dtype.kind not in "fc":
-            self.discrete = True
-            self.flips += int(np.count_nonzero(value != exact))
-            return
-        difference = _difference(value, exact)
-        finite = np.where(np.isfinite(exact), exact, 0.0)
-        self.error += float(np.sum(difference**2))
-        self.size += float(np.sum(finite**2))
-        self.peaks.append(_peaks(difference))
-        self.sizes.append(_peaks(finite))
-
-
-def _unlike(value: Any, exact: Any) -> str:
-    """Why two results cannot be compared element by element; empty when they can."""
-    if not isinstance(value, np.ndarray) or not isinstance(exact, np.ndarray):
-        return "it is no tensor"
-    if value.shape != exact.shape:
-        return f"its shape is {value.shape}, and should be {exact.shape}"
-    if (value.dtype.kind in "biu") != (exact.dtype.kind in "biu"):
-        return f"its type is {value.dtype}"
-    if exact.dtype.kind == "f":
-        got = value.astype(np.float64)
-        wrong = ~((np.isfinite(got) & np.isfinite(exact)) | (np.isnan(got) & np.isnan(exact))
-                  | (got == exact))  # fmt: skip
-        if wrong.any():
-            return f"{int(wrong.sum())} of {wrong.size} elements are NaN or infinite"
-    return ""
-
-
-def _peak_share(tally: Tally) -> float:
-    """Root mean square over samples of the largest error over the largest element."""
-    if not tally.peaks:
-        return 0.0
-    with np.errstate(all="ignore"):
-        shares = np.concatenate(tally.peaks) / np.concatenate(tally.sizes)
-    return float(np.sqrt(np.mean(np.nan_to_num(shares, posinf=0.0) ** 2)))
-
-
-def _difference(value: Array, exact: Array) -> Array:
-    with np.errstate(all="ignore"):
-        difference = value.astype(np.float64) - exact
-    return np.where(np.isfinite(difference), difference, 0.0)
-
-
-def _peaks(values: Array) -> Array:
-    """Largest magnitude per sample (first axis)."""
-    flat = np.abs(
-        np.atleast_1d(values).reshape(len(np.atleast_1d(values)), -1)
-        if values.size
-        else np.zeros((1, 1))
-    )
-    peaks: Array = np.max(flat, axis=1, initial=0.0)
-    return peaks
-
-
 @dataclass
 class Comparison:
     """The runs of all backends on all inputs, and what they come to."""
@@ -234,14 +61,17 @@ class Comparison:
     sets: list[InputSet]
     outputs: list[str]
     unit: float
+    question: str = "B"
     noise: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
     tallies: dict[tuple[str, str, str], Tally] = field(default_factory=dict)
     trouble: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(before: onnx.ModelProto, after: onnx.ModelProto, backends: Backends, seed: int,
            samples: int | None, input_shapes: Mapping[str, Sequence[int]] | None,
-           inputs: Mapping[str, Array] | None) -> Comparison:  # fmt: skip
+           inputs: Mapping[str, Array] | None, question: str = "B"
+           ) -> Comparison:  # fmt: skip
         """Prepare the reference and the inputs."""
         reference, refusal = None, ""
         try:
@@ -258,7 +88,7 @@ class Comparison:
         names = [value.name for value in before.graph.output]
         if names != [value.name for value in after.graph.output]:
             refusal = refusal or "the two models have other outputs"
-        return Comparison(backends, reference, refusal, sets, names, _unit(before))
+        return Comparison(backends, reference, refusal, sets, names, _unit(before), question)
 
     @property
     def samples(self) -> int:
@@ -285,8 +115,11 @@ class Comparison:
         return list(self._results())
 
     def _not_run(self, reason: str) -> GateResult:
-        sentence = f"not run, so the fold is not proved: {reason.rstrip('.')}."
-        return GateResult("B", "not run", "the network", math.nan, R_LIMIT, False, sentence)
+        what = "the fold" if self.question == "B" else "parity"
+        sentence = f"not run, so {what} is not proved: {reason.rstrip('.')}."
+        return GateResult(
+            self.question, "not run", "the network", math.nan, R_LIMIT, False, sentence
+        )
 
     def _run(self, group: str, feeds: Mapping[str, Array]) -> None:
         assert self.reference is not None
@@ -300,7 +133,7 @@ class Comparison:
             try:
                 values = backend.run(feeds)
                 if backend.name not in self.noise and backend.gate == "C":
-                    self.noise[backend.name] = _noise(values, backend.run(feeds), exact)
+                    self.noise[backend.name] = _noise(backend, feeds, values, exact)
             except InputError as error:
                 self.trouble[backend.name] = str(error)
                 continue
@@ -345,14 +178,15 @@ class Comparison:
                 sentence = (
                     f"the original's own output '{output}' on onnxruntime does not match its "
                     f"float64 evaluation ({why}, on '{group.name}' inputs), so nothing can be said "
-                    f"about the folded one."
+                    f"about {'the folded one' if self.question == 'B' else 'other runtimes'}."
                 )
-                yield GateResult("B", "original", output, error, limit, False, sentence)
+                yield GateResult(self.question, "original", output, error, limit, False, sentence)
                 return
 
     def _judge_output(self, backend: Backend, output: str) -> Iterator[GateResult]:
         name = "error ratio" if backend.gate == "B" else "backend ratio"
         subject = f"{output}, {backend.name}"
+        limit = ceiling(backend.runtime.precision, self.unit)
         ratios, peaks = [], []
         if any(self.tallies["original", group.name, output].trouble for group in self.sets):
             return  # there is nothing to hold it against, which has failed already
@@ -363,26 +197,52 @@ class Comparison:
                     f"{backend.name}: the output '{output}' cannot be compared on '{group.name}' "
                     f"inputs: {tally.trouble}."
                 )
-                yield GateResult(backend.gate, name, subject, math.inf, R_LIMIT, False, sentence)
+                yield GateResult(backend.gate, name, subject, math.inf, limit, False, sentence)
                 return
             ratios.append((self._ratio(backend, group.name, tally, output), group.name))
             peaks.append((self._peak(group.name, tally, output), group.name))
         ratio, where = max(ratios)
+        self.ratios[backend.name] = max(ratio, self.ratios.get(backend.name, 0.0))
+        declared = f" in {backend.runtime.precision}" if beyond(backend.runtime) else ""
         sentence = (
             f"{backend.name}: the error of '{output}' is {ratio:.3g} times the original's "
-            f"(worst on '{where}' inputs; at most {R_LIMIT:g} passes)."
+            f"(worst on '{where}' inputs; at most {limit:g} passes{declared})."
         )
-        yield GateResult(backend.gate, name, subject, ratio, R_LIMIT, ratio <= R_LIMIT,
-                         sentence + _diagnosis(backend, ratio))  # fmt: skip
+        yield GateResult(backend.gate, name, subject, ratio, limit, ratio <= limit,
+                         sentence + _diagnosis(backend.runtime, ratio))  # fmt: skip
+        if backend.original:
+            yield self._within_class(backend, output)
         if backend.gate == "B":
             peak, where = max(peaks)
+            most = ELEMENT_LIMIT * limit / R_LIMIT
             sentence = (
                 f"{backend.name}: the largest error of an element of '{output}' is {peak:.3g} "
-                f"times the original's (worst on '{where}' inputs; at most {ELEMENT_LIMIT:g} "
-                f"passes)."
+                f"times the original's (worst on '{where}' inputs; at most {most:g} passes)."
             )
-            yield GateResult("B", "largest element", subject, peak, ELEMENT_LIMIT,
-                             peak <= ELEMENT_LIMIT, sentence)  # fmt: skip
+            yield GateResult("B", "largest element", subject, peak, most, peak <= most, sentence)
+
+    def _within_class(self, backend: Backend, output: str) -> GateResult:
+        """The folded network's error over the original's, both in the same place and class."""
+        shares = []
+        for group in self.sets:
+            mine = self.tallies[backend.name, group.name, output]
+            other = self.tallies[backend.original, group.name, output]
+            if other.trouble:
+                shares.append((math.inf, group.name))
+                continue
+            noise = self.noise.get(backend.name, 0.0)
+            error = max(self._relative(mine, output) - noise, 0.0)
+            base = max(self._relative(other, output), FLOOR * self.unit)
+            if mine.discrete:
+                base = max(base, FLIPS)
+            shares.append((error / base, group.name))
+        share, where = max(shares)
+        sentence = (
+            f"{backend.name}: the error of '{output}' is {share:.3g} times the one of "
+            f"{backend.original} (worst on '{where}' inputs; at most {CLASS_LIMIT:g} passes)."
+        )
+        return GateResult("C", "class ratio", f"{output}, {backend.name}", share, CLASS_LIMIT,
+                          share <= CLASS_LIMIT, sentence)  # fmt: skip
 
     def _ratio(self, backend: Backend, group: str, tally: Tally, output: str) -> float:
         """R: the backend's error over the original's, or over the usual one if that is luckier."""
@@ -399,7 +259,7 @@ class Comparison:
         base = self.tallies["original", group, output]
         if tally.discrete or not tally.peaks:
             return 0.0
-        usual = self._usual(_peak_share, output)
+        usual = self._usual(peak_share, output)
         sizes, peaks = np.concatenate(tally.sizes), np.concatenate(tally.peaks)
         own = np.concatenate(base.peaks)
         alike = np.sqrt(np.mean(own**2))  # an element can cross zero, and its error come out right
@@ -438,30 +298,23 @@ class Comparison:
         return math.sqrt(tally.error / size) if size else math.inf
 
 
-def _diagnosis(backend: Backend, ratio: float) -> str:
-    """A likely cause, where the size of the ratio names one."""
+def _diagnosis(runtime: Runtime, ratio: float) -> str:
+    """What the size of a ratio on a GPU looks like, where the class was not declared."""
     low, high = TENSOR_CORE
-    if backend.gate == "C" and "cuda" in backend.name and low < ratio < high:
-        return (
-            " It looks like TF32 or float16 products: set NVIDIA_TF32_OVERRIDE=0 before the "
-            "process starts."
-        )
-    return ""
+    if runtime.place.device != "cuda" or beyond(runtime) or not low < ratio < high:
+        return ""
+    return (
+        f" It looks like TF32 or float16 products, which were not declared: if they are meant, say "
+        f"--runtime {runtime.name}:tf32 (or :fp16)."
+    )
 
 
-def _noise(first: Values, second: Values, exact: Values) -> float:
-    """Worst relative difference of two runs of one session."""
-    worst = 0.0
-    for name, value in exact.items():
-        a, b = first.get(name), second.get(name)
-        if _unlike(a, value) or _unlike(b, value) or value.dtype.kind != "f":
-            continue
-        assert isinstance(a, np.ndarray)
-        assert isinstance(b, np.ndarray)
-        size = float(np.linalg.norm(np.where(np.isfinite(value), value, 0.0).ravel()))
-        distance = float(np.linalg.norm(_difference(a, b.astype(np.float64)).ravel()))
-        worst = max(worst, distance / size if size else 0.0)
-    return worst
+def _noise(backend: Backend, feeds: Mapping[str, Array], values: Values, exact: Values) -> float:
+    """Worst relative difference of a run from another of its session, and from a new session's."""
+    noise = relative_difference(values, backend.run(feeds), exact)
+    if backend.again is None:
+        return noise
+    return max(noise, relative_difference(values, backend.again(feeds), exact))
 
 
 def _few(sets: Sequence[InputSet], original: Backend) -> bool:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnx
 
-from bnfold.errors import InputError, RuntimeUnavailableError
+from bnfold.errors import BnfoldError, InputError, RuntimeUnavailableError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +35,15 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 Model: TypeAlias = onnx.ModelProto | bytes | str | Path
 
-PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# float32 means float32 (no TF32), and one algorithm for one shape (EXHAUSTIVE times several)
-CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+PROVIDERS: dict[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 PROTOBUF_LIMIT = 2**31 - 1
 COMPUTE_OPS = ("Conv", "Gemm", "MatMul", "BatchNormalization")
 CUDNN = "libcudnn.so.9"  # the major version that onnxruntime-gpu 1.19 and later opens
+GPU_LIBRARIES = re.compile(r"lib(cuda|cudart|cudnn|cublas|cufft|curand|nvrtc|nvinfer)\w*[.]so")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Session:
     provider: str
     optimized: bool
     input_names: tuple[str, ...]
+    input_types: tuple[str, ...]  # as onnxruntime writes them, such as "tensor(float16)"
     output_names: tuple[str, ...]
     providers: tuple[str, ...]
     assignment: Mapping[str, Mapping[str, int]]
@@ -65,6 +69,8 @@ class Session:
         """The graph's outputs by name. Raises InputError when onnxruntime refuses the inputs."""
         try:
             values = self._session.run(None, dict(feeds))
+        except BnfoldError:  # of a session in another process
+            raise
         except Exception as error:
             raise InputError(f"onnxruntime could not run the model: {_sentence(error)}") from error
         if tuple(self._session.get_providers()) != self.providers:
@@ -73,6 +79,11 @@ class Session:
                 f"{self._session.get_providers()[0]}; the result proves nothing about it."
             )
         return dict(zip(self.output_names, values, strict=True))
+
+    def end(self) -> None:
+        """Free what it holds at once, where it is in another process."""
+        if hasattr(self._session, "end"):
+            self._session.end()
 
 
 class Noise:
@@ -156,39 +167,39 @@ def open_session(
     optimize: bool,
     threads: int | None = None,
     part: bool = False,
+    precision: str = "fp32",
 ) -> Session:
-    """An onnxruntime session of `model` on `provider` ("cpu" or "cuda"), and only there.
+    """An onnxruntime session of `model` on `provider` ("cpu", "cuda", "tensorrt"), and only there.
 
     model: a file's path, the bytes of a file, or a ModelProto (beyond 2 GiB: a path, or a proto
     that is written to a temporary folder with its tensors beside it). optimize: onnxruntime's
     default graph optimization, which folds batch normalization itself; False turns all of it off.
     part: of a model that is cut into many, so that nothing of it need be placed on the provider.
+    precision: what the provider may round products to (`runtimes.PRECISIONS`); what CUDA's own
+    libraries do is settled when the process starts (`process.environment_of`).
 
     Raises RuntimeUnavailableError when the provider cannot run here or did not take the model's
     convolutions and products, and InputError when onnxruntime refuses the model.
     """
-    if provider not in PROVIDERS:
-        raise RuntimeUnavailableError(
-            f"'{provider}' is not a provider of bnfold; use {' or '.join(PROVIDERS)}."
-        )
+    _check_known(provider)
     runtime = _onnxruntime()
-    wanted = PROVIDERS[provider]
-    if provider == "cuda":
-        _require_cuda(runtime)
+    if provider != "cpu":
+        _require_offered(runtime, provider)
     options = _session_options(runtime, optimize, threads)
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_loadable(model))
+        source = stack.enter_context(loadable(model))
         try:
             with quiet() as noise:
                 session = runtime.InferenceSession(
                     source,
                     options,
-                    providers=[(wanted, dict(CUDA_OPTIONS) if provider == "cuda" else {})],
+                    providers=[(PROVIDERS[provider], provider_options(provider, precision))],
                     enable_fallback=0,
                 )
         except Exception as error:
-            if provider == "cuda" and _looks_like_cuda(f"{error} {noise.text()}"):
-                raise RuntimeUnavailableError(_cuda_failure(f"{error}\n{noise.text()}")) from error
+            said = f"{error}\n{noise.text()}"
+            if provider != "cpu" and _looks_like_gpu(said):
+                raise RuntimeUnavailableError(_gpu_failure(said, provider)) from error
             raise InputError(f"onnxruntime cannot load the model: {_sentence(error)}") from error
     return _proved(session, provider, optimize, noise.text(), part)
 
@@ -208,13 +219,10 @@ def open_with_weights(
     Prints of other threads are left alone, so this may run while a service does.
     Raises as `open_session`.
     """
-    if provider not in PROVIDERS:
-        raise RuntimeUnavailableError(
-            f"'{provider}' is not a provider of bnfold; use {' or '.join(PROVIDERS)}."
-        )
+    _check_known(provider)
     runtime = _onnxruntime() if "onnxruntime" not in sys.modules else sys.modules["onnxruntime"]
-    if provider == "cuda":
-        _require_cuda(runtime)
+    if provider != "cpu":
+        _require_offered(runtime, provider)
     options = _session_options(runtime, True, threads, spinning=True)
     held = [(array, _ort_value(runtime, array)) for array in weights.values()]
     options.add_external_initializers(list(weights), [value for _, value in held])
@@ -222,14 +230,34 @@ def open_with_weights(
         session = runtime.InferenceSession(
             graph,
             options,
-            providers=[(PROVIDERS[provider], dict(CUDA_OPTIONS) if provider == "cuda" else {})],
+            providers=[(PROVIDERS[provider], provider_options(provider))],
             enable_fallback=0,
         )
     except Exception as error:
-        if provider == "cuda" and _looks_like_cuda(str(error)):
-            raise RuntimeUnavailableError(_cuda_failure(str(error))) from error
+        if provider != "cpu" and _looks_like_gpu(str(error)):
+            raise RuntimeUnavailableError(_gpu_failure(str(error), provider)) from error
         raise InputError(f"onnxruntime cannot load the model: {_sentence(error)}") from error
     return replace(_proved(session, provider, True, ""), _held=held)
+
+
+def _check_known(provider: str) -> None:
+    if provider not in PROVIDERS:
+        raise RuntimeUnavailableError(
+            f"'{provider}' is not a provider of bnfold; use {' or '.join(PROVIDERS)}."
+        )
+
+
+def provider_options(provider: str, precision: str = "fp32") -> dict[str, str]:
+    """What a provider is asked for: one algorithm for one shape, and no rounding undeclared.
+
+    Source: the option names of onnxruntime's cuda_provider_options.h and TensorRT provider.
+    """
+    if provider == "cuda":  # EXHAUSTIVE times several algorithms, and may take another each time
+        return {"use_tf32": str(int(precision == "tf32")), "cudnn_conv_algo_search": "DEFAULT"}
+    if provider == "tensorrt":  # TF32 is by the environment alone
+        asked = {"trt_fp16_enable": precision == "fp16", "trt_bf16_enable": precision == "bf16"}
+        return {name: str(wanted) for name, wanted in asked.items()}
+    return {}
 
 
 def _ort_value(runtime: Any, array: Array) -> Any:
@@ -258,7 +286,7 @@ def _session_options(
 
 
 @contextlib.contextmanager
-def _loadable(model: Model) -> Iterator[bytes | str]:
+def loadable(model: Model) -> Iterator[bytes | str]:
     """The model as InferenceSession takes it."""
     if isinstance(model, bytes):
         yield model
@@ -282,7 +310,7 @@ def _proved(session: Any, provider: str, optimize: bool, noise: str, part: bool 
     wanted = PROVIDERS[provider]
     providers = tuple(session.get_providers())
     if not providers or providers[0] != wanted:
-        raise RuntimeUnavailableError(_cuda_failure(noise) if provider == "cuda" else noise)
+        raise RuntimeUnavailableError(noise if provider == "cpu" else _gpu_failure(noise, provider))
     assignment = _assignment(session)
     if provider != "cpu":
         _require_placement(assignment, wanted, part)
@@ -290,6 +318,7 @@ def _proved(session: Any, provider: str, optimize: bool, noise: str, part: bool 
         provider=provider,
         optimized=optimize,
         input_names=tuple(value.name for value in session.get_inputs()),
+        input_types=tuple(value.type for value in session.get_inputs()),
         output_names=tuple(value.name for value in session.get_outputs()),
         providers=providers,
         assignment=assignment,
@@ -337,16 +366,47 @@ def _require_placement(
         raise RuntimeUnavailableError(f"onnxruntime placed no node of the model on {wanted}.")
 
 
-# ----------------------------------------------------------------------------- what CUDA lacks
+# ----------------------------------------------------------------------- what a GPU provider lacks
 
 
-def _require_cuda(runtime: Any) -> None:
-    """Load CUDA's libraries where torch or pip packages carry them; refuse a CPU-only build."""
+@dataclass(frozen=True)
+class _Gpu:
+    """A provider's name for people, what its library file is, what of its needs is told apart."""
+
+    title: str
+    file: str
+    prefixes: tuple[str, ...]
+    opened: tuple[str, ...]  # not linked, but opened on demand
+    remedy: str
+
+
+_GPUS = {
+    "cuda": _Gpu(
+        "CUDA",
+        "libonnxruntime_providers_cuda.so",
+        ("libcu",),
+        (CUDNN,),
+        "Install NVIDIA's driver and the CUDA libraries that this onnxruntime-gpu was built for "
+        "(pip install onnxruntime-gpu[cuda,cudnn])",
+    ),
+    "tensorrt": _Gpu(
+        "TensorRT",
+        "libonnxruntime_providers_tensorrt.so",
+        ("libnv", "libcu"),
+        (),
+        "Install NVIDIA's driver and the TensorRT that this onnxruntime-gpu was built for",
+    ),
+}
+
+
+def _require_offered(runtime: Any, provider: str) -> None:
+    """Load CUDA's libraries where torch or pip packages carry them; refuse a build without it."""
     offered = runtime.get_available_providers()
-    if PROVIDERS["cuda"] not in offered:
+    if PROVIDERS[provider] not in offered:
         raise RuntimeUnavailableError(
-            f"CUDA was asked for, but this onnxruntime {runtime.__version__} was built without "
-            f"it (it offers {', '.join(offered)}); install onnxruntime-gpu instead of onnxruntime."
+            f"{_GPUS[provider].title} was asked for, but this onnxruntime {runtime.__version__} was"
+            f" built without it (it offers {', '.join(offered)}); install onnxruntime-gpu instead "
+            f"of onnxruntime."
         )
     with quiet(), contextlib.suppress(Exception):
         if _torch_cuda() is not None:
@@ -364,21 +424,35 @@ def _torch_cuda() -> str | None:
     return torch.version.cuda
 
 
-def _looks_like_cuda(text: str) -> bool:
-    return any(word in text for word in ("CUDA", "cuda", "cudnn", "CUDNN", "cublas", "CUBLAS"))
+def _looks_like_gpu(text: str) -> bool:
+    words = ("cuda", "cudnn", "cublas", "tensorrt", "nvinfer")
+    return any(word in text.lower() for word in words)
 
 
-def missing_libraries() -> list[str]:
-    """The shared libraries that onnxruntime's CUDA provider needs and this machine cannot load.
+def missing_libraries(provider: str = "cuda") -> list[str]:
+    """The shared libraries that a GPU provider of onnxruntime needs and this machine cannot load.
 
     Linux only (elsewhere: empty). cuDNN is not linked but opened on demand: it is asked for too.
     """
-    folder = _capi_folder()
-    library = folder / "libonnxruntime_providers_cuda.so" if folder else None
+    folder, gpu = _capi_folder(), _GPUS[provider]
+    library = folder / gpu.file if folder else None
     if library is None or not library.is_file():
         return []
-    linked = [name for name in needed_libraries(library) if name.startswith("libcu")]
-    return [name for name in [*linked, CUDNN] if not _loads(name)]
+    linked = [name for name in needed_libraries(library) if name.startswith(gpu.prefixes)]
+    return [name for name in [*linked, *gpu.opened] if not _loads(name)]
+
+
+def mapped_libraries() -> tuple[str, ...]:
+    """The files of CUDA, cuDNN and TensorRT that this process has in memory (Linux; else none).
+
+    cuDNN may be missing: onnxruntime then has kernels of its own, which is worth knowing.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return ()
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    names = {Path(os.path.realpath(path)).name for path in paths}
+    return tuple(sorted(name for name in names if GPU_LIBRARIES.match(name)))
 
 
 def needed_libraries(path: Path) -> list[str]:
@@ -427,53 +501,83 @@ def _loads(library: str) -> bool:
     return True
 
 
-def _cuda_failure(text: str) -> str:
-    """One sentence: CUDA cannot run, the library the loader named, the others, what to do."""
+def _gpu_failure(text: str, provider: str = "cuda") -> str:
+    """One sentence: it cannot run, the library the loader named, the others, what to do."""
+    gpu = _GPUS[provider]
     named = re.search(r"(\S+\.(?:so|dll)[.\d]*): cannot open shared object file", text)
-    missing = missing_libraries()
+    missing = missing_libraries(provider)
     if named:
         others = [name for name in missing if name != named.group(1)]
         also = f" (and {', '.join(others)})" if others else ""
         return (
-            f"CUDA was asked for, but onnxruntime's CUDA provider cannot load {named.group(1)}"
-            f"{also}: no such file here. Install NVIDIA's driver and the CUDA libraries that this "
-            f"onnxruntime-gpu was built for (pip install onnxruntime-gpu[cuda,cudnn]), or ask for "
-            f"the CPU."
+            f"{gpu.title} was asked for, but onnxruntime's {gpu.title} provider cannot load "
+            f"{named.group(1)}{also}: no such file here. {gpu.remedy}, or ask for the CPU."
         )
-    said = [line for line in text.splitlines() if _looks_like_cuda(line)]
+    said = [line for line in text.splitlines() if _looks_like_gpu(line)]
     reason = re.sub(r"^.*?\]\s*", "", said[0]).strip() if said else "onnxruntime gave no reason"
     also = f"; these libraries are not here: {', '.join(missing)}" if missing else ""
     return (
-        f"CUDA was asked for, but onnxruntime fell back to another provider: {reason}{also}. "
-        f"Ask for the CPU, or repair the CUDA installation (bnfold doctor)."
+        f"{gpu.title} was asked for, but onnxruntime fell back to another provider: {reason}{also}."
+        f" Ask for the CPU, or repair the installation (bnfold doctor)."
     )
 
 
 # --------------------------------------------------------------------------------------- torch
 
 
-def run_torch(module: torch.nn.Module, inputs: Sequence[Array]) -> list[Array]:
-    """The module's outputs in evaluation mode, float32 without TF32, as numpy arrays.
+def run_torch(
+    module: torch.nn.Module, inputs: Sequence[Array], precision: str = "fp32"
+) -> list[Array]:
+    """The module's outputs in evaluation mode as numpy arrays.
 
-    inputs: the positional arguments of forward. Tuples, lists and dictionaries of outputs come
-    back flat, in order. The module's training flags are put back.
+    inputs: the positional arguments of forward. precision: fp32 is float32 without TF32, tf32
+    allows it, fp16 and bf16 are torch's autocast. Tuples, lists and dictionaries of outputs come
+    back flat, in order. The module's training flags and torch's settings are put back.
     """
     import torch
 
     modes = [(part, part.training) for part in module.modules()]
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
+    cuda, tf32 = torch.backends.cuda.matmul, precision == "tf32"
+    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    allowed = cuda.allow_tf32
     module.eval()
     try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        cuda.allow_tf32 = tf32
+        with (
+            torch.no_grad(),
+            torch.backends.cudnn.flags(allow_tf32=tf32, deterministic=True),
+            torch.autocast(device.type, narrow, enabled=narrow is not None),
+        ):
             given = [_as_tensor(x).to(device) for x in inputs]
             result = module(*given)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+        cuda.allow_tf32 = allowed
         for part, training in modes:
             part.training = training
     return [_as_array(tensor.detach().cpu()) for tensor in _flat(result)]
+
+
+def require_torch(device: str) -> None:
+    """Raises RuntimeUnavailableError, with torch's own reason, where torch cannot run there."""
+    if importlib.util.find_spec("torch") is None:
+        raise RuntimeUnavailableError("torch was asked for and is not installed.")
+    if device == "cpu":
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        reason = one_line(error)
+    else:
+        reason = "it finds no device"
+    raise RuntimeUnavailableError(
+        f"CUDA was asked for, but torch {torch.__version__} cannot use it: {reason}. Install a "
+        f"torch that is built for CUDA and NVIDIA's driver, or ask for torch on the CPU."
+    )
 
 
 def _as_tensor(array: Array) -> torch.Tensor:

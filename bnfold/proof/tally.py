@@ -1,0 +1,110 @@
+"""What one run of a network differs by from its float64 evaluation, summed over batches.
+
+A NaN or an infinity counts as equal where both have it, and as trouble where one has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Values = Mapping[str, Any]
+
+
+@dataclass
+class Tally:
+    """What one backend's output differs by from the reference, over the batches of an input set.
+
+    peaks, sizes: per sample, the largest error of an element and the largest exact element.
+    """
+
+    error: float = 0.0  # sum of squares
+    size: float = 0.0  # sum of squares of the reference
+    elements: int = 0
+    flips: int = 0
+    discrete: bool = False
+    peaks: list[Array] = field(default_factory=list)
+    sizes: list[Array] = field(default_factory=list)
+    trouble: str = ""
+
+    def add(self, value: Any, exact: Any) -> None:
+        """Count one batch."""
+        problem = unlike(value, exact)
+        self.trouble = self.trouble or problem
+        if problem:
+            return
+        # a NaN that both agree on says nothing about two networks
+        self.elements += int(np.count_nonzero(np.isfinite(exact)))
+        if exact.dtype.kind not in "fc":
+            self.discrete = True
+            self.flips += int(np.count_nonzero(value != exact))
+            return
+        difference = difference_of(value, exact)
+        finite = np.where(np.isfinite(exact), exact, 0.0)
+        self.error += float(np.sum(difference**2))
+        self.size += float(np.sum(finite**2))
+        self.peaks.append(peaks_of(difference))
+        self.sizes.append(peaks_of(finite))
+
+
+def unlike(value: Any, exact: Any) -> str:
+    """Why two results cannot be compared element by element; empty when they can."""
+    if not isinstance(value, np.ndarray) or not isinstance(exact, np.ndarray):
+        return "it is no tensor"
+    if value.shape != exact.shape:
+        return f"its shape is {value.shape}, and should be {exact.shape}"
+    if (value.dtype.kind in "biu") != (exact.dtype.kind in "biu"):
+        return f"its type is {value.dtype}"
+    if exact.dtype.kind == "f":
+        got = value.astype(np.float64)
+        wrong = ~((np.isfinite(got) & np.isfinite(exact)) | (np.isnan(got) & np.isnan(exact))
+                  | (got == exact))  # fmt: skip
+        if wrong.any():
+            return f"{int(wrong.sum())} of {wrong.size} elements are NaN or infinite"
+    return ""
+
+
+def peak_share(tally: Tally) -> float:
+    """Root mean square over samples of the largest error over the largest element."""
+    if not tally.peaks:
+        return 0.0
+    with np.errstate(all="ignore"):
+        shares = np.concatenate(tally.peaks) / np.concatenate(tally.sizes)
+    return float(np.sqrt(np.mean(np.nan_to_num(shares, posinf=0.0) ** 2)))
+
+
+def difference_of(value: Array, exact: Array) -> Array:
+    """Element by element; 0 where it is NaN or infinite, which `unlike` tells apart."""
+    with np.errstate(all="ignore"):
+        difference = value.astype(np.float64) - exact
+    return np.where(np.isfinite(difference), difference, 0.0)
+
+
+def peaks_of(values: Array) -> Array:
+    """Largest magnitude per sample (first axis)."""
+    flat = np.abs(
+        np.atleast_1d(values).reshape(len(np.atleast_1d(values)), -1)
+        if values.size
+        else np.zeros((1, 1))
+    )
+    peaks: Array = np.max(flat, axis=1, initial=0.0)
+    return peaks
+
+
+def relative_difference(first: Values, second: Values, exact: Values) -> float:
+    """Worst over outputs: distance of two runs over the size of the exact output (2-norms)."""
+    worst = 0.0
+    for name, value in exact.items():
+        a, b = first.get(name), second.get(name)
+        if unlike(a, value) or unlike(b, value) or value.dtype.kind != "f":
+            continue
+        assert isinstance(a, np.ndarray)
+        assert isinstance(b, np.ndarray)
+        size = float(np.linalg.norm(np.where(np.isfinite(value), value, 0.0).ravel()))
+        distance = float(np.linalg.norm(difference_of(a, b.astype(np.float64)).ravel()))
+        worst = max(worst, distance / size if size else 0.0)
+    return worst
