@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     from bnfold.api import inspect as inspect
     from bnfold.api import verify as verify
     from bnfold.errors import BnfoldError as BnfoldError
+    from bnfold.errors import DemandError as DemandError
+    from bnfold.errors import InputError as InputError
+    from bnfold.errors import LimitError as LimitError
+    from bnfold.errors import NothingComparedError as NothingComparedError
+    from bnfold.errors import RuntimeUnavailableError as RuntimeUnavailableError
+    from bnfold.errors import UnsafeInputError as UnsafeInputError
+    from bnfold.errors import UsageError as UsageError
+    from bnfold.errors import VerificationError as VerificationError
     from bnfold.folding.module import load_folded as load_folded
     from bnfold.packs.deployment import Deployment as Deployment
+    from bnfold.packs.deployment import Serving as Serving
     from bnfold.packs.deployment import load as load
     from bnfold.packs.pack import Pack as Pack
     from bnfold.packs.pack import load_pack as load_pack
@@ -27,10 +36,19 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdaptResult": "bnfold.adapting.adapt",
     "BnfoldError": "bnfold.errors",
+    "DemandError": "bnfold.errors",
     "Deployment": "bnfold.packs.deployment",
     "FoldResult": "bnfold.api",
+    "InputError": "bnfold.errors",
+    "LimitError": "bnfold.errors",
+    "NothingComparedError": "bnfold.errors",
     "Pack": "bnfold.packs.pack",
+    "RuntimeUnavailableError": "bnfold.errors",
+    "Serving": "bnfold.packs.deployment",
     "UnfoldResult": "bnfold.unfolding",
+    "UnsafeInputError": "bnfold.errors",
+    "UsageError": "bnfold.errors",
+    "VerificationError": "bnfold.errors",
     "VerifyReport": "bnfold.proof.verify",
     "adapt": "bnfold.adapting.adapt",
     "export": "bnfold.api",

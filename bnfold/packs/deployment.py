@@ -70,9 +70,20 @@ def load(
 
 
 @dataclass(frozen=True, eq=False)
-class _Serving:
+class Serving:
+    """What a deployment serves at one moment; it stays as it is when another pack is swapped in.
+
+    pack: None for the base's own statistics. session: with the evidence of where it runs.
+    """
+
     pack: Pack | None
     session: Session
+
+    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Any]:
+        """The outputs by name."""
+        if not isinstance(inputs, Mapping):
+            raise UsageError("run takes a mapping from input names to arrays.")
+        return self.session.run(inputs)
 
 
 class Deployment:
@@ -89,32 +100,35 @@ class Deployment:
         self._base, self._provider, self._threads = base, provider, threads
         self._public_key, self._keep = public_key, keep
         self._model = _Model(base)
-        self._ready: OrderedDict[str, _Serving] = OrderedDict()
+        self._ready: OrderedDict[str, Serving] = OrderedDict()
         self._lock = threading.Lock()
-        self._serving: _Serving | None = None
+        self._serving: Serving | None = None
+
+    @property
+    def serving(self) -> Serving:
+        """The pack and the session in use, which belong together whatever is swapped meanwhile."""
+        assert self._serving is not None
+        return self._serving
 
     @property
     def pack(self) -> Pack | None:
         """The pack in use; None for the base's own statistics."""
-        return self._serving.pack if self._serving is not None else None
+        return self.serving.pack
 
     @property
     def session(self) -> Session:
         """The session in use, with the evidence of where it runs."""
-        assert self._serving is not None
-        return self._serving.session
+        return self.serving.session
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Any]:
         """The outputs by name, with the pack that is in use when the run begins."""
-        if not isinstance(inputs, Mapping):
-            raise UsageError("run takes a mapping from input names to arrays.")
-        return self.session.run(inputs)
+        return self.serving.run(inputs)
 
-    def swap(self, pack: Pack | Path | str | None) -> None:
+    def swap(self, pack: Pack | Path | str | None) -> Serving:
         """Use another pack, or None for the base's own statistics; runs that began end as they are.
 
-        One of the packs used last is there at once. Raises InputError for a pack that is refused;
-        the pack in use then stays.
+        Gives what serves from now on. One of the packs used last is there at once. Raises
+        InputError for a pack that is refused; the pack in use then stays.
         """
         if not isinstance(pack, Pack | Path | str | None):
             raise UsageError(f"A pack, its path or None is swapped in; this is {pack!r}.")
@@ -124,12 +138,13 @@ class Deployment:
             raise UsageError("With a public_key, packs are given as files, whose signature counts.")
         key = pack.sha256 if pack is not None else ""
         with self._lock:
-            made = self._ready.get(key) or _Serving(pack, self._session(pack))
+            made = self._ready.get(key) or Serving(pack, self._session(pack))
             self._ready[key] = made
             self._ready.move_to_end(key)
             while len(self._ready) > self._keep:
                 self._ready.popitem(last=False)
             self._serving = made
+            return made
 
     def _session(self, pack: Pack | None) -> Session:
         if pack is not None:
