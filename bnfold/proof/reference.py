@@ -74,6 +74,10 @@ class Float64Reference:
         self.output_names = [value.name for value in graph.output]
         self.widened_ops: set[str] = set()
         self._last_use = _last_uses(graph)
+        self._reads = [
+            ({name for name in node.output if name}, set(_names_read(node)) - _names_made(node))
+            for node in graph.node
+        ]
         try:
             self._evaluator = _Float64Evaluator(model)
         except BnfoldError:
@@ -93,25 +97,50 @@ class Float64Reference:
         NoReferenceError when an operator fails.
         """
         wanted = list(self.output_names if outputs is None else outputs)
-        values: dict[str, Any] = {"": None, **self._evaluator.rt_inits_}
-        missing = [name for name in self.input_names if name not in inputs]
-        if missing:
-            raise InputError(f"the model's input '{missing[0]}' was not given a value.")
-        values.update({name: widen(np.asarray(value)) for name, value in inputs.items()})
-        waiting = set(wanted) - set(values)
-        with np.errstate(all="ignore"):
-            for index, node in enumerate(self._evaluator.rt_nodes_):
-                if not waiting:
-                    break
-                self._run_node(node, values)
-                waiting.difference_update(node.output)
-                for name in self._last_use.get(index, ()):
-                    if name not in wanted:
-                        values.pop(name, None)
-        unknown = [name for name in wanted if name not in values]
-        if unknown:
-            raise InputError(f"the graph has no value named '{unknown[0]}'.")
+        values = dict(self.stream(inputs, wanted))
         return {name: values[name] for name in wanted}
+
+    def stream(
+        self, inputs: Mapping[str, Array], outputs: Iterable[str]
+    ) -> Iterator[tuple[str, Array]]:
+        """The named values as `run` gives them, each as soon as it is known, and once.
+
+        Nothing is held that no later node reads, so that every value of a network can be looked at.
+        A value of the graph among `inputs` is taken as given, and what only it needs is left out.
+        """
+        waiting = set(outputs)
+        values: dict[str, Any] = {"": None, **self._evaluator.rt_inits_}
+        values.update({name: widen(np.asarray(value)) for name, value in inputs.items()})
+        steps = self._steps(waiting, values)
+        for name in [name for name in values if name in waiting]:
+            yield name, values[name]
+        for index in steps:
+            node = self._evaluator.rt_nodes_[index]
+            with np.errstate(all="ignore"):
+                self._run_node(node, values)
+            values.update((name, widen(inputs[name])) for name in node.output if name in inputs)
+            for name in waiting.intersection(node.output) - inputs.keys():
+                yield name, values[name]
+            for name in self._last_use.get(index, ()):
+                values.pop(name, None)
+
+    def _steps(self, wanted: set[str], known: Mapping[str, Any]) -> list[int]:
+        """The nodes that `wanted` needs beside what is known. Raises InputError for what lacks."""
+        needed = set(wanted)
+        steps = []
+        for index in reversed(range(len(self._reads))):
+            outputs, read = self._reads[index]
+            if any(name in needed and name not in known for name in outputs):
+                steps.append(index)
+                needed -= outputs
+                needed |= read
+        lacking = needed - known.keys()
+        for name in self.input_names:
+            if name in lacking:
+                raise InputError(f"the model's input '{name}' was not given a value.")
+        if lacking:
+            raise InputError(f"the graph has no value named '{min(lacking)}'.")
+        return steps[::-1]
 
     def _run_node(self, node: Any, values: dict[str, Any]) -> None:
         try:
@@ -196,6 +225,18 @@ def _last_uses(graph: onnx.GraphProto) -> dict[int, list[str]]:
         if name:
             freed.setdefault(index, []).append(name)
     return freed
+
+
+def _names_made(node: onnx.NodeProto) -> set[str]:
+    """The values of the bodies of a node, which no one else sees."""
+    made: set[str] = set()
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            made.update(value.name for value in (*graph.input, *graph.initializer))
+            for inner in graph.node:
+                made.update(inner.output)
+                made |= _names_made(inner)
+    return made
 
 
 def _names_read(node: onnx.NodeProto) -> Iterator[str]:

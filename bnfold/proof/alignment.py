@@ -1,0 +1,209 @@
+"""Which value of the folded graph stands for which of the original, and how it is read back.
+
+With the plan of a fold this is known: a value keeps its name or has an alias, and the folded graph
+carries scale * (x - origin), its gauge. Without one, values are told by what they are computed
+from: a value's key is its operator, its attributes and the keys of what it reads, where a map per
+channel by constants (a batch norm, a Mul, an Add) has the key of what it maps. So the result of
+Conv and batch norm has the key of the one Conv that took its place, whatever it is called. Values
+that no key tells are held by name, where the same operator computes both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from bnfold.proof.counterpart import Gauge, View, attributes
+from bnfold.proof.layers import is_norm
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+CHANNEL_MAPS = ("Mul", "Add", "Sub", "Div")  # where one operand is constant
+PASSING = ("Identity", "Dropout", "Cast")
+PRODUCTS = ("Gemm", "MatMul")
+VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+MEANS = ("GlobalAveragePool", "ReduceMean")
+# attributes that tell nodes apart, with the number that may as well be left out
+USUAL = {"strides": 1, "dilations": 1, "group": 1, "pads": 0, "axis": 0, "perm": -1}
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The pairs of values that can be compared: name in the original -> name in the folded graph.
+
+    gauges: of the original's values, as far as the fold's plan is known.
+    """
+
+    there: Mapping[str, str]
+    gauges: Mapping[str, Gauge]
+
+    @staticmethod
+    def of(
+        before: View,
+        after: View,
+        gauges: Mapping[str, Gauge] | None,
+        aliases: Mapping[str, str] | None,
+    ) -> Alignment:
+        """By the plan where its gauges are given, else by structure and then by name."""
+        names = [name for node in before.nodes for name in node.output if name]
+        names = [name for name in names if not before.is_constant(name)]
+        if gauges is not None:
+            renamed = {name: (aliases or {}).get(name, name) for name in names}
+            return Alignment({k: v for k, v in renamed.items() if after.knows(v)}, gauges)
+        found = _by_structure(before, after)
+        taken = set(found.values())
+        for name in names:
+            if name not in found and name not in taken and _same_operator(name, before, after):
+                found[name] = name
+        return Alignment({name: found[name] for name in names if name in found}, {})
+
+    def error(self, name: str, x: Any, z: Any) -> float:
+        """How far z is from scale * (x - origin), relative to that."""
+        gauge = self.gauges.get(name)
+        if gauge is None or not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+            return relative_error(x, z)
+        if np.shape(x) != np.shape(z):
+            return np.inf
+        scale = np.asarray(gauge.scale, np.float64)
+        usable = np.isfinite(scale) & (scale != 0)
+        with np.errstate(all="ignore"):
+            return relative_error(np.where(usable, scale * (x - gauge.origin), 0.0), z, usable)
+
+    def written(self, name: str, x: Array) -> Array:
+        """What the folded graph should hold for a value: a written constant where scale is 0."""
+        gauge = self.gauges.get(name)
+        if gauge is None:
+            return x
+        scale, origin = np.asarray(gauge.scale, np.float64), np.asarray(gauge.origin, np.float64)
+        with np.errstate(all="ignore"):
+            value = np.where(np.isfinite(scale), scale * (x - origin), 0.0)
+        return np.where(scale == 0, origin + 0 * x, value)
+
+    def read_back(self, name: str, z: Any) -> tuple[Any, Any]:
+        """The value in the original's terms, z / scale + origin, and where it can be read so.
+
+        A channel with scale 0 holds a constant that was written, and one with scale inf anything:
+        both are left out (mask False). Values that are no floats come back as they are.
+        """
+        gauge = self.gauges.get(name)
+        if gauge is None or not isinstance(z, np.ndarray) or z.dtype.kind != "f":
+            return z, True
+        scale, origin = np.asarray(gauge.scale, np.float64), np.asarray(gauge.origin, np.float64)
+        usable = np.isfinite(scale) & (scale != 0)
+        with np.errstate(all="ignore"):
+            value = np.where(usable, z / np.where(usable, scale, 1.0) + origin, 0.0)
+        return value, usable
+
+
+def relative_error(x: Any, z: Any, usable: Any = True) -> float:
+    """Distance of z from x over the size of x, by the 2-norm; inf for another shape or type.
+
+    Elements that agree are right even where they are NaN or infinite; usable: what is compared. For
+    integers and booleans 0 where all agree, else inf.
+    """
+    if not isinstance(x, np.ndarray) or not isinstance(z, np.ndarray):
+        return 0.0
+    if x.shape != z.shape:
+        return np.inf
+    if x.dtype.kind != "f":
+        return 0.0 if np.array_equal(x, z) else np.inf
+    with np.errstate(all="ignore"):
+        same = (x == z) | (np.isnan(x) & np.isnan(z)) | ~np.broadcast_to(usable, x.shape)
+        distance = float(np.linalg.norm(np.where(same, 0.0, z - x).ravel()))
+        held = np.isfinite(x) & np.broadcast_to(usable, x.shape)
+        size = float(np.linalg.norm(np.where(held, x, 0.0).ravel()))
+    if distance == 0:
+        return 0.0
+    return distance / size if size and np.isfinite(distance) else np.inf
+
+
+# ------------------------------------------------------------------------------ by structure
+
+
+def _by_structure(before: View, after: View) -> dict[str, str]:
+    """The values of both graphs that have the same key, in the order in which they are computed.
+
+    Of a chain of maps per channel only the end is held against the other graph's: what lies between
+    may be carried otherwise. Where keys occur at another number of places, nothing is said of them.
+    """
+    here, there = _ends(before), _ends(after)
+    found = {}
+    for key, names in here.items():
+        others = there.get(key, [])
+        if len(names) == len(others):
+            found.update(zip(names, others, strict=True))
+    return found
+
+
+def _ends(view: View) -> dict[str, list[str]]:
+    """key -> the ends of the chains that have it, one for each producer at their beginning."""
+    keys: dict[str, str] = {}
+    heads: dict[str, str] = {}
+    last: dict[str, str] = {}
+    for index, value in enumerate(view.graph.input):
+        keys[value.name] = f"input {index}"
+        heads[value.name] = value.name
+    for node in view.nodes:
+        for slot, name in enumerate(node.output):
+            if not name or view.is_constant(name):
+                continue
+            mapped = _mapped(node, view)
+            if mapped is not None and mapped in keys and slot == 0:
+                keys[name], heads[name] = keys[mapped], heads[mapped]
+            else:
+                keys[name], heads[name] = _key(node, slot, view, keys), name
+            last[heads[name]] = name
+    ends = defaultdict(list)
+    for head, name in last.items():
+        ends[keys[head]].append(name)
+    return ends
+
+
+def _mapped(node: onnx.NodeProto, view: View) -> str | None:
+    """What a node maps channel by channel, None where it does something else."""
+    if is_norm(node) or node.op_type in PASSING:
+        return str(node.input[0])
+    if node.op_type in CHANNEL_MAPS:
+        sources = view.sources(node)
+        if len(sources) == 1 and any(view.is_constant(name) for name in node.input if name):
+            return sources[0]
+    return None
+
+
+def _key(node: onnx.NodeProto, slot: int, view: View, keys: Mapping[str, str]) -> str:
+    parts = [_kind(node.op_type), str(slot), *_told(node, view)]
+    parts += [keys.get(name, name) for name in view.sources(node)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _kind(op_type: str) -> str:
+    for alike in (PRODUCTS, VIEWS, MEANS):
+        if op_type in alike:
+            return alike[0]
+    return op_type
+
+
+def _told(node: onnx.NodeProto, view: View) -> Iterator[str]:
+    """What tells a node from others of its operator, and does not change with a fold."""
+    if node.op_type in (*VIEWS, *MEANS, *PRODUCTS):
+        return
+    given = attributes(node)
+    for name, usual in USUAL.items():
+        values = np.atleast_1d(given.get(name, usual))
+        if np.any(values != usual):
+            yield f"{name}={values.tolist()}"
+    if node.op_type == "Conv" and node.input[1] in view.initializers:
+        yield str(list(view.initializers[node.input[1]].dims))
+
+
+def _same_operator(name: str, before: View, after: View) -> bool:
+    here, there = before.producers.get(name), after.producers.get(name)
+    if here is None or there is None:
+        return False
+    return _kind(here.op_type) == _kind(there.op_type)
