@@ -106,10 +106,14 @@ FAULTS = (*BELIEFS, FLOAT16, TRAINING)
 
 @dataclass(frozen=True)
 class Planted:
-    """A wrong fold. record: of the right fold, which is what gate A holds it against."""
+    """A wrong fold. record: of the right fold, which is what gate A holds it against.
+
+    norm, output: the name of the batch norm, and that of its value in the original graph.
+    """
 
     fault: str
     norm: str
+    output: str
     folded: onnx.ModelProto
     record: FoldRecord
 
@@ -141,16 +145,16 @@ class Bed:
         """The fault at the batch norm with this output (float16: in every weight of the file)."""
         name = next(norm.name for norm in self.right.folded if norm.output == output)
         if fault == FLOAT16:
-            return Planted(fault, name, _through_float16(self.folded), self.right.record)
+            return Planted(fault, name, output, _through_float16(self.folded), self.right.record)
         if fault == TRAINING:
             kept = bnfold.fold(self.original, keep=[glob.escape(name)], repair=self.repair)
-            return Planted(fault, name, _by_the_batch(to_proto(kept.graph), output), kept.record)
+            return Planted(fault, name, output, _by_the_batch(to_proto(kept.graph), output), kept.record)
         spoiled = onnx.ModelProto()
         spoiled.CopyFrom(self.original)
         norm = next(n for n in norms_of(spoiled) if n.node.output[0] == output)
         BELIEFS[fault](norm, channel)
         wrong = bnfold.fold(spoiled, repair=self.repair)
-        return Planted(fault, name, to_proto(wrong.graph), self.right.record)
+        return Planted(fault, name, output, to_proto(wrong.graph), self.right.record)
 
 
 def _through_float16(folded: onnx.ModelProto) -> onnx.ModelProto:
