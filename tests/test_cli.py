@@ -313,19 +313,6 @@ def test_a_report_never_replaces_a_model(net, capsys):
     assert files(net) == ["net.onnx", "net.pt"]
 
 
-def test_doctor_tells_of_two_onnxruntimes(capsys, monkeypatch):
-    from bnfold.proof import runtime
-
-    facts = runtime.available()
-    monkeypatch.setattr(runtime, "available", lambda: facts | {"conflict": None})
-    assert "Nothing in the way" in run(capsys, "doctor")[1]
-    monkeypatch.setattr(runtime, "available", lambda: facts | {"conflict": "two of them"})
-    code, out, _ = run(capsys, "doctor")
-    assert code == 0
-    assert "two of them" in out
-    assert "Something stands in the way" in out
-
-
 def test_adapting_writes_a_checkpoint_that_folds_with_no_other_word(net, capsys):
     data = np.random.default_rng(0).random((96, 1, 8, 8), dtype=np.float32)
     np.savez(net / "target.npz", x=data, y=np.full(96, 3))
@@ -461,7 +448,7 @@ def test_options_that_do_not_fit_are_refused_in_a_sentence(net, capsys, monkeypa
 
 
 def test_a_fault_of_our_own_is_told_as_one_and_exits_with_70(monkeypatch, capsys):
-    monkeypatch.setattr("bnfold.proof.runtime.available", lambda: 1 / 0)
+    monkeypatch.setattr("bnfold.proof.installation.installation", lambda: 1 / 0)
     monkeypatch.delenv("BNFOLD_TRACEBACK", raising=False)
     assert main(["doctor", "--json"]) == 70
     out = capsys.readouterr()

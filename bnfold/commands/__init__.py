@@ -21,6 +21,7 @@ HOMES = {
     "adapt": "adapting",
     "pack": "packs",
     "train": "training",
+    "bench": "benching",
     "doctor": "doctor",
     "report": "reporting",
 }

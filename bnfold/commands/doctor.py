@@ -10,19 +10,22 @@ from bnfold.commands.shared import Report, new_report
 
 
 def doctor(args: argparse.Namespace) -> Report:
-    """`bnfold doctor`: versions, providers that really load, conflicts."""
-    from bnfold.proof.runtime import available
+    """`bnfold doctor`: versions, runtimes that really run, conflicts; 4 where one does not."""
+    from bnfold.proof.installation import installation
+    from bnfold.proof.runtimes import parse_runtime
 
-    facts = available()
+    asked = [parse_runtime(text).name for text in args.runtimes or ()]
+    facts = installation()
     done = new_report("doctor", args, ())
-    rows = [[key, _fact(value)] for key, value in _flat(facts)]
+    rows = [[key, _fact(value)] for key, value in _flat(facts) if key != "conflicts"]
     done["facts"] = facts
     done["diagnostics"] = {"head": ["", "found"], "rows": rows}
-    conflicts = [str(facts["conflict"])] if facts["conflict"] else []
-    done["warnings"] = conflicts
-    done["summary"] = (
-        "Something stands in the way: see the warnings." if conflicts else "Nothing in the way."
-    )
+    done["warnings"] = list(facts["conflicts"])
+    missing = [f"{name} does not run here." for name in asked if facts["loads"][name] is not True]
+    done["exit_code"] = 4 if missing else 0
+    way = "Something stands in the way: see the warnings." if facts["conflicts"] else ""
+    runs = f"{', '.join(asked)} runs." if asked and not missing else ""
+    done["summary"] = " ".join([*missing, runs, way]).strip() or "Nothing in the way."
     return done
 
 
@@ -36,5 +39,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _fact(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(str(item) for item in value) or "none"
+        return ", ".join(_fact(item) for item in value) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(str(item) for item in value.values())
     return {True: "yes", False: "no", None: "-"}.get(value, str(value))

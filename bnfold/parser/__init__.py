@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bnfold.parser import adapting, folding, packs, proving, reporting, training
+from bnfold.parser import adapting, benching, folding, packs, proving, reporting, training
 from bnfold.parser.shared import Parser
 
 EXIT_CODES = """exit codes:
@@ -25,8 +25,9 @@ VERBS = (
     proving.parity,
     folding.inspect,
     training.train,
+    benching.bench,
     reporting.report,
-    proving.doctor,
+    benching.doctor,
 )
 
 

@@ -1,0 +1,1 @@
+"""How fast networks run, and whether a difference is told from noise."""

@@ -1,0 +1,77 @@
+"""`bnfold bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bnfold import report
+from bnfold.commands.shared import Report, new_report, open_model, progress_bar
+from bnfold.errors import UsageError
+
+
+def bench(args: argparse.Namespace) -> Report:
+    """`bnfold bench ORIGINAL [FOLDED ...]`: what is quicker, where that is told from noise."""
+    from bnfold.benchmark.bench import bench_sources
+    from bnfold.benchmark.timing import Effort
+    from bnfold.reading.computed import held
+
+    if args.seed < 0:
+        raise UsageError(f"--seed is {args.seed}; it must be 0 or more.")
+    source = held(open_model(args, args.original))
+    given = {name: held(open_model(args, path)) for name, path in _named(args.folded).items()}
+    done = new_report("bench", args, source.notes)
+    done["files"] += [
+        {"role": "folded", "path": str(path), "sha256": report.sha256(path)} for path in args.folded
+    ]
+    with progress_bar(args, "timing") as bar:
+        found = bench_sources(
+            source,
+            given,
+            compare=args.compare,
+            runtimes=args.runtimes or ("ort-cpu",),
+            batch_sizes=args.batch_sizes,
+            threads=args.threads,
+            effort=Effort(args.rounds, args.seconds, args.seed),
+            unoptimized=args.unoptimized,
+            check=not args.no_verify,
+            shapes=_shapes(args, source),
+            progress=bar,
+        )
+    done["bench"] = found.to_dict()
+    done["notes"] = [*done["notes"], *found.notes]
+    done["warnings"] = [f"{name}: {fault}" for name, fault in found.faults.items()]
+    if args.no_verify:
+        done["warnings"].append("Nothing was proved: what is timed may be other functions.")
+    wrong = [name for name in found.faults if name not in args.compare]
+    done["exit_code"] = 1 if wrong else 0
+    done["summary"] = _summary(found)
+    return done
+
+
+def _named(paths: list[Path]) -> dict[str, Path]:
+    """The folded files by their names, or by their paths where two have the same."""
+    names = [path.name for path in paths]
+    return {name if names.count(name) == 1 else str(p): p for name, p in zip(names, paths)}
+
+
+def _shapes(args: argparse.Namespace, source: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of --input-shape by input; a nameless one is the first input's."""
+    from bnfold.graph import graph_inputs
+
+    first = next(iter(graph_inputs(source.graph)), "")
+    return {name or first: shape for name, shape in args.shapes or ()}
+
+
+def _summary(found: Any) -> str:
+    """A clause for each model that was to be timed, on each runtime and batch."""
+    from bnfold.benchmark.bench import CONTROL, ORIGINAL
+
+    clauses = []
+    for row in found.rows:
+        if row.model not in (ORIGINAL, CONTROL):
+            figure = "" if row.ratio is None else f" ({row.ratio:.2f} of the original's time)"
+            where = f"{row.model} on {row.runtime}, batch {row.batch}"
+            clauses.append(f"{where}: {row.verdict}{figure}.")
+    return " ".join(clauses)
