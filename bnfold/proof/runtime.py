@@ -80,16 +80,21 @@ class Session:
             )
         return dict(zip(self.output_names, values, strict=True))
 
-    def bound(self, feeds: Mapping[str, Array]) -> Callable[[], None]:
-        """A run on these inputs that copies nothing, for timing.
+    def end(self) -> None:
+        """Free what it holds at once, where it is in another process."""
+        if hasattr(self._session, "end"):
+            self._session.end()
 
-        They lie where the session computes, and the outputs stay there; it returns when the device
-        is done.
+    def bound(self, feeds: Mapping[str, Array]) -> Callable[[], None]:
+        """A run of these inputs that copies nothing, to be timed.
+
+        The inputs lie where the session computes, and the outputs stay there. It returns when the
+        device has ended.
         """
         device = "cpu" if self.providers[0] == PROVIDERS["cpu"] else "cuda"
         binding = self._session.io_binding()
-        for name, array in feeds.items():  # copied to the device here, once
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))  # copied to the device here
         for name in self.output_names:
             binding.bind_output(name, device)
 
@@ -98,11 +103,6 @@ class Session:
             binding.synchronize_outputs()
 
         return run
-
-    def end(self) -> None:
-        """Free what it holds at once, where it is in another process."""
-        if hasattr(self._session, "end"):
-            self._session.end()
 
 
 class Noise:
@@ -187,7 +187,7 @@ def open_session(
     threads: int | None = None,
     part: bool = False,
     precision: str = "fp32",
-    spinning: bool = False,
+    deployed: bool = False,
 ) -> Session:
     """An onnxruntime session of `model` on `provider` ("cpu", "cuda", "tensorrt"), and only there.
 
@@ -196,8 +196,9 @@ def open_session(
     default graph optimization, which folds batch normalization itself; False turns all of it off.
     part: of a model that is cut into many, so that nothing of it need be placed on the provider.
     precision: what the provider may round products to (`runtimes.PRECISIONS`); what CUDA's own
-    libraries do is settled when the process starts (`process.environment_of`). spinning: idle
-    threads wait for the next run at work, as onnxruntime's do by default.
+    libraries do is settled when the process starts (`process.environment_of`). deployed: as
+    onnxruntime has it by default, to be timed: threads that wait keep their cores, and of CUDA's
+    algorithms the quickest is searched for.
 
     Raises RuntimeUnavailableError when the provider cannot run here or did not take the model's
     convolutions and products, and InputError when onnxruntime refuses the model.
@@ -206,7 +207,7 @@ def open_session(
     runtime = _onnxruntime()
     if provider != "cpu":
         _require_offered(runtime, provider)
-    options = _session_options(runtime, optimize, threads, spinning=spinning)
+    options = _session_options(runtime, optimize, threads, spinning=deployed)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(loadable(model))
         try:
@@ -214,7 +215,9 @@ def open_session(
                 session = runtime.InferenceSession(
                     source,
                     options,
-                    providers=[(PROVIDERS[provider], provider_options(provider, precision))],
+                    providers=[
+                        (PROVIDERS[provider], provider_options(provider, precision, deployed))
+                    ],
                     enable_fallback=0,
                 )
         except Exception as error:
@@ -268,13 +271,18 @@ def _check_known(provider: str) -> None:
         )
 
 
-def provider_options(provider: str, precision: str = "fp32") -> dict[str, str]:
+def provider_options(
+    provider: str, precision: str = "fp32", deployed: bool = False
+) -> dict[str, str]:
     """What a provider is asked for: one algorithm for one shape, and no rounding undeclared.
+
+    deployed: the quickest algorithm, as by default.
 
     Source: the option names of onnxruntime's cuda_provider_options.h and TensorRT provider.
     """
     if provider == "cuda":  # EXHAUSTIVE times several algorithms, and may take another each time
-        return {"use_tf32": str(int(precision == "tf32")), "cudnn_conv_algo_search": "DEFAULT"}
+        search = "EXHAUSTIVE" if deployed else "DEFAULT"
+        return {"use_tf32": str(int(precision == "tf32")), "cudnn_conv_algo_search": search}
     if provider == "tensorrt":  # TF32 is by the environment alone
         asked = {"trt_fp16_enable": precision == "fp16", "trt_bf16_enable": precision == "bf16"}
         return {name: str(wanted) for name, wanted in asked.items()}
