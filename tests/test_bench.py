@@ -1,4 +1,4 @@
-"""What is slower is seen to be, what is the same is not, and what is another function is not timed."""
+"""What is slower is seen, what is the same is not, and what is another function is not timed."""
 
 from __future__ import annotations
 
@@ -237,13 +237,13 @@ def test_a_fixed_batch_is_told(tmp_path):
 
 
 def test_an_optimiser_that_is_not_there_is_exit_4(files, capsys, monkeypatch):
-    monkeypatch.setattr(others.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(others.importlib.util, "find_spec", lambda _: None)
     assert main(["bench", str(files / "net.onnx"), "--compare", "onnxslim"]) == 4
     assert "pip install onnxslim" in capsys.readouterr().err
 
 
 def test_a_runtime_that_cannot_run_is_told_before_any_work(files, monkeypatch):
-    monkeypatch.setattr("bnfold.proof.installation.runs", lambda name: "no GPU")
+    monkeypatch.setattr("bnfold.proof.installation.runs", lambda _: "no GPU")
     with pytest.raises(RuntimeUnavailableError, match="ort-cuda cannot run here: no GPU"):
         bench(files / "net.onnx", runtimes=["ort-cuda"])
 

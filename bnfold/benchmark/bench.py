@@ -11,8 +11,6 @@ must exceed to be told from noise (`paired`).
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +28,7 @@ from bnfold.benchmark import timing
 from bnfold.benchmark.others import check_others, made_by
 from bnfold.benchmark.paired import Clock, Spread, Verdict, margin_of, spread_of, verdict_of
 from bnfold.benchmark.timing import Effort, OnnxModel, Timed
-from bnfold.errors import BnfoldError, UsageError, VerificationError
+from bnfold.errors import UsageError, VerificationError
 from bnfold.proof.draws import drawn_inputs, input_specs
 from bnfold.proof.installation import machine, require
 from bnfold.proof.runtimes import Runtime, as_runtimes
@@ -52,6 +50,11 @@ ORIGINAL, CONTROL, FOLDED, UNOPTIMIZED = (
     "original again",
     "folded",
     "original, unoptimized",
+)
+ABOUT = (
+    "Each model ran once in a round, in an order drawn anew; a ratio is to the original's time in"
+    " the same round. A difference is told where the whole interval of the median ratio lies beyond"
+    " what the original shows against itself, and beyond 2 %."
 )
 DEPLOYED = (
     "The original is timed as it is deployed: onnxruntime optimizes a model when it loads it, and"
@@ -122,8 +125,8 @@ class BenchReport:
         """As JSON takes it: the `bench` key of a report."""
         return {
             "machine": dict(self.machine),
+            "about": ABOUT,
             "rows": [_row_dict(row) for row in self.rows],
-            "faults": dict(self.faults),
             "placed": {place: dict(models) for place, models in self.placed.items()},
         }
 
@@ -203,7 +206,7 @@ def bench_sources(
     """The same of sources that were read. shapes: of inputs whose axes are dynamic, by name."""
     effort = effort or Effort()
     places = as_runtimes(runtimes)
-    _check(given, places, batch_sizes, threads, effort)
+    _check(given, batch_sizes, threads, effort)
     check_others(compare)
     require(place.name for place in places)
     with tempfile.TemporaryDirectory(prefix="bnfold-") as folder:
@@ -230,8 +233,12 @@ def bench_sources(
     )
 
 
-def _check(given: Mapping[str, Source], places: Sequence[Runtime],
-           batch_sizes: Sequence[int] | None, threads: int, effort: Effort) -> None:  # fmt: skip
+def _check(
+    given: Mapping[str, Source],
+    batch_sizes: Sequence[int] | None,
+    threads: int,
+    effort: Effort,
+) -> None:
     taken = {ORIGINAL, CONTROL, UNOPTIMIZED} & given.keys()
     if taken:
         raise UsageError(f"'{taken.pop()}' is the original's name; give the folded one another.")

@@ -65,7 +65,8 @@ def timed_rounds(
     At least one round is run, however long it takes.
     """
     read = CLOCKS[clock]
-    order, done, until = list(runs), [], time.monotonic() + seconds
+    order, until = list(runs), time.monotonic() + seconds
+    done: list[dict[str, float]] = []
     while len(done) < rounds and (not done or time.monotonic() < until):
         draw.shuffle(order)
         taken = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import random
 import signal
 import subprocess
@@ -35,7 +34,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Rounds = list[dict[str, float]]
 
 SITTINGS = 3  # times that everything is opened anew: where a session's memory lies is luck, too
-START = "import sys; sys.path.insert(0, sys.argv[1]); from bnfold.benchmark.timing import serve; serve()"
+START = (
+    "import sys; sys.path.insert(0, sys.argv[1])
+"
+    "from bnfold.benchmark.timing import serve
+"
+    "serve()"
+)
 TO_START = 300.0  # seconds that a process has to load its libraries and models, besides its rounds
 
 
@@ -182,7 +187,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
                 precision=runtime.precision,
                 optimize=model["optimize"],
                 threads=job["threads"],
-                spinning=True,
+                deployed=True,
             )
             for name, model in job["models"].items()
         }
@@ -254,4 +259,3 @@ def _torch_set(threads: int, tf32: bool) -> Iterator[None]:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = products
         torch.set_num_threads(before)
-

@@ -53,7 +53,9 @@ def bench(args: argparse.Namespace) -> Report:
 def _named(paths: list[Path]) -> dict[str, Path]:
     """The folded files by their names, or by their paths where two have the same."""
     names = [path.name for path in paths]
-    return {name if names.count(name) == 1 else str(p): p for name, p in zip(names, paths)}
+    return {
+        name if names.count(name) == 1 else str(p): p for name, p in zip(names, paths, strict=True)
+    }
 
 
 def _shapes(args: argparse.Namespace, source: Any) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,11 @@ def doctor(args: argparse.Namespace) -> Report:
     done["facts"] = facts
     done["diagnostics"] = {"head": ["", "found"], "rows": rows}
     done["warnings"] = list(facts["conflicts"])
-    missing = [f"{name} does not run here." for name in asked if facts["loads"][name] is not True]
+    missing = [
+        f"{name} cannot run here: {facts['loads'][name]}"
+        for name in asked
+        if facts["loads"][name] is not True
+    ]
     done["exit_code"] = 4 if missing else 0
     way = "Something stands in the way: see the warnings." if facts["conflicts"] else ""
     runs = f"{', '.join(asked)} runs." if asked and not missing else ""

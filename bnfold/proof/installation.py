@@ -6,6 +6,7 @@ model of one convolution. No name of the machine, no user and no path is among t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
@@ -52,10 +53,10 @@ def installation() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "versions": {name: version(name) for name in PACKAGES},
         "optional": {name: version(name) for name in OPTIONAL},
-        "claimed": runtime.claimed(),
+        "claimed": _claimed(),
         "loads": {name: runs(name) for name in RUNTIMES},
         "missing_libraries": runtime.missing_libraries(),
-        "cuda": {"torch": _torch_cuda(), "onnxruntime": runtime.cuda_of_onnxruntime()},
+        "cuda": {"torch": _torch_cuda(), "onnxruntime": _onnxruntime_cuda()},
         "machine": machine(gpu=True),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -98,7 +99,8 @@ def _torch_runs(device: str) -> bool | str:
             return "this torch was built without CUDA; install one that was built with it."
         return f"torch was built for CUDA {built} and finds no device: no GPU, or no driver for it."
     try:
-        torch.nn.functional.conv2d(*(torch.ones(1, 1, 1, 1, device=device) for _ in range(2)))
+        one = torch.ones(1, 1, 1, 1, device=device)
+        torch.nn.functional.conv2d(one, one)
     except RuntimeError as error:
         return f"torch cannot compute on {device}: {str(error).splitlines()[0]}"
     return True
@@ -117,6 +119,22 @@ def smallest_model() -> onnx.ModelProto:
     )
     opsets = [onnx.helper.make_opsetid("", 17)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def _claimed() -> list[str]:
+    with contextlib.suppress(RuntimeUnavailableError):
+        return list(runtime._onnxruntime().get_available_providers())
+    return []
+
+
+def _onnxruntime_cuda() -> str | None:
+    """The major version of CUDA that onnxruntime's provider is linked with (Linux)."""
+    folder = runtime._capi_folder()
+    library = folder / "libonnxruntime_providers_cuda.so" if folder else None
+    if library is None or not library.is_file():
+        return None
+    linked = (re.match(r"libcudart\.so\.(\d+)", n) for n in runtime.needed_libraries(library))
+    return next((found[1] for found in linked if found), None)
 
 
 def _torch_cuda() -> str | None:
