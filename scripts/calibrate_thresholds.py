@@ -304,7 +304,9 @@ def measure_all(wanted: Sequence[str]) -> None:
                 noise.seek(0)
                 end += f": {noise.read().decode(errors='replace').strip().splitlines()[-1:]}"
         with RESULTS.open("a") as out:
-            out.write(json.dumps({"network": name, "case": "end", "kind": "end", "note": end}) + "\n")
+            out.write(
+                json.dumps({"network": name, "case": "end", "kind": "end", "note": end}) + "\n"
+            )
         print(name, end or "done", flush=True)
 
 

@@ -148,7 +148,9 @@ class Bed:
             return Planted(fault, name, output, _through_float16(self.folded), self.right.record)
         if fault == TRAINING:
             kept = bnfold.fold(self.original, keep=[glob.escape(name)], repair=self.repair)
-            return Planted(fault, name, output, _by_the_batch(to_proto(kept.graph), output), kept.record)
+            return Planted(
+                fault, name, output, _by_the_batch(to_proto(kept.graph), output), kept.record
+            )
         spoiled = onnx.ModelProto()
         spoiled.CopyFrom(self.original)
         norm = next(n for n in norms_of(spoiled) if n.node.output[0] == output)

@@ -35,11 +35,8 @@ Rounds = list[dict[str, float]]
 
 SITTINGS = 3  # times that everything is opened anew: where a session's memory lies is luck, too
 START = (
-    "import sys; sys.path.insert(0, sys.argv[1])
-"
-    "from bnfold.benchmark.timing import serve
-"
-    "serve()"
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from bnfold.benchmark.timing import serve; serve()"
 )
 TO_START = 300.0  # seconds that a process has to load its libraries and models, besides its rounds
 
