@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import Gauge, View, attributes
+from bnfold.proof.counterpart import Gauge, View, attributes, same_constant
 from bnfold.proof.layers import is_norm
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -129,26 +129,52 @@ def relative_error(x: Any, z: Any, usable: Any = True) -> float:
 def _by_structure(before: View, after: View) -> dict[str, str]:
     """The values of both graphs that have the same key, in the order in which they are computed.
 
-    Of a chain of maps per channel only the end is held against the other graph's: what lies between
-    may be carried otherwise. Where keys occur at another number of places, nothing is said of them.
+    Where keys occur at another number of places, nothing is said of them.
     """
-    here, there = _ends(before), _ends(after)
-    found = {}
-    for key, names in here.items():
+    here, there = _chains(before), _chains(after)
+    found: dict[str, str] = {}
+    for key, chains in here.items():
         others = there.get(key, [])
-        if len(names) == len(others):
-            found.update(zip(names, others, strict=True))
+        if len(chains) == len(others):
+            for chain, other in zip(chains, others, strict=True):
+                found |= _members(chain, other, before, after)
     return found
 
 
-def _ends(view: View) -> dict[str, list[str]]:
-    """key -> the ends of the chains that have it, one for each producer at their beginning."""
+def _members(chain: list[str], other: list[str], before: View, after: View) -> dict[str, str]:
+    """Which values of a chain of maps per channel stand for which, where a fold shortened it.
+
+    The operator in front took the maps up, and what it gives is the end of the chain, unless it is
+    the same one as before: then whoever reads the chain took them up, and its beginning is held.
+    """
+    if len(chain) == len(other):
+        return dict(zip(chain, other, strict=True))
+    if _same_constants(chain[0], other[0], before, after):
+        return {chain[0]: other[0]}
+    return {chain[-1]: other[-1]}
+
+
+def _same_constants(name: str, other: str, before: View, after: View) -> bool:
+    """Whether the nodes that compute two values read the same constants, or none."""
+    if name not in before.producers or other not in after.producers:
+        return True
+    first, second = (
+        [given for given in view.producers[value].input if given and view.is_constant(given)]
+        for view, value in ((before, name), (after, other))
+    )
+    return len(first) == len(second) and all(
+        same_constant(a, before, b, after) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _chains(view: View) -> dict[str, list[list[str]]]:
+    """key -> the chains that have it: a value that is no map of another, and the maps of it."""
     keys: dict[str, str] = {}
+    chains: dict[str, list[str]] = {}
     heads: dict[str, str] = {}
-    last: dict[str, str] = {}
     for index, value in enumerate(view.graph.input):
         keys[value.name] = f"input {index}"
-        heads[value.name] = value.name
+        heads[value.name], chains[value.name] = value.name, [value.name]
     for node in view.nodes:
         for slot, name in enumerate(node.output):
             if not name or view.is_constant(name):
@@ -156,13 +182,14 @@ def _ends(view: View) -> dict[str, list[str]]:
             mapped = _mapped(node, view)
             if mapped is not None and mapped in keys and slot == 0:
                 keys[name], heads[name] = keys[mapped], heads[mapped]
+                chains[heads[name]].append(name)
             else:
                 keys[name], heads[name] = _key(node, slot, view, keys), name
-            last[heads[name]] = name
-    ends = defaultdict(list)
-    for head, name in last.items():
-        ends[keys[head]].append(name)
-    return ends
+                chains[name] = [name]
+    found = defaultdict(list)
+    for head, chain in chains.items():
+        found[keys[head]].append(chain)
+    return found
 
 
 def _mapped(node: onnx.NodeProto, view: View) -> str | None:

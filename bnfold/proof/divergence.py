@@ -93,7 +93,9 @@ def divergences(
             name: alignment.error(name, x, z)
             for name, x, z in lockstep(before, after, inputs, alignment, given)
         }
-        new = [name for name in suspects(view, outputs, errors, NOISE * unit) if name not in found]
+        limit = NOISE * unit
+        ends = outputs if gauges is None or _any(outputs, errors, limit) else list(errors)
+        new = [name for name in suspects(view, ends, errors, limit) if name not in found]
         found |= {name: errors[name] for name in new}
         if not new or rounds == 1:
             break
@@ -104,6 +106,11 @@ def divergences(
         Divergence(name, view.label(view.producers[name]), view.producers[name].op_type, error)
         for name, error in sorted(found.items(), key=lambda item: order[item[0]])
     ]
+
+
+def _any(names: Sequence[str], errors: Mapping[str, float], limit: float) -> bool:
+    """Whether one of them is wrong. If no output is, only a plan says what is wrong before it."""
+    return any(errors.get(name, 0.0) > limit for name in names)
 
 
 def lockstep(

@@ -84,7 +84,7 @@ def layer_name(node: onnx.NodeProto, view: View) -> str:
     while name in view.producers and len(view.producers[name].input) == 1:
         name = view.producers[name].input[0]
     if name.endswith(".running_mean"):
-        return name.removesuffix(".running_mean")
+        return str(name.removesuffix(".running_mean"))
     return view.label(node)
 
 

@@ -22,7 +22,7 @@ def cut(
     inputs: Mapping[str, onnx.ValueInfoProto],
     outputs: Sequence[onnx.ValueInfoProto],
 ) -> onnx.ModelProto:
-    """The part of `model` that computes `outputs` from `inputs`, with the weights of that part only.
+    """The part of `model` that computes `outputs` from `inputs`, with its own weights only.
 
     inputs: value name -> its type. Raises InputError where an output also needs another input.
     """

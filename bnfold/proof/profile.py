@@ -81,8 +81,8 @@ def profile(
     """The error at every batch norm of `original`, for one batch of inputs.
 
     folded: None for the original's own errors alone. gauges, aliases: the plan's, if it is known.
-    unit: rounding of the type that the models compute in. kind: what the inputs are, for the report.
-    Raises NothingComparedError where there is no batch norm, InputError where a model cannot be run.
+    unit: rounding of the type that the models compute in. kind: what the inputs are, for a report.
+    Raises NothingComparedError where there is no batch norm, InputError where a model does not run.
     """
     view = View.of(original)
     norms = {norm.output: norm for norm in norms_of(view)}
