@@ -166,6 +166,14 @@ def with_attribute(model: onnx.ModelProto, norm: str, name: str, value: Any) -> 
     return copy
 
 
+def in_training(model: onnx.ModelProto, norm: str) -> onnx.ModelProto:
+    """The model with a batch norm left in training mode."""
+    copy = with_attribute(model, norm, "training_mode", 1)
+    node = _norm_node(copy, norm)
+    node.output.extend([f"{norm}.mean_out", f"{norm}.var_out"])
+    return copy
+
+
 def swapped(array: Array) -> Array:
     array[[1, 3]] = array[[3, 1]]
     return array

@@ -182,7 +182,10 @@ def _chains(view: View) -> dict[str, list[list[str]]]:
             mapped = _mapped(node, view)
             if mapped is not None and mapped in keys and slot == 0:
                 keys[name], heads[name] = keys[mapped], heads[mapped]
-                chains[heads[name]].append(name)
+                chain = chains[heads[name]]
+                if node.op_type in PASSING and chain[-1] == mapped:
+                    chain.pop()
+                chain.append(name)
             else:
                 keys[name], heads[name] = _key(node, slot, view, keys), name
                 chains[name] = [name]

@@ -33,6 +33,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 EXPLAINED = 8  # share of the fault that must be gone: all but one in this many
 AS_GOOD = 2  # a supposition that leaves at most this many times what the best leaves is as good
 FEW_WEIGHTS = 16  # non-zero weights below which all may be float16 numbers by chance
+PLURALS = {"gamma": "gammas", "beta": "betas", "mean": "means", "var": "variances"}
 # type -> its name, and the error of a value that its rounding can explain: 8 of its roundings
 # (a bfloat16 number of a weight's size is a float16 number too, so it comes first)
 NARROW = ((np.dtype(ml_dtypes.bfloat16), "bfloat16", 2.0**-5),
@@ -385,25 +386,24 @@ def _of_few_channels(site: Site, wrong: Sequence[int]) -> Iterator[Supposition]:
     a, b = wrong
     order = np.arange(len(norm.slope))
     order[[a, b]] = b, a
-    yield Supposition("channels swapped", f"channels {a} and {b} of batch norm '{norm.name}' were "
-                      "swapped", np.take(site.y, order, axis=1), {"channel": a, "with": b})  # fmt: skip
+    figures = {"channel": a, "with": b}
+    words = f"channels {a} and {b} of batch norm '{norm.name}' were swapped"
+    yield Supposition("channels swapped", words, np.take(site.y, order, axis=1), figures)
     result = _with_rows_swapped(site, order)
     if result is not None:
-        yield Supposition("channels swapped", "the weights in front of batch norm "
-                          f"'{norm.name}' were folded with channels {a} and {b} swapped", result,
-                          {"channel": a, "with": b})  # fmt: skip
+        words = (
+            f"the weights in front of batch norm '{norm.name}' were folded with channels {a} and"
+        )
+        yield Supposition("channels swapped", f"{words} {b} swapped", result, figures)
     both = f"of channels {a} and {b} swapped"
-    yield Supposition("parameters swapped", f"{was} with the parameters {both}",
-                      site.normalized(norm.slope[order], norm.shift[order]),
-                      {"channel": a, "with": b})  # fmt: skip
-    for key, plural in (("gamma", "gammas"), ("beta", "betas"), ("mean", "means"),
-                        ("var", "variances")):  # fmt: skip
+    result = site.normalized(norm.slope[order], norm.shift[order])
+    yield Supposition("parameters swapped", f"{was} with the parameters {both}", result, figures)
+    for key, plural in PLURALS.items():
         q = {**p, key: p[key][order]}
         with np.errstate(all="ignore"):
             slope = q["gamma"] / np.sqrt(q["var"] + norm.eps)
-        yield Supposition(f"{plural} swapped", f"{was} with the {plural} {both}",
-                          site.normalized(slope, q["beta"] - slope * q["mean"]),
-                          {"channel": a, "with": b})  # fmt: skip
+        result = site.normalized(slope, q["beta"] - slope * q["mean"])
+        yield Supposition(f"{plural} swapped", f"{was} with the {plural} {both}", result, figures)
 
 
 def _with_rows_swapped(site: Site, order: Array) -> Array | None:
