@@ -246,7 +246,9 @@ class Shears:
     def _dtype(self, name: str) -> np.dtype[Any]:
         if name in self._inputs:
             return np.asarray(self._inputs[name]).dtype
-        return np.dtype(helper.tensor_dtype_to_np_dtype(self._elem_type(name)))
+        kind = helper.tensor_dtype_to_np_dtype(self._elem_type(name))
+        dtype: np.dtype[Any] = np.dtype(kind)
+        return dtype
 
     def _info(self, name: str, array: Array) -> onnx.ValueInfoProto:
         """The type of an end; its rows are free where those of the network are."""
