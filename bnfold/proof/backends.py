@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from bnfold.errors import InputError, UsageError, one_line
+from bnfold.proof.precision import effective
 from bnfold.proof.process import Worker
 from bnfold.proof.runtime import (
     PROTOBUF_LIMIT,
@@ -35,6 +36,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Values = Mapping[str, Any]
 Run = Callable[[Mapping[str, Array]], Values]
 
+PLAIN = Runtime(DEFAULT)
 FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
 
 
@@ -42,7 +44,8 @@ FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(do
 class Backend:
     """Something that maps inputs to outputs by name, for gate B or C.
 
-    role: whose network it runs ("original", "folded", "model"). runtime: where, and its declared
+    role: whose network it runs ("original", "folded", "model"; "measure": the original in another
+    class, which is not judged). runtime: where, and its declared
     class. again: runs once in a new session, None where there is no such thing. original: the name
     of the backend that runs the original in the same place and class. libraries: what its process
     has loaded by now.
@@ -58,6 +61,11 @@ class Backend:
     original: str = ""
     libraries: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False)
     own_process: bool = False
+
+    @property
+    def takes_inputs(self) -> bool:
+        """Whether there is anything that its outputs could depend on."""
+        return self.session is None or bool(self.session.input_names)
 
     @property
     def placement(self) -> Mapping[str, Mapping[str, int]]:
@@ -79,36 +87,50 @@ def open_two(
     folded: Any,
     runtimes: Sequence[Runtime],
     modules: tuple[torch.nn.Module, torch.nn.Module] | None,
+    narrowed: Callable[[str], onnx.ModelProto],
+    stored: str,
 ) -> Backends:
     """The original, and the folded network for gate B and on every runtime.
 
-    In a class beyond fp32 the original runs on the runtime too, and in torch always. Torch modules
-    that are at hand are compared on torch's CPU where no other torch is asked for.
+    In a class beyond fp32 the original runs in that class too: on the runtime where that rounds by
+    itself, else as `narrowed`. stored: the narrower class of the folded weights, if any. Torch
+    modules that are at hand are compared on torch's CPU where no other torch is asked for.
     """
     _check_modules(runtimes, modules)
-    in_torch = any(runtime.place.library == "torch" for runtime in runtimes)
-    if modules is not None and not in_torch:
-        runtimes = [*runtimes, Runtime("torch")]
-    folded = once(folded)
+    declared = any(runtime.precision == stored for runtime in runtimes)
+    runtimes = list(dict.fromkeys(effective(runtime, stored) for runtime in runtimes))
+    if modules is not None and not any(r.place.library == "torch" for r in runtimes):
+        runtimes.append(Runtime("torch"))
+    original, folded = once(original), once(folded)
     first = places.plain(original, "original", "original")
     compared: list[Backend] = []
     for runtime in runtimes:
         if runtime.place.library == "torch":
             assert modules is not None
-            titles = [f"{runtime}, {role} module" for role in ("original", "folded")]
-            one, two = (
-                places.torch(module, runtime, title, role, first)
-                for module, title, role in zip(modules, titles, ("original", "folded"), strict=True)
+            one = places.torch(
+                modules[0], runtime, f"{runtime}, original module", "original", first
             )
+            two = places.torch(modules[1], runtime, f"{runtime}, folded module", "folded", first)
             compared += [one, _beside(two, one)]
-        elif runtime.precision == "fp32":
+        elif not beyond(runtime):
             compared.append(places.onnx(folded, runtime, str(runtime), "folded"))
-        else:
-            one = places.onnx(original, runtime, f"{runtime}, original", "original", False)
+        elif runtime.precision == stored and runtime.place.provider != "tensorrt":
+            model, title = narrowed(stored), f"{runtime}, original rounded"
+            one = places.onnx(model, runtime, title, "measure", optimize=False)
             two = places.onnx(folded, runtime, f"{runtime}, folded", "folded")
             compared += [one, _beside(two, one)]
-    second = places.plain(folded, f"{DEFAULT}, unoptimized", "folded")
-    return Backends(first, (second, *compared))
+        else:
+            title = f"{runtime}, original"
+            one = places.onnx(original, runtime, title, "original", optimize=False)
+            two = places.onnx(folded, runtime, f"{runtime}, folded", "folded")
+            compared += [one, _beside(two, one)]
+    title = f"{DEFAULT}, unoptimized"
+    if not (stored and declared):
+        return Backends(first, (places.plain(folded, title, "folded"), *compared))
+    own = Runtime(DEFAULT, stored)
+    measure = places.plain(narrowed(stored), f"{title}, original rounded", "measure", own)
+    network = _beside(places.plain(folded, title, "folded", own), measure)
+    return Backends(first, (measure, network, *compared))
 
 
 def open_one(
@@ -119,7 +141,7 @@ def open_one(
     model = once(model)
     first = places.plain(model, "original", "model")
     compared = []
-    for runtime in runtimes:
+    for runtime in dict.fromkeys(effective(runtime, "") for runtime in runtimes):
         if runtime.place.library == "torch":
             assert module is not None
             compared.append(places.torch(module, runtime, str(runtime), "model", first))
@@ -196,9 +218,8 @@ class Places:
                  trace: TracebackType | None) -> None:  # fmt: skip
         self._ending.close()
 
-    def plain(self, model: Any, name: str, role: str) -> Backend:
-        """onnxruntime's CPU with its graph optimization off."""
-        runtime = Runtime(DEFAULT)
+    def plain(self, model: Any, name: str, role: str, runtime: Runtime = PLAIN) -> Backend:
+        """onnxruntime's CPU with its graph optimization off, for gate B."""
         session = self._session(model, runtime, optimize=False)
         return Backend(name, "B", role, runtime, _runner(session), session)
 

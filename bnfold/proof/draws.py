@@ -1,20 +1,21 @@
 """The inputs that a verification compares on: the caller's, or drawn ones.
 
 Drawn inputs are normal with the size that the network was trained for, read off its first batch
-normalization; then zeros, a constant, ten times the size, and a batch of one. The seed fixes them.
+normalization; then zeros, a constant, ten times the size, a batch of one, and another size of every
+dynamic axis. The seed fixes them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 
-from bnfold.errors import InputError, NothingComparedError
+from bnfold.errors import InputError, NothingComparedError, UsageError
 from bnfold.proof.counterpart import View, replaceable_inputs
 from bnfold.proof.reference import Float64Reference, NoReferenceError
 
@@ -29,10 +30,14 @@ SMALL_INPUT = 1 << 14  # elements of a row, up to which many rows cost little
 
 @dataclass(frozen=True, eq=False)
 class InputSet:
-    """Batches of one kind of input: each maps the model's input names to arrays."""
+    """Batches of one kind of input: each maps the model's input names to arrays.
+
+    optional: of sizes that the original may refuse, which is then no failure.
+    """
 
     name: str
     batches: tuple[Mapping[str, Array], ...]
+    optional: bool = False
 
     @property
     def samples(self) -> int:
@@ -48,12 +53,14 @@ def _rows(array: Array) -> int:
 class InputSpec:
     """An input of the model: its numpy dtype, and its dims, None where they are dynamic.
 
-    dims is None where the model does not even say how many axes there are.
+    dims is None where the model does not even say how many axes there are. symbols: what a dynamic
+    axis is called; axes of one name have one size.
     """
 
     name: str
     dtype: np.dtype[Any]
     dims: tuple[int | None, ...] | None
+    symbols: tuple[str, ...] = ()
 
 
 def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
@@ -68,8 +75,34 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
         tensor = value.type.tensor_type
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
         dims = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
-        specs.append(InputSpec(value.name, dtype, dims if tensor.HasField("shape") else None))
+        symbols = tuple(
+            dim.dim_param or f"{value.name}.{axis}" for axis, dim in enumerate(tensor.shape.dim)
+        )
+        known = dims if tensor.HasField("shape") else None
+        specs.append(InputSpec(value.name, dtype, known, symbols))
     return specs
+
+
+def input_sets(
+    model: onnx.ModelProto,
+    reference: Float64Reference | None,
+    *,
+    seed: int,
+    samples: int | None,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+    inputs: Mapping[str, Array] | None,
+    few: Callable[[Sequence[InputSet]], bool],
+) -> list[InputSet]:
+    """The caller's inputs, with normal draws besides where they are `few`; else draws alone."""
+    if seed < 0:
+        raise UsageError(f"the seed is {seed}; it must be 0 or more.")
+    sets = [] if inputs is None else given_inputs(model, inputs)
+    if inputs is not None and not few(sets):
+        return sets
+    shapes = dict(input_shapes or {})
+    shapes |= {name: np.shape(value) for name, value in (inputs or {}).items()}
+    drawn = drawn_inputs(model, reference, seed=seed, samples=samples, input_shapes=shapes)
+    return drawn if inputs is None else [*sets, drawn[0]]
 
 
 # ------------------------------------------------------------------------------- given inputs
@@ -111,7 +144,7 @@ def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[In
 def _fitting(spec: InputSpec, value: Array) -> Array:
     array = np.asarray(value)
     if spec.dims is None:
-        return array.astype(spec.dtype, copy=False)
+        return _typed(spec, array)
     if array.ndim != len(spec.dims):
         raise InputError(
             f"the input '{spec.name}' has {len(spec.dims)} axes {_shown(spec)}; the given array "
@@ -126,7 +159,32 @@ def _fitting(spec: InputSpec, value: Array) -> Array:
         raise InputError(
             f"the input '{spec.name}' has shape {_shown(spec)}; the given array has {array.shape}."
         )
-    return array.astype(spec.dtype, copy=False)
+    return _typed(spec, array)
+
+
+def _typed(spec: InputSpec, array: Array) -> Array:
+    """The array in the input's own type. Raises InputError where numbers would be lost."""
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise InputError(
+            f"the input '{spec.name}' holds {spec.dtype}; the given array holds {array.dtype}."
+        )
+    with np.errstate(all="ignore"):
+        typed = array.astype(spec.dtype, copy=False)
+        back = typed.astype(array.dtype, copy=False)
+        if spec.dtype.kind in "biu":
+            lost = not np.array_equal(back, array)
+        else:
+            lost = bool(np.any(np.isinf(typed) & np.isfinite(array)))
+    if lost:
+        raise InputError(
+            f"the input '{spec.name}' holds {spec.dtype}; the given array has numbers that are "
+            f"none of that type, such as {array.flat[_first_lost(array, back)]}."
+        )
+    return typed
+
+
+def _first_lost(array: Array, back: Array) -> int:
+    return int(np.argmax((array != back).ravel()))
 
 
 def _shown(spec: InputSpec) -> str:
@@ -192,7 +250,39 @@ def drawn_inputs(
     large = draw(again, "normal", 10 * scale) if any_batch else None
     tens = [large] if large else [draw(1, "normal", 10 * scale) for _ in range(again)]
     sets.append(InputSet("ten times", tuple(tens)))
+    for symbol, size in _other_sizes(specs, shapes).items():
+        other = {spec.name: _resized(spec, shapes[spec.name], symbol, size) for spec in specs}
+        feeds = {s.name: _draw(s, other[s.name], "normal", scale, bounds[s.name], rng)
+                 for s in specs}  # fmt: skip
+        sets.append(InputSet(f"{symbol} = {size}", (feeds,), optional=True))
     return sets
+
+
+def _other_sizes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """A second size for every dynamic axis behind the batch, by the axis's name."""
+    batch = {spec.symbols[0] for spec in specs if spec.dims and spec.dims[0] is None}
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        for axis, dim in enumerate(spec.dims or ()):
+            symbol = spec.symbols[axis]
+            if axis > 0 and dim is None and symbol not in batch:
+                sizes.setdefault(symbol, _another(shapes[spec.name][axis]))
+    return sizes
+
+
+def _another(size: int) -> int:
+    """About three quarters of a size, divisible as often by two as it is, up to 32."""
+    step = min(size & -size, 32)
+    return max(size * 3 // 4 // step, 1) * step if size > step else step // 2 or 2
+
+
+def _resized(spec: InputSpec, shape: tuple[int, ...], symbol: str, size: int) -> tuple[int, ...]:
+    dims = spec.dims or ()
+    return tuple(
+        size if axis and axis < len(dims) and dims[axis] is None and spec.symbols[axis] == symbol
+        else length
+        for axis, length in enumerate(shape)
+    )  # fmt: skip
 
 
 def _default_samples(elements: int) -> int:

@@ -15,11 +15,30 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Values = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Slices:
+    """Sums of squares at every index of one axis; count: elements at one index."""
+
+    error: Array
+    size: Array
+    count: int
+
+    def plus(self, other: Slices) -> Slices:
+        """Both together; the first alone where the axis has another length there."""
+        if self.error.shape != other.error.shape:
+            return self
+        error, size = self.error + other.error, self.size + other.size
+        return Slices(error, size, self.count + other.count)
+
+
 @dataclass
 class Tally:
     """What one backend's output differs by from the reference, over the batches of an input set.
 
     peaks, sizes: per sample, the largest error of an element and the largest exact element.
+    slices: by axis, of the two that may hold channels (the second and the last). flipped: per
+    sample of an output of two axes, whether the largest element is another one; margins: the
+    distance of the exact two largest.
     """
 
     error: float = 0.0  # sum of squares
@@ -29,11 +48,14 @@ class Tally:
     discrete: bool = False
     peaks: list[Array] = field(default_factory=list)
     sizes: list[Array] = field(default_factory=list)
+    slices: dict[int, Slices] = field(default_factory=dict)
+    flipped: list[Array] = field(default_factory=list)
+    margins: list[Array] = field(default_factory=list)
     trouble: str = ""
 
-    def add(self, value: Any, exact: Any) -> None:
-        """Count one batch."""
-        problem = unlike(value, exact)
+    def add(self, value: Any, exact: Any, kind: np.dtype[Any] | None = None) -> None:
+        """Count one batch; kind: the type that the value should have."""
+        problem = unlike(value, exact, kind)
         self.trouble = self.trouble or problem
         if problem:
             return
@@ -49,14 +71,30 @@ class Tally:
         self.size += float(np.sum(finite**2))
         self.peaks.append(peaks_of(difference))
         self.sizes.append(peaks_of(finite))
+        for axis in {1, exact.ndim - 1} if exact.ndim > 1 else ():
+            found = _sliced(difference, finite, axis)
+            known = self.slices.get(axis)
+            self.slices[axis] = known.plus(found) if known else found
+        if exact.ndim == 2 and exact.shape[1] > 1:
+            best = np.sort(finite, axis=1)[:, -2:]
+            self.flipped.append(np.argmax(value, axis=1) != np.argmax(finite, axis=1))
+            self.margins.append(best[:, 1] - best[:, 0])
 
 
-def unlike(value: Any, exact: Any) -> str:
+def _sliced(difference: Array, exact: Array, axis: int) -> Slices:
+    others = tuple(k for k in range(exact.ndim) if k != axis)
+    count = exact.size // max(exact.shape[axis], 1)
+    return Slices(np.sum(difference**2, axis=others), np.sum(exact**2, axis=others), count)
+
+
+def unlike(value: Any, exact: Any, kind: np.dtype[Any] | None = None) -> str:
     """Why two results cannot be compared element by element; empty when they can."""
     if not isinstance(value, np.ndarray) or not isinstance(exact, np.ndarray):
         return "it is no tensor"
     if value.shape != exact.shape:
         return f"its shape is {value.shape}, and should be {exact.shape}"
+    if kind is not None and value.dtype != kind:
+        return f"its type is {value.dtype}, and should be {kind}"
     if (value.dtype.kind in "biu") != (exact.dtype.kind in "biu"):
         return f"its type is {value.dtype}"
     if exact.dtype.kind == "f":

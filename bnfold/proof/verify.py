@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,13 @@ import onnx
 from bnfold.errors import BnfoldError, InputError, NothingComparedError, VerificationError
 from bnfold.proof.backends import Backends, Places, open_in_torch, open_one, open_two
 from bnfold.proof.certificate import Certificate, Gauge, certify
-from bnfold.proof.comparison import Comparison, GateResult, Progress, computes_in
+from bnfold.proof.comparison import Comparison, Progress, few, other_names
 from bnfold.proof.divergence import Divergence, explain, first_divergence
+from bnfold.proof.draws import input_sets, input_specs
+from bnfold.proof.precision import rounded, stored_class, types_of, unit_of
+from bnfold.proof.reference import Float64Reference, NoReferenceError
 from bnfold.proof.runtimes import DEFAULT, Runtime, as_runtimes
+from bnfold.proof.verdicts import FEW, Decisions, GateResult, not_run
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +53,8 @@ class Ran:
     name: the runtime as written; role: whose network; gate: B or C. providers: where onnxruntime
     placed the nodes (provider -> operator -> count; empty for torch). libraries: the files of CUDA,
     cuDNN and TensorRT that its process had in memory. noise: the relative difference of two runs of
-    one session and of one in another. ratio: its worst error ratio, NaN where nothing was compared.
+    one session and of one in another. ratio: its worst error ratio. None where nothing was
+    measured.
     """
 
     name: str
@@ -57,8 +63,8 @@ class Ran:
     providers: Mapping[str, Mapping[str, int]]
     libraries: tuple[str, ...]
     own_process: bool
-    noise: float
-    ratio: float
+    noise: float | None
+    ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class VerifyReport:
     """The gates' results; `passed` is true when all ran that could be asked for, and all passed.
 
     question: the gate without which nothing is proved, B of two networks and C of one. samples:
-    rows compared. sets: the kinds of inputs. runtimes: each run and its evidence.
+    rows compared. sets: the kinds of inputs. runtimes: each run and its evidence. decisions: where
+    the largest element of an output is another one. warnings: what passes and proves little.
     """
 
     gates: tuple[GateResult, ...]
@@ -74,10 +81,12 @@ class VerifyReport:
     samples: int
     sets: tuple[str, ...]
     runtimes: tuple[Ran, ...] = ()
+    decisions: tuple[Decisions, ...] = ()
     question: str = "B"
     certificate: Certificate | None = None
     first_divergence: Divergence | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -123,6 +132,7 @@ class VerifyReport:
                 "noise": {_key(ran): ran.noise for ran in self.runtimes if ran.gate == "C"},
                 "backends": {_key(ran): ran.providers for ran in self.runtimes if ran.providers},
                 "runtimes": [vars(ran) for ran in self.runtimes],
+                "decisions": [vars(decision) for decision in self.decisions],
                 "nodes": [vars(record) for record in certificate.records] if certificate else None,
                 "first_divergence": vars(parting) if parting else None,
                 "notes": list(self.notes),
@@ -181,18 +191,21 @@ def verify(
     unfit inputs, UsageError for no runtime, an unknown one, or torch where there is no module.
     """
     begun = time.perf_counter()
-    places = as_runtimes(runtimes)
+    asked = as_runtimes(runtimes)
     before, after = _load(original, "original"), _load(folded, "folded")
     _check_outputs(before)
     gates: list[GateResult] = []
     certificate = None
-    notes = []
-    with Places(threads, own_process=own_process, time_limit=time_limit) as opened:
+    notes = _other_interface(before, after)
+    stored = stored_class(before, after)
+    with Places(threads, own_process=own_process, time_limit=time_limit) as places:
         try:
-            backends = open_two(opened, original, folded, places, torch_modules)
+            backends = open_two(
+                places, original, folded, asked, torch_modules, partial(rounded, before), stored
+            )
         except InputError as refused:
-            elsewhere = computes_in(before, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
-            if torch_modules is None or not elsewhere or places != (Runtime(DEFAULT),):
+            elsewhere = types_of(before) & {onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+            if torch_modules is None or not elsewhere or asked != (Runtime(DEFAULT),):
                 raise
             backends = open_in_torch(before, torch_modules)
             notes.append(
@@ -204,23 +217,25 @@ def verify(
             shapes = input_shapes or {name: np.shape(x) for name, x in (inputs or {}).items()}
             certificate = certify(before, after, gauges, aliases or {}, input_shapes=shapes)
             gates += _algebra(certificate)
-        comparison = Comparison.of(before, after, backends, seed, samples, input_shapes, inputs)
-        gates += comparison.judge(progress)
-        evidence = _evidence(backends, comparison)
+        ask = Asked(seed, samples, input_shapes, inputs, progress)
+        compared = _compare(before, backends, ask, "B", stored, refusal=_refusal(before, after))
+    gates += compared.gates
     parting, where = None, ""
-    if not all(result.passed for result in gates) and comparison.reference is not None:
-        parting, where = _where(before, after, comparison, gauges, aliases)
-        notes.append(where)
+    if not all(result.passed for result in gates) and compared.comparison is not None:
+        parting, where = _where(before, after, compared.comparison, gauges, aliases)
+        # where a network did not run, that they agree in exact arithmetic is no explanation
+        ran = all(math.isfinite(result.value) for result in gates if not result.passed)
+        notes += [where] if parting is not None or ran else []
+    warnings = () if gauges is not None else _constant(compared)
     return VerifyReport(
         gates=tuple(gates),
         seed=seed,
-        samples=comparison.samples,
-        sets=tuple(group.name for group in comparison.sets),
-        runtimes=evidence,
         certificate=certificate,
         first_divergence=parting,
-        notes=tuple(notes),
+        notes=(*compared.notes, *notes),
+        warnings=warnings,
         seconds=time.perf_counter() - begun,
+        **compared.fields,
     )
 
 
@@ -245,22 +260,113 @@ def parity(
     exported from, for the runtimes of torch. The rest, and what is raised, is as for `verify`.
     """
     begun = time.perf_counter()
-    places = as_runtimes(runtimes)
+    asked = as_runtimes(runtimes)
     proto = _load(model, "given")
     _check_outputs(proto)
-    with Places(threads, own_process=own_process, time_limit=time_limit) as opened:
-        backends = open_one(opened, model, places, torch_module)
-        comparison = Comparison.of(proto, proto, backends, seed, samples, input_shapes, inputs, "C")
-        gates = comparison.judge(progress)
-        evidence = _evidence(backends, comparison)
+    with Places(threads, own_process=own_process, time_limit=time_limit) as places:
+        backends = open_one(places, model, asked, torch_module)
+        ask = Asked(seed, samples, input_shapes, inputs, progress)
+        compared = _compare(proto, backends, ask, "C")
     return VerifyReport(
-        gates=tuple(gates),
+        gates=tuple(compared.gates),
         seed=seed,
-        samples=comparison.samples,
-        sets=tuple(group.name for group in comparison.sets),
-        runtimes=evidence,
         question="C",
+        notes=tuple(compared.notes),
+        warnings=_constant(compared),
         seconds=time.perf_counter() - begun,
+        **compared.fields,
+    )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the caller said about the inputs."""
+
+    seed: int
+    samples: int | None
+    input_shapes: Mapping[str, Sequence[int]] | None
+    inputs: Mapping[str, Array] | None
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the runs came to; comparison is None where none could be made.
+
+    fields: the parts of the report that are told of the runs.
+    """
+
+    gates: list[GateResult]
+    comparison: Comparison | None
+    fields: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+
+def _compare(
+    model: onnx.ModelProto,
+    backends: Backends,
+    ask: Asked,
+    question: str,
+    stored: str = "",
+    refusal: str = "",
+) -> Compared:
+    """Gates B and C, and the evidence, read while the processes still run."""
+    reference = None
+    try:
+        reference = Float64Reference(model)
+    except NoReferenceError as error:
+        refusal = str(error)
+    sets = input_sets(
+        model,
+        reference,
+        seed=ask.seed,
+        samples=ask.samples,
+        input_shapes=ask.input_shapes,
+        inputs=ask.inputs,
+        few=lambda given: few(given, backends.original, FEW),
+    )
+    if reference is None or refusal:
+        fields = {"samples": 0, "sets": (), "runtimes": _evidence(backends, None)}
+        return Compared([not_run(question, refusal)], None, fields)
+    outputs = [value.name for value in model.graph.output]
+    comparison = Comparison(backends, reference, sets, outputs, unit_of(model), question, stored)
+    gates = comparison.judge(ask.progress)
+    fields = {
+        "samples": comparison.samples,
+        "sets": tuple(group.name for group in comparison.sets),
+        "runtimes": _evidence(backends, comparison),
+        "decisions": comparison.decisions,
+    }
+    return Compared(gates, comparison, fields, comparison.notes)
+
+
+def _refusal(before: onnx.ModelProto, after: onnx.ModelProto) -> str:
+    """Why the two cannot be compared value by value; empty where they can."""
+    outputs = [[value.name for value in model.graph.output] for model in (before, after)]
+    inputs = [sorted(spec.name for spec in input_specs(model)) for model in (before, after)]
+    return other_names(outputs[0], outputs[1], "outputs") or other_names(
+        inputs[0], inputs[1], "inputs"
+    )
+
+
+def _other_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> list[str]:
+    """Notes about inputs that a caller of the original could give, and of the folded one not."""
+    names = [{value.name for value in model.graph.input} for model in (before, after)]
+    held = {tensor.name for tensor in before.graph.initializer}
+    gone = sorted((names[0] & held) - names[1])
+    listed = ", ".join(f"'{name}'" for name in gone[:4]) + (", ..." if len(gone) > 4 else "")
+    return [f"The folded model no longer takes {listed} as an input."] if gone else []
+
+
+def _constant(compared: Compared) -> tuple[str, ...]:
+    """Warnings about outputs that tell little, because nothing changed them."""
+    comparison = compared.comparison
+    if comparison is None or not comparison.backends.original.takes_inputs:
+        return ()
+    return tuple(
+        f"The output '{name}' was the same for every row that was compared, so little is proved of "
+        f"it: give data (--data)."
+        for name in comparison.constant_outputs
     )
 
 
@@ -269,8 +375,10 @@ def _check_outputs(model: onnx.ModelProto) -> None:
         raise NothingComparedError("the original model has no outputs, so nothing can be compared.")
 
 
-def _evidence(backends: Backends, comparison: Comparison) -> tuple[Ran, ...]:
-    """What shows where each network ran, read while the processes still run."""
+def _evidence(backends: Backends, comparison: Comparison | None) -> tuple[Ran, ...]:
+    """What shows where each network ran."""
+    noise = {} if comparison is None else comparison.noise
+    ratios = {} if comparison is None or comparison.measures is None else comparison.measures.ratios
     return tuple(
         Ran(
             name=str(backend.runtime),
@@ -279,8 +387,8 @@ def _evidence(backends: Backends, comparison: Comparison) -> tuple[Ran, ...]:
             providers=backend.placement,
             libraries=backend.libraries(),
             own_process=backend.own_process,
-            noise=comparison.noise.get(backend.name, 0.0),
-            ratio=comparison.ratios.get(backend.name, math.nan),
+            noise=noise.get(backend.name),
+            ratio=ratios.get(backend.name),
         )
         for backend in backends.compared
     )

@@ -1,0 +1,101 @@
+"""Which precision a network is stored in, and what storing one so does to it.
+
+A folded model of float16 weights is off by the rounding of float16, whatever the fold did. Where
+the user declared that, it is held against the original with its products in float16 too.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from bnfold.proof.counterpart import ROUNDINGS
+from bnfold.proof.runtimes import Runtime
+
+NARROW = {
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
+TITLES = {"fp16": "float16", "bf16": "bfloat16"}
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def types_of(model: onnx.ModelProto) -> set[int]:
+    """The element types of its weights, inputs and outputs."""
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in model.graph.input}
+    return types | {value.type.tensor_type.elem_type for value in model.graph.output}
+
+
+def unit_of(model: onnx.ModelProto) -> float:
+    """Rounding of the type that the model computes in: the coarsest of its float tensors."""
+    units = [ROUNDINGS[kind].unit for kind in types_of(model) if kind in ROUNDINGS]
+    return max(units, default=ROUNDINGS[TensorProto.FLOAT].unit)
+
+
+def stored_class(original: onnx.ModelProto, folded: onnx.ModelProto) -> str:
+    """fp16 or bf16 where the folded model's weights are such numbers and the original's are not.
+
+    By their type, or as float32 numbers that all are of the narrower type; else empty.
+    """
+    for name, (kind, dtype) in NARROW.items():
+        if _is_of(folded, kind, dtype) and not _is_of(original, kind, dtype):
+            return name
+    return ""
+
+
+def _is_of(model: onnx.ModelProto, kind: int, dtype: np.dtype[np.generic]) -> bool:
+    """Whether every matrix and kernel of the model holds numbers of this type alone."""
+    found = False
+    for tensor in model.graph.initializer:
+        floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        if len(tensor.dims) < 2 or tensor.data_type not in floats:
+            continue
+        if tensor.data_type != kind:
+            value = numpy_helper.to_array(tensor).astype(np.float32)
+            with np.errstate(all="ignore"):
+                if not np.array_equal(value, value.astype(dtype).astype(np.float32)):
+                    return False
+        found = True
+    return found
+
+
+def effective(runtime: Runtime, stored: str) -> Runtime:
+    """The runtime with the class that has an effect there.
+
+    onnxruntime's CPU and CUDA compute in the model's own type, so fp16 and bf16 mean a model that
+    is stored so; TensorRT and torch round by themselves.
+    """
+    own_type = runtime.place.provider in ("cpu", "cuda") and runtime.precision in NARROW
+    return Runtime(runtime.name) if own_type and runtime.precision != stored else runtime
+
+
+def rounded(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """The model with every input of its convolutions and products rounded to a narrow type.
+
+    What storing it so costs, emulated: a pair of casts before each operand.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    nodes = list(made.graph.node)
+    del made.graph.node[:]
+    narrowed: dict[str, str] = {}
+    for node in nodes:
+        if node.op_type in PRODUCTS and node.domain in ("", "ai.onnx"):
+            for index, name in enumerate(node.input):
+                if name and name not in narrowed:
+                    narrowed[name] = f"{name}/{precision}"
+                    made.graph.node.extend(_there_and_back(name, precision))
+                node.input[index] = narrowed.get(name, name)
+        made.graph.node.append(node)
+    return made
+
+
+def _there_and_back(name: str, precision: str) -> list[onnx.NodeProto]:
+    narrow, wide = f"{name}/{precision}/narrow", f"{name}/{precision}"
+    return [
+        helper.make_node("Cast", [name], [narrow], to=NARROW[precision][0]),
+        helper.make_node("Cast", [narrow], [wide], to=TensorProto.FLOAT),
+    ]

@@ -1,0 +1,339 @@
+"""From errors to verdicts: a backend's error over the original's, and what it may come to.
+
+R = error / max(the original's error, 4u), both relative 2-norms against float64; the same for the
+worst element of a sample, and for every channel of its own, so that no small part of an output
+hides behind a large one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bnfold.proof.backends import Backend, beyond
+from bnfold.proof.draws import InputSet
+from bnfold.proof.precision import TITLES
+from bnfold.proof.runtimes import R_LIMIT, Runtime, ceiling
+from bnfold.proof.tally import Tally, peak_share
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ELEMENT_LIMIT = 10.0
+CLASS_LIMIT = 2.0  # folded over original, both in the class that was declared
+FLOOR = 4.0  # roundings below which an error of the original is luck
+ORDINARY = ("given", "normal")  # input sets whose error shows what is usual
+FEW = 64  # elements below which errors may all be luck
+FLIPS = 1e-3  # share of a discrete output that may differ where the original's does not
+UNRELIABLE = 2.0**17  # roundings: an original further off than this (0.8 % in float32)
+TENSOR_CORE = (2.0**8, 2.0**14)  # ratios that TF32 and float16 products leave
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One comparison: the gate (A, B or C), what was compared, and the verdict as a sentence.
+
+    name: what kind of figure `value` is; subject: the node, output or backend it is about.
+    """
+
+    gate: str
+    name: str
+    subject: str
+    value: float
+    limit: float
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """How often a backend's largest element of a row is another than the exact one.
+
+    outside: of these flips, those where the exact two largest are further apart than twice the
+    original's own largest error, which its rounding does not explain. It is told, not judged.
+    """
+
+    backend: str
+    output: str
+    rows: int
+    flips: int
+    outside: int
+
+
+def not_run(gate: str, reason: str) -> GateResult:
+    """The failure where nothing could be compared."""
+    what = "the fold" if gate == "B" else "parity"
+    sentence = f"not run, so {what} is not proved: {reason.rstrip('.')}."
+    return GateResult(gate, "not run", "the network", math.nan, R_LIMIT, False, sentence)
+
+
+@dataclass
+class Measures:
+    """The tallies of a comparison, by backend, input set and output, and what follows from them."""
+
+    sets: Sequence[InputSet]
+    outputs: Sequence[str]
+    unit: float
+    tallies: Mapping[tuple[str, str, str], Tally]
+    noise: Mapping[str, float]
+    backends: Sequence[Backend]
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def results(
+        self, question: str, trouble: Mapping[str, str], stored: str
+    ) -> Iterator[GateResult]:
+        """Every gate result, the original's own failures first."""
+        for output in self.outputs:
+            yield from self._reliable(output, question)
+        for backend in self.backends:
+            if backend.role == "measure":
+                continue
+            limit = ceiling(backend.runtime.precision, self.unit)
+            if backend.name in trouble:
+                yield GateResult(
+                    backend.gate, "not run", backend.name, math.inf, limit, False,
+                    trouble[backend.name],
+                )  # fmt: skip
+                continue
+            for output in self.outputs:
+                whole = backend.gate == question and backend.role != "original"
+                yield from self._judge_output(backend, output, limit, whole, stored)
+
+    def decisions(self) -> tuple[Decisions, ...]:
+        """Of every output of two axes, on every backend, over all inputs."""
+        found = []
+        for backend in self.backends:
+            for output in self.outputs:
+                flipped = self._rows(backend.name, output, lambda tally: tally.flipped)
+                if len(flipped):
+                    margins = self._rows(backend.name, output, lambda tally: tally.margins)
+                    own = self._rows("original", output, lambda tally: tally.peaks)
+                    if len(own) != len(flipped):
+                        continue
+                    outside = flipped & (margins > 2 * own)
+                    found.append(Decisions(backend.name, output, len(flipped),
+                                           int(flipped.sum()), int(outside.sum())))  # fmt: skip
+        return tuple(found)
+
+    def _rows(self, backend: str, output: str, part: Callable[[Tally], list[Array]]) -> Array:
+        tallies = [self.tallies.get((backend, group.name, output), Tally()) for group in self.sets]
+        parts = [array for tally in tallies for array in part(tally)]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def _reliable(self, output: str, gate: str) -> Iterator[GateResult]:
+        """A failure where the original itself is too far from its float64 evaluation."""
+        limit = min(UNRELIABLE * self.unit, 0.25)
+        about = "the folded one" if gate == "B" else "other runtimes"
+        for group in self.sets:
+            tally = self.tallies["original", group.name, output]
+            error = self._relative(tally, output)
+            if tally.trouble or not error <= limit:
+                why = tally.trouble or f"it is {error:.2g} of its size away"
+                sentence = (
+                    f"the original's own output '{output}' on onnxruntime does not match its "
+                    f"float64 evaluation ({why}, on '{group.name}' inputs), so nothing can be said "
+                    f"about {about}."
+                )
+                yield GateResult(gate, "original", output, error, limit, False, sentence)
+                return
+
+    def _judge_output(
+        self, backend: Backend, output: str, limit: float, whole: bool, stored: str
+    ) -> Iterator[GateResult]:
+        """The ratio, and where the gate is the one in question that of elements and channels."""
+        name = "error ratio" if backend.gate == "B" else "backend ratio"
+        subject = f"{output}, {backend.name}"
+        if any(self.tallies["original", group.name, output].trouble for group in self.sets):
+            return  # there is nothing to hold it against, which has failed already
+        for group in self.sets:
+            tally = self.tallies[backend.name, group.name, output]
+            if tally.trouble:
+                sentence = (
+                    f"{backend.name}: the output '{output}' cannot be compared on '{group.name}' "
+                    f"inputs: {tally.trouble}.{_undeclared(stored, backend)}"
+                )
+                yield GateResult(backend.gate, name, subject, math.inf, limit, False, sentence)
+                return
+        ratio, where = self._worst(lambda group: self._ratio(backend, group, output))
+        self.ratios[backend.name] = max(ratio, self.ratios.get(backend.name, 0.0))
+        declared = f" in {backend.runtime.precision}" if beyond(backend.runtime) else ""
+        noise = f"; noise {self.noise[backend.name]:.2g}" if backend.name in self.noise else ""
+        sentence = (
+            f"{backend.name}: the error of '{output}' is {ratio:.3g} times the original's "
+            f"(worst on '{where}' inputs; at most {limit:g} passes{declared}{noise})."
+        )
+        if ratio > limit:
+            sentence += _undeclared(stored, backend) or _diagnosis(backend.runtime, ratio)
+        yield GateResult(backend.gate, name, subject, ratio, limit, ratio <= limit, sentence)
+        if backend.original:
+            yield self._within_class(backend, output)
+        if whole:
+            yield from self._of_parts(backend, output, ELEMENT_LIMIT * limit / R_LIMIT)
+
+    def _of_parts(self, backend: Backend, output: str, limit: float) -> Iterator[GateResult]:
+        """The worst element of a sample, and the worst channel."""
+        peak, where = self._worst(lambda group: self._peak(backend, group, output))
+        subject = f"{output}, {backend.name}"
+        sentence = (
+            f"{backend.name}: the largest error of an element of '{output}' is {peak:.3g} "
+            f"times the original's (worst on '{where}' inputs; at most {limit:g} passes)."
+        )
+        yield GateResult(
+            backend.gate, "largest element", subject, peak, limit, peak <= limit, sentence
+        )
+        found = [
+            (*self._slice(backend, group.name, output, axis), axis, group.name)
+            for group in self.sets
+            for axis in self.tallies["original", group.name, output].slices
+        ]
+        if found:
+            worst, index, axis, where = max(found)
+            sentence = (
+                f"{backend.name}: the error of '{output}' at index {index} of axis {axis} is "
+                f"{worst:.3g} times the original's (worst on '{where}' inputs; at most {limit:g} "
+                f"passes)."
+            )
+            yield GateResult(
+                backend.gate, "channel", subject, worst, limit, worst <= limit, sentence
+            )
+
+    def _within_class(self, backend: Backend, output: str) -> GateResult:
+        """The folded network's error over the original's, both in the same place and class."""
+        share, where = self._worst(lambda group: self._class_ratio(backend, group, output))
+        sentence = (
+            f"{backend.name}: the error of '{output}' is {share:.3g} times the one of "
+            f"{backend.original} (worst on '{where}' inputs; at most {CLASS_LIMIT:g} passes)."
+        )
+        subject = f"{output}, {backend.name}"
+        passed = share <= CLASS_LIMIT
+        return GateResult(
+            backend.gate, "class ratio", subject, share, CLASS_LIMIT, passed, sentence
+        )
+
+    # ------------------------------------------------------------------------------- figures
+
+    def _worst(self, measure: Callable[[str], float]) -> tuple[float, str]:
+        """The largest over the input sets, and which set it is of."""
+        return max((measure(group.name), group.name) for group in self.sets)
+
+    def _ratio(self, backend: Backend, group: str, output: str) -> float:
+        """R: the backend's error over the original's, or over the usual one if that is luckier."""
+        tally, base = (
+            self.tallies[backend.name, group, output],
+            self.tallies["original", group, output],
+        )
+        if tally.discrete:
+            return tally.flips / max(base.flips, FLIPS * tally.elements, 1e-9)
+        error = self._beyond_noise(backend, tally, output)
+        usual = self._usual(lambda other: self._relative(other, output), output)
+        ratio = error / max(self._relative(base, output), usual, FLOOR * self.unit)
+        return math.inf if math.isnan(ratio) else ratio
+
+    def _class_ratio(self, backend: Backend, group: str, output: str) -> float:
+        tally = self.tallies[backend.name, group, output]
+        base = self.tallies.get((backend.original, group, output))
+        if base is None or base.trouble:
+            return math.inf
+        if tally.discrete:
+            return tally.flips / max(base.flips, FLIPS * tally.elements, 1e-9)
+        usual = self._usual(
+            lambda other: self._relative(other, output), output, of=backend.original
+        )
+        least = max(self._relative(base, output), usual, FLOOR * self.unit)
+        return self._beyond_noise(backend, tally, output) / least
+
+    def _beyond_noise(self, backend: Backend, tally: Tally, output: str) -> float:
+        return max(self._relative(tally, output) - self.noise.get(backend.name, 0.0), 0.0)
+
+    def _peak(self, backend: Backend, group: str, output: str) -> float:
+        """Worst over samples: largest error of an element over the original's largest."""
+        tally, base = (
+            self.tallies[backend.name, group, output],
+            self.tallies["original", group, output],
+        )
+        if tally.discrete or not tally.peaks:
+            return 0.0
+        usual = self._usual(peak_share, output)
+        sizes, peaks = np.concatenate(tally.sizes), np.concatenate(tally.peaks)
+        own = np.concatenate(base.peaks)
+        alike = np.sqrt(np.mean(own**2))  # an element can cross zero, and its error come out right
+        allowed = np.maximum(np.maximum(own, alike), sizes * max(usual, FLOOR * self.unit))
+        return float(np.max(_shares(peaks, allowed), initial=0.0))
+
+    def _slice(self, backend: Backend, group: str, output: str, axis: int) -> tuple[float, int]:
+        """Worst index of an axis: its error over the original's there, and the index.
+
+        Indices of few elements are left out, and those that are exactly zero.
+        """
+        found = self.tallies[backend.name, group, output].slices.get(axis)
+        own = self.tallies["original", group, output].slices[axis]
+        if found is None or found.error.shape != own.error.shape or found.count < FEW:
+            return 0.0, 0
+        usual = self._usual(lambda other: self._relative(other, output), output)
+        size = np.sqrt(own.size)
+        allowed = np.maximum(np.sqrt(own.error), size * max(usual, FLOOR * self.unit))
+        shares = np.where(size > 0, _shares(np.sqrt(found.error), allowed), 0.0)
+        return (float(shares.max()), int(shares.argmax())) if shares.size else (0.0, 0)
+
+    def _usual(self, measure: Callable[[Tally], float], output: str, of: str = "original") -> float:
+        """What an error comes to on ordinary inputs, or on half of all input sets.
+
+        A single number can come out right by luck; a ratio to luck says nothing.
+        """
+        measured = {
+            group.name: measure(self.tallies[of, group.name, output]) for group in self.sets
+        }
+        ordinary = [error for name, error in measured.items() if name in ORDINARY]
+        return max([*ordinary, float(np.median(list(measured.values())))])
+
+    def _relative(self, tally: Tally, output: str) -> float:
+        """Error over size; where the exact output is 0, over the output's size on other inputs.
+
+        For integers and booleans, the share that differs.
+        """
+        if tally.discrete:
+            return tally.flips / max(tally.elements, 1)
+        if tally.error == 0:
+            return 0.0
+        size = tally.size
+        if size == 0:
+            typical = max(
+                other.size / max(other.elements, 1)
+                for (_, _, name), other in self.tallies.items()
+                if name == output
+            )
+            size = typical * tally.elements
+        return math.sqrt(tally.error / size) if size else math.inf
+
+
+def _shares(errors: Array, allowed: Array) -> Array:
+    """Errors over what is allowed; no error is never too much."""
+    with np.errstate(all="ignore"):
+        return np.where(errors == 0, 0.0, errors / allowed)
+
+
+# ------------------------------------------------------------------------------------ causes
+
+
+def _diagnosis(runtime: Runtime, ratio: float) -> str:
+    """What the size of a ratio on a GPU looks like, where the class was not declared."""
+    low, high = TENSOR_CORE
+    if runtime.place.device != "cuda" or beyond(runtime) or not low < ratio < high:
+        return ""
+    return (
+        f" It looks like TF32 or float16 products, which were not declared: if they are meant, say "
+        f"{runtime.name}:tf32 (or :fp16)."
+    )
+
+
+def _undeclared(stored: str, backend: Backend) -> str:
+    """That the folded weights are numbers of a narrower type, where that was not declared."""
+    if not stored or backend.role != "folded" or beyond(backend.runtime):
+        return ""
+    return (
+        f" All of its weights are {TITLES[stored]} numbers, and the original's are not: if that is "
+        f"meant, declare the class {stored}."
+    )
