@@ -8,17 +8,14 @@ from functools import cache
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from planted import FAULTS, FLOAT16, Bed, Planted, norms_of
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.errors import RuntimeUnavailableError
 from bnfold.graph import to_proto
 from bnfold.proof import comparison
-from bnfold.proof.runtime import available
 from bnfold.proof.verify import VerifyReport, verify
 
 SIZE, WIDTH = 12, 16

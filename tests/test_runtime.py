@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bnfold.errors import InputError, RuntimeUnavailableError
 from bnfold.proof import runtime
+from bnfold.proof.installation import runs
 from bnfold.proof.runtime import open_session, run_torch
 
 BN = ("gamma", "beta", "mean", "var")
@@ -42,7 +43,7 @@ X = {"x": np.ones((1, 2, 3, 3), np.float32)}
 
 
 def cuda_runs() -> bool:
-    return runtime.available()["loads"]["CUDAExecutionProvider"] is True
+    return runs("ort-cuda") is True
 
 
 # ------------------------------------------------------------------------------------------- CPU
@@ -196,7 +197,7 @@ def test_cuda_computes_what_the_cpu_computes() -> None:
     np.testing.assert_allclose(session.run(X)["y"], expected, rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------- ELF, doctor, torch
+# ------------------------------------------------------------------------------- ELF, torch--------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF files are Linux's")
@@ -213,20 +214,6 @@ def test_other_files_need_nothing(tmp_path: Path) -> None:
     other.write_bytes(struct.pack("<64s", b"text"))
     assert runtime.needed_libraries(short) == []
     assert runtime.needed_libraries(other) == []
-
-
-def test_doctor_tells_claimed_from_loaded() -> None:
-    facts = runtime.available()
-    assert facts["loads"]["CPUExecutionProvider"] is True
-    assert "CPUExecutionProvider" in facts["claimed"]
-    if "CUDAExecutionProvider" in facts["claimed"] and not facts["torch_cuda"]["available"]:
-        assert isinstance(facts["loads"]["CUDAExecutionProvider"], str)
-    assert facts["versions"]["onnx"] == onnx.__version__
-
-
-def test_two_distributions_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_version", lambda _: "1.0")
-    assert "uninstall both" in runtime.available()["conflict"]
 
 
 def test_torch_runs_in_evaluation_mode_and_leaves_the_module_as_it_was() -> None:

@@ -40,8 +40,8 @@ from bnfold.errors import (
 from bnfold.proof import verdicts
 from bnfold.proof.divergence import first_divergence
 from bnfold.proof.draws import drawn_inputs, given_inputs, input_specs
+from bnfold.proof.installation import runs
 from bnfold.proof.reference import Float64Reference
-from bnfold.proof.runtime import available
 from bnfold.proof.runtimes import R_LIMIT, Runtime
 from bnfold.proof.verify import VerifyReport, verify
 
@@ -335,7 +335,7 @@ def test_original_that_its_reference_does_not_match_proves_nothing() -> None:
 
 
 def test_cuda_that_is_not_there_is_an_error_and_no_pass() -> None:
-    if available()["loads"]["CUDAExecutionProvider"] is True:
+    if runs("ort-cuda") is True:
         pytest.skip("CUDA runs here")
     with pytest.raises(RuntimeUnavailableError, match="CUDA was asked for"):
         proved(network(), runtimes=("ort-cpu", "ort-cuda"))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import Any
 
 from bnfold import report
 from bnfold.commands.shared import (
     Report,
     add_proof,
-    inputs_of,
     new_report,
     open_model,
-    open_samples,
     runtimes_of,
 )
 from bnfold.errors import UsageError
@@ -57,10 +53,13 @@ def export(args: argparse.Namespace) -> Report:
 
 def verify(args: argparse.Namespace) -> Report:
     """`bnfold verify ORIGINAL FOLDED`: the gates, for any two models."""
+    from bnfold.api import count_operators
+    from bnfold.commands.given import given_inputs
     from bnfold.folding.record import load_record
     from bnfold.graph import to_proto
     from bnfold.proof.verify import verify as prove
     from bnfold.reading.computed import held
+    from bnfold.weight_ranges import weight_ranges
 
     # as a fold reads them: its record is of weights that are held
     original, folded = (held(open_model(args, path)) for path in (args.original, args.folded))
@@ -83,19 +82,25 @@ def verify(args: argparse.Namespace) -> Report:
         to_proto(folded.graph),
         gauges=record.gauges if record else None,
         aliases=record.aliases if record else None,
-        inputs=_given(args, original),
+        inputs=given_inputs(args, original),
         runtimes=runtimes_of(args),
         torch_modules=modules,
         seed=args.seed,
         samples=args.samples,
+        profile=args.profile or report.pictured(args),
     )
-    done["summary"] = ""
+    done["operators"] = {
+        "before": count_operators(original.graph),
+        "after": count_operators(folded.graph),
+    }
+    done["weights"] = weight_ranges(original.graph, folded.graph)
     add_proof(done, proof)
     return done
 
 
 def parity(args: argparse.Namespace) -> Report:
     """`bnfold parity MODEL`: gate C, for one model on many runtimes."""
+    from bnfold.commands.given import given_inputs
     from bnfold.graph import to_proto
     from bnfold.proof.verify import parity as prove
     from bnfold.reading.computed import held
@@ -105,23 +110,11 @@ def parity(args: argparse.Namespace) -> Report:
     proof = prove(
         to_proto(source.graph),
         runtimes=runtimes_of(args),
-        inputs=_given(args, source),
+        inputs=given_inputs(args, source),
         torch_module=source.module,
         seed=args.seed,
         samples=args.samples,
+        profile=args.profile or report.pictured(args),
     )
     add_proof(done, proof, is_fold=False)
     return done
-
-
-def _given(args: argparse.Namespace, source: Any) -> dict[str, Any] | None:
-    """The samples of --data by input name; None where inputs are to be drawn."""
-    import numpy as np
-
-    if args.data is None:
-        return None
-    names = list(inputs_of(source))
-    parts = [b[0] if isinstance(b, list | tuple) else b for b in open_samples(args, args.data)]
-    if len(names) != 1 or not parts or isinstance(parts[0], Mapping):
-        raise UsageError(f"{args.verb} --data takes samples of a model's single input.")
-    return {names[0]: np.concatenate([np.asarray(part) for part in parts])}

@@ -150,6 +150,11 @@ def add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
     found = proof.to_dict()
     done["gates"] = found.pop("gates")
     done["runtimes"] = found.pop("runtimes")
+    for part in ("cause", "profile"):
+        if found[part] is not None:
+            done[part] = found.pop(part)
+        else:
+            del found[part]
     done["proof"] = found
     done["exit_code"] = 0 if proof.passed else 1
     gates = ", ".join(sorted({gate["gate"] for gate in done["gates"]}))
@@ -157,8 +162,13 @@ def add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
         done.setdefault("warnings", []).append(
             "Gate A, the algebra, was not checked: it needs the record that `bnfold fold` wrote."
         )
+    done.setdefault("warnings", []).extend(found.pop("warnings"))
     if proof.passed:
-        done["summary"] += f" Proved by gates {gates}: R = {proof.r:.2f} (limit 4)."
+        limit = max(gate["limit"] for gate in done["gates"] if gate["value"] == proof.r)
+        done["summary"] += (
+            f" Proved by gates {gates}: R = {proof.r:.2f} (limit {limit:g}; {proof.samples}"
+            f" samples, seed {proof.seed})."
+        )
     elif _undecided(done["gates"]):
         done["summary"] += " NOT proved: the original's own float32 error leaves no room to judge."
     else:

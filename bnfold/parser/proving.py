@@ -1,10 +1,12 @@
-"""`bnfold export`, `verify`, `parity` and `doctor`."""
+"""`bnfold export`, `verify` and `parity`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from bnfold.parser.demands import add_demands
 from bnfold.parser.shared import (
+    Parser,
     Verbs,
     add_data,
     add_model,
@@ -13,6 +15,8 @@ from bnfold.parser.shared import (
     add_report,
     add_source,
 )
+
+_DATA = "inputs to compare on (default: drawn; an .npz may hold an array for each input)"
 
 
 def export(verbs: Verbs) -> None:
@@ -32,9 +36,20 @@ def verify(verbs: Verbs) -> None:
     add_model(verify, "original")
     add_model(verify, "folded")
     verify.add_argument("--record", type=Path, metavar="FILE", help="fold record (default beside)")
-    add_data(verify, "--data", "inputs to compare on (default: drawn)", required=False)
+    verify.add_argument(
+        "--bisect",
+        type=Path,
+        nargs="?",
+        const=Path("bisect"),
+        metavar="FOLDER",
+        help="where a gate fails: reduce the fold to the batch norm that breaks it, and write the"
+        " smallest models that show it (default folder: bisect)",
+    )
+    _add_profile(verify)
+    add_data(verify, "--data", _DATA, required=False)
     add_source(verify)
     add_proof(verify)
+    add_demands(verify)
     add_report(verify)
 
 
@@ -42,13 +57,17 @@ def parity(verbs: Verbs) -> None:
     """`bnfold parity MODEL`."""
     parity = verbs.add_parser("parity", help="prove that runtimes compute the same of one model")
     add_model(parity)
-    add_data(parity, "--data", "inputs to compare on (default: drawn)", required=False)
+    _add_profile(parity)
+    add_data(parity, "--data", _DATA, required=False)
     add_source(parity)
     add_proof(parity)
+    add_demands(parity)
     add_report(parity)
 
 
-def doctor(verbs: Verbs) -> None:
-    """`bnfold doctor`."""
-    doctor = verbs.add_parser("doctor", help="what is installed, and which providers really load")
-    add_report(doctor)
+def _add_profile(parser: Parser) -> None:
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="measure the error at every former batch norm (an .html report shows it)",
+    )

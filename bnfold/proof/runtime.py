@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
 import importlib.util
 import io
 import os
@@ -632,83 +631,3 @@ def _flat(result: Any) -> Iterator[torch.Tensor]:
             yield from _flat(item)
     elif result is not None:
         yield result
-
-
-# -------------------------------------------------------------------------------------- doctor
-
-
-def available() -> dict[str, Any]:
-    """Facts for `bnfold doctor`: versions, providers claimed, providers that really load.
-
-    Keys: versions {package: version or None}, claimed [provider], loads {provider: True or the
-    reason why not}, missing_libraries [name], conflict (two onnxruntime distributions installed:
-    a sentence, or None), torch_cuda {built_for, available, device}.
-    """
-    versions = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu", "onnx",
-                                                  "onnx-ir", "onnxscript", "torch", "numpy",
-                                                  "safetensors")}  # fmt: skip
-    both = versions["onnxruntime"] and versions["onnxruntime-gpu"]
-    facts: dict[str, Any] = {
-        "versions": versions,
-        "conflict": (
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
-            "uninstall both, then install one."
-            if both
-            else None
-        ),
-        "claimed": [],
-        "loads": {},
-        "missing_libraries": missing_libraries(),
-        "torch_cuda": _torch_facts(),
-    }
-    try:
-        facts["claimed"] = list(_onnxruntime().get_available_providers())
-    except RuntimeUnavailableError as error:
-        facts["loads"] = {name: str(error) for name in PROVIDERS.values()}
-        return facts
-    facts["loads"] = {name: _loads_provider(key) for key, name in PROVIDERS.items()}
-    return facts
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _loads_provider(provider: str) -> bool | str:
-    """True, or the sentence of the failure: a model of one convolution is opened and run."""
-    try:
-        session = open_session(_smallest_model(), provider, optimize=False)
-        session.run({"x": np.ones((1, 1, 1, 1), np.float32)})
-    except (RuntimeUnavailableError, InputError) as error:
-        return str(error)
-    return True
-
-
-def _smallest_model() -> onnx.ModelProto:
-    image = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, (1, 1, 1, 1))
-    weight = onnx.numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "w")
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Conv", ["x", "w"], ["y"])],
-        "smallest",
-        [onnx.helper.make_value_info("x", image)],
-        [onnx.helper.make_value_info("y", image)],
-        [weight],
-    )
-    opsets = [onnx.helper.make_opsetid("", 17)]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
-
-
-def _torch_facts() -> dict[str, Any]:
-    if importlib.util.find_spec("torch") is None:
-        return {"built_for": None, "available": False, "device": None}
-    import torch
-
-    usable = torch.cuda.is_available()
-    return {
-        "built_for": torch.version.cuda,
-        "available": usable,
-        "device": torch.cuda.get_device_name(0) if usable else None,
-    }

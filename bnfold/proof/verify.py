@@ -29,11 +29,15 @@ import onnx
 
 from bnfold.errors import BnfoldError, InputError, NothingComparedError, VerificationError
 from bnfold.proof.backends import Backends, Places, open_in_torch, open_one, open_two
+from bnfold.proof.cause import Cause
 from bnfold.proof.certificate import Certificate, Gauge, certify
 from bnfold.proof.comparison import Comparison, Progress, few, other_names
-from bnfold.proof.divergence import Divergence, explain, first_divergence
+from bnfold.proof.divergence import Divergence
 from bnfold.proof.draws import input_sets, input_specs
+from bnfold.proof.finding import Finding, find_fault
 from bnfold.proof.precision import rounded, stored_class, types_of, unit_of
+from bnfold.proof.profile import Profile
+from bnfold.proof.profile import profile as profile_of
 from bnfold.proof.reference import Float64Reference, NoReferenceError
 from bnfold.proof.runtimes import DEFAULT, Runtime, as_runtimes
 from bnfold.proof.verdicts import FEW, Decisions, GateResult, not_run
@@ -73,7 +77,8 @@ class VerifyReport:
 
     question: the gate without which nothing is proved, B of two networks and C of one. samples:
     rows compared. sets: the kinds of inputs. runtimes: each run and its evidence. decisions: where
-    the largest element of an output is another one. warnings: what passes and proves little.
+    the largest element of an output is another one. fault: where and why the two part; profile:
+    the error at every former batch norm. warnings: what passes and proves little.
     """
 
     gates: tuple[GateResult, ...]
@@ -85,6 +90,8 @@ class VerifyReport:
     question: str = "B"
     certificate: Certificate | None = None
     first_divergence: Divergence | None = None
+    fault: Finding | None = None
+    profile: Profile | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -94,6 +101,11 @@ class VerifyReport:
         """True when the gate in question compared something and no gate failed."""
         compared = any(result.gate == self.question for result in self.gates)
         return compared and all(result.passed for result in self.gates)
+
+    @property
+    def cause(self) -> Cause | None:
+        """Why the fold is wrong, as far as that was found."""
+        return self.fault.cause if self.fault is not None else None
 
     @property
     def failures(self) -> tuple[GateResult, ...]:
@@ -135,7 +147,10 @@ class VerifyReport:
                 "decisions": [vars(decision) for decision in self.decisions],
                 "nodes": [vars(record) for record in certificate.records] if certificate else None,
                 "first_divergence": vars(parting) if parting else None,
+                "cause": self.cause.to_dict() if self.cause else None,
+                "profile": self.profile.to_dict() if self.profile else None,
                 "notes": list(self.notes),
+                "warnings": list(self.warnings),
                 "seconds": self.seconds,
             }
         )
@@ -173,6 +188,7 @@ def verify(
     torch_modules: tuple[torch.nn.Module, torch.nn.Module] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    profile: bool = False,
     own_process: bool = False,
     time_limit: float | None = None,
 ) -> VerifyReport:
@@ -183,7 +199,8 @@ def verify(
     compared; default: draws (draws.drawn_inputs) from `seed`. runtimes: where gate C runs the
     folded network, such as "ort-cpu" or "ort-cuda:tf32" (runtimes.RUNTIMES). torch_modules: the
     original and the folded module, compared in gate C; their forward takes the model's inputs in
-    order. own_process: onnxruntime's CPU runs in a process of its own too, as a GPU's always does;
+    order. profile: measure the error at every former batch norm, as is done where a gate fails.
+    own_process: onnxruntime's CPU runs in a process of its own too, as a GPU's always does;
     time_limit: seconds for each of its answers.
 
     Raises RuntimeUnavailableError when a runtime cannot run here (never a pass),
@@ -220,18 +237,25 @@ def verify(
         ask = Asked(seed, samples, input_shapes, inputs, progress)
         compared = _compare(before, backends, ask, "B", stored, refusal=_refusal(before, after))
     gates += compared.gates
-    parting, where = None, ""
-    if not all(result.passed for result in gates) and compared.comparison is not None:
-        parting, where = _where(before, after, compared.comparison, gauges, aliases)
+    comparison, finding, drawn = compared.comparison, None, None
+    known = Known(gauges, aliases)
+    if not all(result.passed for result in gates) and comparison is not None:
+        finding = _find(before, after, comparison, known)
         # where a network did not run, that they agree in exact arithmetic is no explanation
         ran = all(math.isfinite(result.value) for result in gates if not result.passed)
-        notes += [where] if parting is not None or ran else []
+        notes += [finding.sentence] if finding.first is not None or ran else []
+    if comparison is not None and (profile or finding is not None):
+        kind = finding.kind if finding is not None else ""
+        drawn, why = _profile(before, after, comparison, known, kind, threads)
+        notes = [*why, *notes]
     warnings = () if gauges is not None else _constant(compared)
     return VerifyReport(
         gates=tuple(gates),
         seed=seed,
         certificate=certificate,
-        first_divergence=parting,
+        first_divergence=finding.first if finding is not None else None,
+        fault=finding,
+        profile=drawn,
         notes=(*compared.notes, *notes),
         warnings=warnings,
         seconds=time.perf_counter() - begun,
@@ -250,6 +274,7 @@ def parity(
     torch_module: torch.nn.Module | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    profile: bool = False,
     own_process: bool = False,
     time_limit: float | None = None,
 ) -> VerifyReport:
@@ -267,15 +292,66 @@ def parity(
         backends = open_one(places, model, asked, torch_module)
         ask = Asked(seed, samples, input_shapes, inputs, progress)
         compared = _compare(proto, backends, ask, "C")
+    drawn, why = None, list[str]()
+    if profile and compared.comparison is not None:
+        drawn, why = _profile(proto, None, compared.comparison, Known(), "", threads)
     return VerifyReport(
         gates=tuple(compared.gates),
         seed=seed,
         question="C",
-        notes=tuple(compared.notes),
+        profile=drawn,
+        notes=(*why, *compared.notes),
         warnings=_constant(compared),
         seconds=time.perf_counter() - begun,
         **compared.fields,
     )
+
+
+@dataclass(frozen=True)
+class Known:
+    """The fold's plan, if it is known."""
+
+    gauges: Mapping[str, Gauge] | None = None
+    aliases: Mapping[str, str] | None = None
+
+
+def _find(
+    before: onnx.ModelProto, after: onnx.ModelProto, comparison: Comparison, known: Known
+) -> Finding:
+    return find_fault(
+        before,
+        after,
+        comparison.sets,
+        gauges=known.gauges,
+        aliases=known.aliases,
+        unit=comparison.unit,
+    )
+
+
+def _profile(
+    before: onnx.ModelProto,
+    after: onnx.ModelProto | None,
+    comparison: Comparison,
+    known: Known,
+    kind: str,
+    threads: int | None,
+) -> tuple[Profile | None, list[str]]:
+    """The error at every former batch norm on inputs of a kind, or why there is none."""
+    group = next((s for s in comparison.sets if s.name == kind), comparison.sets[0])
+    try:
+        made = profile_of(
+            before,
+            after,
+            group.batches[0],
+            gauges=known.gauges,
+            aliases=known.aliases,
+            unit=comparison.unit,
+            kind=group.name,
+            threads=threads,
+        )
+    except BnfoldError as why:
+        return None, [f"There is no profile: {why}"]
+    return made, []
 
 
 @dataclass(frozen=True)
@@ -418,19 +494,3 @@ def _algebra(certificate: Certificate) -> list[GateResult]:
         GateResult("A", record.check, record.node, record.ulps, 1.0, False, record.sentence)
         for record in certificate.failures
     ]
-
-
-def _where(before: onnx.ModelProto, after: onnx.ModelProto, comparison: Comparison,
-           gauges: Mapping[str, Gauge] | None, aliases: Mapping[str, str] | None
-           ) -> tuple[Divergence | None, str]:  # fmt: skip
-    """The first divergence on the first kind of input that shows one, and a sentence about it."""
-    try:
-        for group in comparison.sets:
-            feeds = min(group.batches, key=lambda batch: sum(x.size for x in batch.values()))
-            parting = first_divergence(before, after, feeds, gauges=gauges, aliases=aliases,
-                                       unit=comparison.unit)  # fmt: skip
-            if parting is not None:
-                return parting, explain(parting, None)
-    except BnfoldError as error:
-        return None, explain(None, error)
-    return None, explain(None, None)
