@@ -14,13 +14,17 @@ from bnfold.report.text import to_text
 
 Run = Mapping[str, Any]
 MARKDOWN, PAGES = (".md", ".markdown"), (".html", ".htm")
-SUFFIXES = (".md", ".markdown", ".xml", ".json", ".txt")
+SUFFIXES = (".html", ".htm", ".md", ".markdown", ".xml", ".json", ".txt")
 
 
 def render(runs: Run | Sequence[Run], path: Path) -> str:
     """One run, or several, in the format that a file's suffix names; text for any other."""
     runs = [runs] if isinstance(runs, Mapping) else runs
     suffix = path.suffix.lower()
+    if suffix in PAGES:
+        from bnfold.report.html import to_html
+
+        return to_html(runs)
     if suffix == ".xml":
         from bnfold.report.junit import to_junit
 
@@ -37,9 +41,14 @@ def check_face(option: str, path: Path) -> None:
     if not path.parent.is_dir() or path.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}, or it is a folder.")
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{option} {path}: the suffix must be .md, .xml (JUnit), .json or .txt.")
+        raise UsageError(
+            f"{option} {path}: the suffix must be .html, .md, .xml (JUnit), .json or .txt."
+        )
 
 
 def pictured(args: Namespace) -> bool:
-    """True where a report was asked for that shows pictures, which may cost some time to make."""
-    return any(path.suffix.lower() in PAGES for path in getattr(args, "report", None) or ())
+    """True where the error of each layer is to be measured: for a page, or asked for by name."""
+    asked = getattr(args, "report", None) or ()
+    return bool(getattr(args, "profile", False)) or any(
+        path.suffix.lower() in PAGES for path in asked
+    )

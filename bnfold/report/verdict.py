@@ -26,15 +26,15 @@ def verdict_of(run: Mapping[str, Any]) -> Verdict:
     The same function: proved by every gate that was run. Open: a model that is no measure, a demand
     that is not met, a run that never came to its end.
     """
-    if "summary" not in run:
-        return Verdict("open", "ended in an error")
+    if run.get("summary") is None:
+        return Verdict("open", "Ended in an error")
     gates = run.get("gates")
     failed = [gate for gate in gates or () if not gate["passed"]]
     if failed:
         no_measure = any(gate["name"] == "original" for gate in failed)
         if no_measure and not any(gate["gate"] == "A" for gate in failed):
-            return Verdict("open", "NOT proved")
+            return Verdict("open", "NOT PROVED")
         return Verdict("bad", "NOT the same function")
     if run["exit_code"]:
-        return Verdict("open", "not as demanded" if gates else "failed")
-    return Verdict("good", "proved") if gates else Verdict("plain", "done")
+        return Verdict("open", "Not as demanded")
+    return Verdict("good", "PROVED") if gates else Verdict("plain", "Done")
