@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bnfold.errors import BnfoldError, LimitError, one_line
 from bnfold.parser import build_parser
@@ -91,7 +91,11 @@ class _Run:
         result = commands.run(args)
         if result is None:  # of several processes one reports
             return 0
-        text = report.to_json(result) if args.json else report.to_text(result, verbose=args.verbose)
+        text = (
+            report.to_json(result)
+            if args.json
+            else report.to_text(_untold(result, args), verbose=args.verbose)
+        )
         if self.reports is not None:
             self.reports.write(result)
         try:
@@ -119,6 +123,12 @@ class _Run:
             with contextlib.suppress(BnfoldError):  # one error is told, the first
                 self.reports.write(document)
         return error.exit_code
+
+
+def _untold(result: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The report without the notes that stderr has had."""
+    told = getattr(args, "told", ())
+    return {**result, "notes": [note for note in result["notes"] if note not in told]}
 
 
 def _tell_itself(args: argparse.Namespace) -> int:

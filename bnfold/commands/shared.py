@@ -102,9 +102,10 @@ def progress_bar(args: argparse.Namespace, what: str) -> Iterator[Bar]:
 
 
 def new_report(command: str, args: argparse.Namespace, notes: Any) -> Report:
-    """An empty report; the notes also go to stderr as they come."""
-    if not args.quiet and not args.json:
-        for note in notes:
+    """An empty report; the notes also go to stderr as they come, and to stdout no more."""
+    args.told = () if args.json else tuple(notes)
+    if not args.quiet:
+        for note in args.told:
             print(f"bnfold: {note}", file=sys.stderr)
     files = []
     for role in ("model", "original", "folded"):
@@ -116,7 +117,7 @@ def new_report(command: str, args: argparse.Namespace, notes: Any) -> Report:
         "command": command,
         "versions": report.versions(),
         "files": files,
-        "notes": list(notes) if args.json else [],
+        "notes": list(notes),
         "summary": "",
         "exit_code": 0,
     }

@@ -214,11 +214,10 @@ def line_chart(
     axis = LogAxis.of(values)
     if axis is None:
         return Markup("")
-    parts = [*_bands(names), *_levels(axis), *_guides(axis, guides)]
-    parts += _columns(hints)
+    parts = [*_bands(names), *_levels(axis), *_columns(hints)]
     for line in series:
         parts += _line(axis, line)
-    parts += _marks(marks, len(names))
+    parts += [*_guides(axis, guides), *_marks(marks, len(names))]
     labels = [
         Markup('<text x="100%" y="{}" text-anchor="end">{}</text>').format(
             round(_y(axis, value) + 4, 1), tick_label(value)

@@ -36,7 +36,8 @@ def to_html(runs: Sequence[Run]) -> str:
     """One page for a run, or for several."""
     views = [_View.of(_complete(run), index) for index, run in enumerate(runs)]
     first = min(views, key=lambda view: view.verdict.rank)
-    return _template().render(views=views, first=first, title=_title(views))
+    heat = _heat_map([domain for view in views for domain in view.domains])
+    return _template().render(views=views, first=first, heat=heat, title=_title(views))
 
 
 def _complete(run: Run) -> Run:
@@ -255,7 +256,7 @@ def _domain(domain: Mapping[str, Any]) -> dict[str, Any]:
     names = [layer["name"] for layer in layers]
     lines = [
         Series(label, kind, [number(layer[f"kl_{kind}"]) for layer in layers])
-        for label, kind in (("before", "before"), ("after adaptation", "after"))
+        for label, kind in (("before", "before"), ("after", "after"))
     ]
     series = [line for line in lines if any(value == value for value in line.values)]
     hints = [
@@ -263,7 +264,6 @@ def _domain(domain: Mapping[str, Any]) -> dict[str, Any]:
         f" {_shown(layer['kl_after'])}"
         for layer in layers
     ]
-    axis = LogAxis.of(value for line in series for value in line.values)
     return {
         "name": domain["name"],
         "layers": layers,
@@ -275,12 +275,30 @@ def _domain(domain: Mapping[str, Any]) -> dict[str, Any]:
             marks={},
             about=f"KL divergence at {len(names)} layers, logarithmic.",
         ),
-        "strips": [
-            (line.label, drawing.heat_strip(names, line.values, axis, f"KL {line.label}"))
-            for line in series
-            if axis is not None
-        ],
     }
+
+
+def _heat_map(domains: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Markup]]:
+    """The page's domains beside each other, where there are several: (domain, when, its strip).
+
+    Layers stand in the order of each domain; one colour means one distance.
+    """
+    lines = [(domain, line) for domain in domains for line in domain["series"]]
+    axis = LogAxis.of(value for _, line in lines for value in line.values)
+    if len(domains) < 2 or axis is None:
+        return []
+    return [
+        (
+            domain["name"],
+            line.label,
+            _strip([layer["name"] for layer in domain["layers"]], line, axis),
+        )
+        for domain, line in lines
+    ]
+
+
+def _strip(names: Sequence[str], line: Series, axis: LogAxis) -> Markup:
+    return drawing.heat_strip(names, line.values, axis, f"KL {line.label}")
 
 
 def _bench(run: Run) -> Mapping[str, Any] | None:
