@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bnfold.api import export as export
     from bnfold.api import fold as fold
     from bnfold.api import inspect as inspect
+    from bnfold.api import parity as parity
     from bnfold.api import verify as verify
     from bnfold.errors import BnfoldError as BnfoldError
     from bnfold.errors import DemandError as DemandError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from bnfold.packs.pack import Pack as Pack
     from bnfold.packs.pack import load_pack as load_pack
     from bnfold.proof.verify import VerifyReport as VerifyReport
+    from bnfold.runs import report_of as report_of
+    from bnfold.runs import write_report as write_report
     from bnfold.unfolding import UnfoldResult as UnfoldResult
     from bnfold.unfolding import unfold as unfold
 
@@ -57,8 +60,11 @@ _HOMES = {
     "load": "bnfold.packs.deployment",
     "load_folded": "bnfold.folding.module",
     "load_pack": "bnfold.packs.pack",
+    "parity": "bnfold.api",
+    "report_of": "bnfold.runs",
     "unfold": "bnfold.unfolding",
     "verify": "bnfold.api",
+    "write_report": "bnfold.runs",
 }
 __all__ = sorted(_HOMES)
 

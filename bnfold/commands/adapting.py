@@ -16,8 +16,6 @@ from bnfold import report
 from bnfold.commands.adapted import check_adapted_outputs, write_adapted
 from bnfold.commands.shared import (
     Report,
-    add_proof,
-    counted,
     new_report,
     open_samples,
     percent,
@@ -28,6 +26,7 @@ from bnfold.commands.shared import (
 )
 from bnfold.errors import InputError, UsageError
 from bnfold.outputs import add_file, beside, check_outputs
+from bnfold.runs import adapted_sentence, add_proof, counted, domain_of
 from bnfold.version import VERSION
 
 if TYPE_CHECKING:
@@ -190,7 +189,7 @@ def _report(
     done = new_report("adapt", args, (*target.base.notes, *notes))
     done["layers"] = _layer_table(result.layers)
     if any(layer.kl_before is not None for layer in result.layers):
-        done["domains"] = [_domain(args.data, result.layers)]
+        done["domains"] = [domain_of(Path(args.data).name or args.data, result.layers)]
     done["skipped"] = [vars(layer) for layer in result.skipped]
     unreadable = {name: why for part in skipped for name, why in part.items()}
     done["warnings"] = [*result.warnings, *unread(unreadable)]
@@ -198,10 +197,7 @@ def _report(
         done["diagnostics"] = _output_table(result.outputs)
     if result.accuracy is not None:
         done["accuracy"] = _accuracy_table(result.accuracy)
-    done["summary"] = (
-        f"{counted(len(result.layers), 'batch norm')} adapted to {counted(result.images, 'image')}"
-        f" ({result.method})."
-    )
+    done["summary"] = adapted_sentence(result)
     if result.fold is not None:
         done["summary"] += " The model is folded again."
         if not args.no_verify:
@@ -289,14 +285,6 @@ def _layer_table(layers: Sequence[LayerShift]) -> Report:
         for layer in layers
     ]
     return {"head": head, "rows": rows}
-
-
-def _domain(data: str, layers: Sequence[LayerShift]) -> Report:
-    rows = [
-        {"name": layer.name, "kl_before": layer.kl_before, "kl_after": layer.kl_after}
-        for layer in layers
-    ]
-    return {"name": Path(data).name or data, "layers": rows}
 
 
 def _output_table(outputs: OutputShift) -> Report:

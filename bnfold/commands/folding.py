@@ -12,8 +12,6 @@ from bnfold.commands.demands import unmet
 from bnfold.commands.shared import (
     FORMATS,
     Report,
-    add_proof,
-    counted,
     new_report,
     open_model,
     runtimes_of,
@@ -32,7 +30,7 @@ from bnfold.outputs import (
     writeback_of,
     writer_of,
 )
-from bnfold.weight_ranges import weight_ranges
+from bnfold.runs import add_fold, add_proof, besides, counted, fold_sentence
 
 _NOT_RUN = (
     "The network's torch module was not at hand: the torch file holds the proved graph's weights by"
@@ -65,9 +63,8 @@ def fold(args: argparse.Namespace) -> Report:
     done = new_report("fold", args, result.notes)
     if result.state_dict is not None and result.modules is None:
         done["warnings"] = [_NOT_RUN]
-    _add_fold(done, result)
-    found = len(result.folded) + len(result.kept)
-    done["summary"] = _fold_summary(found, result)
+    add_fold(done, result)
+    done["summary"] = fold_sentence(result)
     if args.dry_run or unmet(done, args):
         done["summary"] += f" Nothing was written{' (--dry-run)' * args.dry_run}."
         return timed(done, started)
@@ -140,10 +137,10 @@ def inspect(args: argparse.Namespace) -> Report:
         clean_up=_clean_up(args),
     )
     done = new_report("inspect", args, result.notes)
-    _add_fold(done, result)
+    add_fold(done, result)
     found = len(result.folded) + len(result.kept)
     text = f"{len(result.folded)} of {counted(found, 'batch norm')} fold exactly."
-    done["summary"] = text if found or not _besides(result) else f"No batch norm.{_besides(result)}"
+    done["summary"] = text if found or not besides(result) else f"No batch norm.{besides(result)}"
     args.verbose = True
     return done
 
@@ -201,58 +198,3 @@ def _selection(args: argparse.Namespace) -> Any:
     from bnfold.folding.selection import Selection
 
     return Selection(tuple(args.keep), tuple(args.only))
-
-
-def _add_fold(done: Report, result: Any) -> None:
-    from bnfold.api import count_operators
-
-    done["batch_norms"] = {
-        "folded": [{"name": norm.name, "into": list(norm.into)} for norm in result.folded],
-        "kept": [{"name": norm.name, "reason": norm.reason} for norm in result.kept],
-        "absorbed": list(result.absorbed),
-    }
-    done["merged"] = [
-        {"sum": merged.name, "into": merged.into, "layers": list(merged.layers)}
-        for merged in result.merged
-    ]
-    done["operators"] = {
-        "before": count_operators(result.original),
-        "after": count_operators(result.graph),
-    }
-    done["weights"] = weight_ranges(result.original, result.graph)
-
-
-def _besides(result: Any) -> str:
-    """What became of a network besides its batch norms, a sentence each."""
-    weights, others, sums = len(result.source.computed), len(result.absorbed), len(result.merged)
-    text = ""
-    if weights:
-        text += f" {counted(weights, 'layer')} with computed weights hold them as plain ones now."
-    if others:
-        text += f" {others} Mul, Add, Sub or Div by constants went too."
-    if sums:
-        text += f" {counted(sums, 'convolution')} took in what stood around."
-    return text
-
-
-def _fold_summary(found: int, result: Any) -> str:
-    folded, producer = len(result.folded), result.original.producer_name
-    more = _besides(result)
-    if found == 0 and result.source.computed:
-        return f"There is no batch norm in the network.{more}"
-    if found == 0:
-        hint = " (torch's exporter folds by itself unless optimize=False)"
-        return f"There is no batch norm in the model{hint * (producer == 'pytorch')}.{more}"
-    if folded == found:
-        return (
-            f"All {counted(found, 'batch norm')} folded.{more}"
-            if found > 1
-            else f"The batch norm folded.{more}"
-        )
-    text = (
-        f"{folded} of {counted(found, 'batch norm')} folded; the reasons for the others are above."
-        f"{more}"
-    )
-    if any("--freeze-inputs" in kept.reason for kept in result.kept):
-        text += " Pass --freeze-inputs if nobody overrides the weights as inputs."
-    return text

@@ -14,7 +14,7 @@ import onnx
 from bnfold import report
 from bnfold.adapting.base import Adapted, Base, Reading, open_base
 from bnfold.commands.adapted import check_adapted_outputs, write_adapted
-from bnfold.commands.shared import add_proof, counted, new_report, runtimes_of, timed
+from bnfold.commands.shared import new_report, runtimes_of, timed
 from bnfold.errors import InputError, UsageError, VerificationError
 from bnfold.graph import parse_onnx, to_bytes, to_proto
 from bnfold.measuring.statistics import Statistics
@@ -26,6 +26,7 @@ from bnfold.outputs import (
 )
 from bnfold.packs import signing
 from bnfold.packs.pack import LayerDiff, Pack, diff, load_pack
+from bnfold.runs import add_proof, counted
 
 
 def make(args: argparse.Namespace) -> Report:

@@ -7,7 +7,6 @@ import argparse
 from bnfold import report
 from bnfold.commands.shared import (
     Report,
-    add_proof,
     new_report,
     open_model,
     runtimes_of,
@@ -18,6 +17,7 @@ from bnfold.outputs import (
     check_outputs,
     record_path,
 )
+from bnfold.runs import add_proof
 
 
 def export(args: argparse.Namespace) -> Report:

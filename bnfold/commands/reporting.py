@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 
 from bnfold import report as faces
-from bnfold.commands.shared import Report, counted, new_report
+from bnfold.commands.shared import Report, new_report
 from bnfold.errors import UsageError
 from bnfold.outputs import add_file
 from bnfold.report.markdown import append_step_summary, check_step_summary
 from bnfold.report.schema import read_runs
 from bnfold.report.verdict import verdict_of
+from bnfold.runs import counted
 
 
 def report(args: argparse.Namespace) -> Report:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bnfold import report
 from bnfold.errors import UsageError
+from bnfold.outputs import add_file
+from bnfold.runs import begun, counted
 
 Report = dict[str, Any]
 
@@ -107,25 +108,12 @@ def new_report(command: str, args: argparse.Namespace, notes: Any) -> Report:
     if not args.quiet:
         for note in args.told:
             print(f"bnfold: {note}", file=sys.stderr)
-    files = []
+    done = begun(command, list(notes))
     for role in ("model", "original", "folded"):
         path = getattr(args, role, None)
         if isinstance(path, Path):
-            files.append({"role": role, "path": str(path), "sha256": report.sha256(path)})
-    return {
-        "schema": report.SCHEMA,
-        "command": command,
-        "versions": report.versions(),
-        "files": files,
-        "notes": list(notes),
-        "summary": "",
-        "exit_code": 0,
-    }
-
-
-def counted(count: int, what: str) -> str:
-    """A number of things in words."""
-    return f"{count} {what}{'s' * (count != 1)}"
+            add_file(done, role, path)
+    return done
 
 
 def timed(done: Report, started: float) -> Report:
@@ -144,46 +132,6 @@ def runtimes_of(args: argparse.Namespace) -> tuple[Any, ...]:
 def provider_of(args: argparse.Namespace) -> str:
     """Where onnxruntime measures an ONNX model: "cpu", or "cuda" where a GPU is named first."""
     return "cuda" if runtimes_of(args)[0].place.device == "cuda" else "cpu"
-
-
-def add_proof(done: Report, proof: Any, *, is_fold: bool = True) -> None:
-    """The gates in a report, its verdict and its exit code."""
-    found = proof.to_dict()
-    done["gates"] = found.pop("gates")
-    done["runtimes"] = found.pop("runtimes")
-    for part in ("cause", "profile"):
-        if found[part] is not None:
-            done[part] = found.pop(part)
-        else:
-            del found[part]
-    done["proof"] = found
-    done["exit_code"] = 0 if proof.passed else 1
-    gates = ", ".join(sorted({gate["gate"] for gate in done["gates"]}))
-    if is_fold and "A" not in gates:
-        done.setdefault("warnings", []).append(
-            "Gate A, the algebra, was not checked: it needs the record that `bnfold fold` wrote."
-        )
-    done.setdefault("warnings", []).extend(found.pop("warnings"))
-    if proof.passed:
-        limit = max(gate["limit"] for gate in done["gates"] if gate["value"] == proof.r)
-        done["summary"] += (
-            f" Proved by gates {gates}: R = {proof.r:.2f} (limit {limit:g}; {proof.samples}"
-            f" samples, seed {proof.seed})."
-        )
-    elif _undecided(done["gates"]):
-        done["summary"] += " NOT proved: the original's own float32 error leaves no room to judge."
-    else:
-        where = f" {proof.notes[-1]}" if proof.first_divergence else ""
-        done["summary"] += f" NOT the same function.{where}"
-    done["summary"] = done["summary"].strip()
-
-
-def _undecided(gates: list[Report]) -> bool:
-    """True where the algebra holds and the original is no measure for the numbers."""
-    failed = [gate for gate in gates if not gate["passed"]]
-    return any(gate["name"] == "original" for gate in failed) and not any(
-        gate["gate"] == "A" for gate in failed
-    )
 
 
 def inputs_of(source: Any) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold import report
 from bnfold.commands.learning_data import LearningData
-from bnfold.commands.shared import Report, counted, new_report, percent, unread
+from bnfold.commands.shared import Report, new_report, percent, unread
 from bnfold.outputs import add_file
+from bnfold.runs import counted
 
 if TYPE_CHECKING:
     from bnfold.training.train import TrainResult
