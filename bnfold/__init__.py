@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from bnfold.api import inspect as inspect
     from bnfold.api import parity as parity
     from bnfold.api import verify as verify
+    from bnfold.benchmark.bench import BenchReport as BenchReport
+    from bnfold.benchmark.bench import bench as bench
     from bnfold.errors import BnfoldError as BnfoldError
     from bnfold.errors import DemandError as DemandError
     from bnfold.errors import InputError as InputError
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdaptResult": "bnfold.adapting.adapt",
+    "BenchReport": "bnfold.benchmark.bench",
     "BnfoldError": "bnfold.errors",
     "DemandError": "bnfold.errors",
     "Deployment": "bnfold.packs.deployment",
@@ -54,6 +57,7 @@ _HOMES = {
     "VerificationError": "bnfold.errors",
     "VerifyReport": "bnfold.proof.verify",
     "adapt": "bnfold.adapting.adapt",
+    "bench": "bnfold.benchmark.bench",
     "export": "bnfold.api",
     "fold": "bnfold.api",
     "inspect": "bnfold.api",

@@ -33,7 +33,7 @@ from bnfold.folding.record import (
     record_of,
 )
 from bnfold.folding.rules.repairs import REPAIRS
-from bnfold.folding.selection import Selection
+from bnfold.folding.selection import Selection, check_enough
 from bnfold.folding.undo import TorchSide
 from bnfold.proof.runtimes import DEFAULT, Runtime
 from bnfold.reading.computed import held
@@ -145,6 +145,21 @@ class FoldResult:
             torch_modules=self.modules,
         )
 
+    def require_folded(self, count: int | Literal["all"] = "all") -> None:
+        """Raise DemandError where fewer batch norms folded than `count`."""
+        check_enough(len(self.folded), len(self.kept), count)
+
+    def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
+        """Write the folded model, and beside it its record, which is bound to it: both or neither.
+
+        path: .onnx, .pt, .safetensors or .pt2, as for `bnfold fold -o`. Gives the record's path.
+        Nothing is proved here: see `verify`. Raises UsageError for files that cannot be written, or
+        are there already.
+        """
+        from bnfold.outputs import save_fold
+
+        return save_fold(self, Path(path), overwrite=overwrite)
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -153,6 +168,10 @@ class Inspection:
     folded: tuple[FoldedNorm, ...]
     kept: tuple[KeptNorm, ...]
     operators: Mapping[str, int]
+
+    def require_folded(self, count: int | Literal["all"] = "all") -> None:
+        """Raise DemandError where fewer batch norms would fold than `count`."""
+        check_enough(len(self.folded), len(self.kept), count)
 
 
 def fold(

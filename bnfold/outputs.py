@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from bnfold.reading.sniff import Kind
 from bnfold.saving import SCHEMA, program_bytes
 
 Report = dict[str, Any]
+
+FORMATS = (".onnx", ".pt", ".pth", ".safetensors", ".pt2")
 Writer = Callable[[Path], None]
 Writeback = Literal["auto", "class", "graph"] | None
 
@@ -188,6 +191,20 @@ def write_all(
             digest = report.sha256(staged_record)
             done["files"].append({"role": "record", "path": str(record[0]), "sha256": digest})
     return hashes
+
+
+def save_fold(result: Any, path: Path, *, overwrite: bool = False) -> Path:
+    """Write a fold's model and record, as `bnfold fold` does; the record's path."""
+    from bnfold.graph import to_bytes
+
+    source, record = result.source.path, record_path(path)
+    read = source if source.is_file() else None  # the caller may have passed a model, not a file
+    check_outputs([path], read, overwrite, FORMATS)
+    check_outputs([record], read, overwrite, (".safetensors",))
+    digest = report.sha256(read) if read else hashlib.sha256(to_bytes(result.original)).hexdigest()
+    writers = {path: writer_of(path, Namespace(factory=None), result, result.source)}
+    write_all({"files": []}, writers, (record, result.record), source=source, original=digest)
+    return record
 
 
 def add_file(done: Report, role: str, path: Path) -> None:

@@ -58,7 +58,7 @@ def test_require_fold_counts_what_folds(net, capsys, verb):
     code, done = run(capsys, *verb, net, "--require-fold", 5)
     assert code == done["exit_code"] == done["error"]["exit_code"] == 1
     assert done["error"]["code"] == "E_NOT_FOLDED"
-    assert "asks for at least 5 to fold, and 4 of 4 did." in done["summary"]
+    assert "At least 5 must fold, and 4 of 4 did." in done["summary"]
     assert len(done["batch_norms"]["folded"]) == 4  # the whole report is there
     assert files(net) == ["net.onnx"]
 

@@ -9,9 +9,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bnfold.errors import BnfoldError, DemandError, VerificationError
+from bnfold.errors import (
+    BnfoldError,
+    DemandError,
+    RuntimeUnavailableError,
+    VerificationError,
+)
 
 Report = dict[str, Any]
+
+# what a report that ends with this exit code says
+_KINDS = {kind.exit_code: kind for kind in (VerificationError, RuntimeUnavailableError)}
 
 
 def unmet(done: Report, args: argparse.Namespace) -> bool:
@@ -26,25 +34,24 @@ def unmet(done: Report, args: argparse.Namespace) -> bool:
 
 def settle(done: Report, args: argparse.Namespace) -> None:
     """Hold a report that has ended against the demands; a failed gate gets its code."""
-    if done["exit_code"] == VerificationError.exit_code and "error" not in done:
-        done["error"] = VerificationError(done["summary"]).to_dict()
+    kind = _KINDS.get(done["exit_code"])
+    if kind is not None and "error" not in done:
+        done["error"] = kind(done["summary"]).to_dict()
     elif not done["exit_code"]:
         unmet(done, args)
 
 
 def _too_few(done: Report, args: argparse.Namespace) -> BnfoldError | None:
+    from bnfold.folding.selection import check_enough
+
     wanted, norms = getattr(args, "require_fold", None), done.get("batch_norms")
     if wanted is None or norms is None:
         return None
-    folded, kept = len(norms["folded"]), len(norms["kept"])
-    if folded >= (folded + kept if wanted == "all" else wanted):
-        return None
-    named = "all batch norms" if wanted == "all" else f"at least {wanted}"
-    return DemandError(
-        f"--require-fold asks for {named} to fold, and {folded} of {folded + kept} did.",
-        code="E_NOT_FOLDED",
-        hint="`bnfold inspect MODEL` says of each one that stays why it does.",
-    )
+    try:
+        check_enough(len(norms["folded"]), len(norms["kept"]), wanted)
+    except DemandError as error:
+        return error
+    return None
 
 
 def _warned(done: Report, args: argparse.Namespace) -> BnfoldError | None:

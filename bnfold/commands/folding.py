@@ -10,7 +10,6 @@ from typing import Any
 
 from bnfold.commands.demands import unmet
 from bnfold.commands.shared import (
-    FORMATS,
     Report,
     new_report,
     open_model,
@@ -19,6 +18,7 @@ from bnfold.commands.shared import (
 )
 from bnfold.errors import UsageError
 from bnfold.outputs import (
+    FORMATS,
     Writeback,
     as_it_came,
     beside,

@@ -17,8 +17,6 @@ from bnfold.runs import begun, counted
 
 Report = dict[str, Any]
 
-FORMATS = (".onnx", ".pt", ".pth", ".safetensors", ".pt2")
-
 
 def open_model(args: argparse.Namespace, path: Path) -> Any:
     """A model file, read as the arguments say."""

@@ -1,4 +1,4 @@
-"""Which batch norms the user wants folded: patterns against their names."""
+"""Which batch norms the user wants folded: patterns against their names, and how many at least."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import onnx_ir as ir
 
-from bnfold.errors import UsageError
+from bnfold.errors import DemandError, UsageError
 from bnfold.folding.rules.node import name_of
 
 
@@ -59,4 +60,16 @@ def _nothing(pattern: str, norms: list[ir.Node]) -> str:
     return (
         f"No batch norm is called '{pattern}'. Near names: {', '.join(near)}"
         f" ({len(names)} in all; `bnfold inspect` lists them)."
+    )
+
+
+def check_enough(folded: int, kept: int, wanted: int | Literal["all"]) -> None:
+    """Raise DemandError where fewer batch norms folded than are wanted."""
+    if folded >= (folded + kept if wanted == "all" else wanted):
+        return
+    named = "All batch norms" if wanted == "all" else f"At least {wanted}"
+    raise DemandError(
+        f"{named} must fold, and {folded} of {folded + kept} did.",
+        code="E_NOT_FOLDED",
+        hint="`bnfold inspect MODEL` says of each one that stays why it does.",
     )
