@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 import torch
+import yaml
 from nets import with_statistics
 from starlette.testclient import TestClient
+from torch import nn
 
 import bnfold
 from bnfold import graph
 from bnfold.cli import main
+from bnfold.folding import plan
 from bnfold.packs import signing
 from bnfold.packs.pack import Pack
+from bnfold.report.schema import read_runs
 from models.digits import digits_cnn
 from tests.test_folded_adapt import moved
 
@@ -42,6 +52,7 @@ def made(tmp_path_factory):
     assert main(["fold", str(folder / "net.onnx"), "--no-verify", "-q"]) == 0
     signing.generate(folder / "key.pem")
     signing.generate(folder / "other.pem")
+    bnfold.export(with_statistics(digits_cnn(), seed=7), DIGIT, folder / "foreign.onnx")
     return folder
 
 
@@ -58,7 +69,6 @@ def packs(made):
         pack.save(folder / f"{name}.pack", sign=made / "key.pem")
     pack.save(folder / "unsigned.pack")
     pack.save(folder / "stranger.pack", sign=made / "other.pem")
-    bnfold.export(with_statistics(digits_cnn(), seed=7), DIGIT, made / "foreign.onnx")
     foreign = Pack.of(moved(graph.read_onnx(made / "foreign.onnx")), base=made / "foreign.onnx")
     foreign.save(folder / "foreign.pack", sign=made / "key.pem")
     (folder / "damaged.pack").write_bytes((folder / "rain.pack").read_bytes()[:-5])
@@ -192,3 +202,198 @@ def test_every_answer_is_of_one_domain_while_domains_are_swapped(client, made, p
         worker.join()
     assert not wrong
     assert len(seen) > 1
+
+
+# -------------------------------------------------------------------------------- the release
+
+
+@pytest.fixture(scope="module")
+def samples(made):
+    rng = np.random.default_rng(0)
+    np.save(made / "inputs.npy", rng.random((8, 1, 8, 8), np.float32))
+    for name, power, count in (("night", 3, 1500), ("rain", 0.5, 1500), ("few", 2, 5)):
+        np.save(made / f"{name}.npy", rng.random((count, 1, 8, 8), np.float32) ** power)
+    return made
+
+
+def released(folder, out, *domains, model="net.onnx"):
+    """The exit code of the release script."""
+    named = [f"--domain={name}={folder / name}.npy" for name in domains]
+    options = ["--data", folder / "inputs.npy", "--key", folder / "key.pem", "-o", out]
+    arguments = [folder / model, *options, "--bench-seconds", 0.1, *named]
+    return example("release").main([str(argument) for argument in arguments])
+
+
+def test_a_release_is_complete(samples, tmp_path):
+    out = tmp_path / "release"
+    assert released(samples, out, "night", "rain") == 0
+    there = ["model.onnx", "model.record.safetensors", "night.pack", "rain.pack"]
+    assert sorted(p.name for p in out.iterdir()) == [*there, "release.html", "release.json"]
+    assert list(tmp_path.iterdir()) == [out]
+    bnfold.verify(samples / "net.onnx", out / "model.onnx").raise_for_failure()
+    for name in ("night", "rain"):
+        pack = bnfold.load_pack(out / f"{name}.pack", samples / "key.pub.pem")
+        assert (pack.data, pack.images) == (name, 1500)
+        bnfold.load(out / "model.onnx", out / f"{name}.pack").run({"x": digits()})
+    runs = read_runs(out / "release.json")  # as the schema has it
+    assert [run["command"] for run in runs] == ["fold", "parity", "adapt", "adapt", "bench"]
+    assert all(run["exit_code"] == 0 for run in runs)
+    assert runs[4]["bench"]["rows"]
+    assert {file["path"] for run in runs for file in run["files"][1:]} <= set(there)
+    page = (out / "release.html").read_text()
+    assert all(name in page for name in ("night", "rain", "model.onnx"))
+    assert str(tmp_path) not in page  # nothing of where it was made
+
+
+@pytest.fixture
+def wrong_fold(monkeypatch):
+    right = plan.FoldPlan.gauge
+
+    def wrong(self, value):
+        gauge = right(self, value)
+        return type(gauge)(gauge.scale * 1.001, gauge.origin)
+
+    monkeypatch.setattr(plan.FoldPlan, "gauge", wrong)
+
+
+@pytest.mark.usefixtures("wrong_fold")
+def test_a_release_that_a_gate_refuses_leaves_nothing(samples, tmp_path, capsys):
+    assert released(samples, tmp_path / "release", "night") == 1
+    assert "no release (E_GATE): Gate A" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_comes_late_and_fails_leaves_nothing_either(samples, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "release"
+    assert released(samples, out, "few") == 1  # of too few images: a warning
+    assert "no release (E_WARNING): Domain 'few'" in capsys.readouterr().err
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3, padding=1))
+    bnfold.export(with_statistics(module), DIGIT, samples / "stays.onnx")
+    assert released(samples, out, model="stays.onnx") == 1
+    assert "no release (E_NOT_FOLDED)" in capsys.readouterr().err
+    right = bnfold.bench
+
+    def of_another(model, _folded, **options):
+        return right(model, {"folded": samples / "foreign.onnx"}, **options)
+
+    monkeypatch.setattr(bnfold, "bench", of_another, raising=False)
+    assert released(samples, out) == 1
+    assert "no release (E_GATE)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    assert released(samples, out) == 2  # what is there is not touched
+    assert list(tmp_path.iterdir()) == [out]
+
+
+# ------------------------------------------------------------------------------------ the CI job
+
+
+class Job:
+    """The job of ci_job.yml, run in a folder as GitHub does it: each step a `bash -e` of its own."""
+
+    def __init__(self, folder):
+        (job,) = yaml.safe_load((EXAMPLES / "ci_job.yml").read_text())["jobs"].values()
+        self.folder, self.steps = folder, job["steps"]
+        commands = folder / "bin"
+        commands.mkdir()
+        (commands / "bnfold").write_text(f'#!/bin/sh\nexec {sys.executable} -m bnfold "$@"\n')
+        (commands / "bnfold").chmod(0o755)
+        self.summary = folder / "summary.md"
+        self.environment = {
+            **os.environ,
+            **job["env"],
+            "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "GITHUB_STEP_SUMMARY": str(self.summary),
+        }
+
+    def run(self, start="Runtimes", **environment):
+        """Run the steps from this one on; (the step that failed or None, what it said)."""
+        failed, said = None, ""
+        names = [step.get("name") for step in self.steps]
+        for step in self.steps[names.index(start) :]:
+            if "run" not in step or (failed and step.get("if") != "always()"):
+                continue
+            ran = subprocess.run(
+                ["bash", "-e", "-c", step["run"]],
+                cwd=self.folder,
+                env={**self.environment, **environment},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            if ran.returncode and not failed:
+                failed, said = step["name"], ran.stdout + ran.stderr
+        return failed, said
+
+    def kept(self, name):
+        """Whether the files of an artifact are there."""
+        (step,) = (s for s in self.steps if s.get("with", {}).get("name") == name)
+        return [(self.folder / path).is_file() for path in step["with"]["path"].split()]
+
+
+@pytest.fixture
+def job(made, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "net.onnx").write_bytes((made / "net.onnx").read_bytes())
+    return Job(tmp_path)
+
+
+def test_the_job_keeps_a_proved_model_and_fails_on_one_that_was_changed(job):
+    assert job.run() == (None, "")
+    assert all(job.kept("model") + job.kept("reports"))
+    told = json.loads((job.folder / "report.json").read_text())["runs"]
+    assert [run["command"] for run in told] == ["fold", "verify"]
+    assert {gate["gate"] for run in told for gate in run["gates"]} == {"A", "B", "C"}
+    suites = ElementTree.parse(job.folder / "junit.xml").getroot()
+    assert int(suites.get("tests")) > 0
+    assert int(suites.get("failures")) == 0
+    assert job.summary.read_text().count("# bnfold") == 2
+
+    model = onnx.load(job.folder / "folded.onnx")
+    weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array[0] *= 1.001
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    onnx.save(model, job.folder / "folded.onnx")
+    failed, said = job.run("Verify")
+    assert failed == "Verify"
+    assert "NOT the same function" in said
+    assert all(job.kept("reports"))
+    suites = ElementTree.parse(job.folder / "junit.xml").getroot()
+    assert int(suites.get("failures")) > 0
+
+
+FAULTY_FOLD = """
+from bnfold.folding import plan
+right = plan.FoldPlan.gauge
+def wrong(self, value):
+    gauge = right(self, value)
+    return type(gauge)(gauge.scale * 1.001, gauge.origin)
+plan.FoldPlan.gauge = wrong
+"""
+
+
+@pytest.mark.slow
+def test_the_job_fails_at_the_step_that_finds_the_fault(job):
+    (job.folder / "faulty").mkdir()
+    (job.folder / "faulty" / "sitecustomize.py").write_text(FAULTY_FOLD)
+    path = f"{job.folder / 'faulty'}{os.pathsep}{ROOT}"
+    failed, said = job.run(PYTHONPATH=path)
+    assert failed == "Fold"
+    assert "No file was written" in said
+    assert not any(job.kept("model"))
+    assert all(job.kept("reports"))  # they say why
+    assert "FAIL" in job.summary.read_text()
+    assert job.run("Runtimes", REQUIRED="ort-cuda:tf33")[0] == "Runtimes"
+
+
+@pytest.mark.slow
+def test_the_job_fails_on_a_batch_norm_that_stays(job):
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))
+    example = torch.zeros(1, 3, 8, 8)
+    bnfold.export(with_statistics(network), example, job.folder / "models" / "net.onnx")
+    failed, said = job.run("Fold")
+    assert failed == "Fold"
+    assert "All batch norms must fold, and 0 of 1 did." in said
+    assert not any(job.kept("model"))
