@@ -3,13 +3,13 @@ fixed tolerance refuses; on small networks here, all faults at every layer where
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from conditions import PROFILES, conditioned
 from planted import FAULTS, FLOAT16, Bed, Planted, norms_of
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from bnfold.graph import to_proto
 from bnfold.proof import comparison
 from bnfold.proof.verify import VerifyReport, verify
 
-SIZE, WIDTH = 12, 16
+SHAPE, WIDTH = (3, 12, 12), 16
 
 
 class Net(nn.Module):
@@ -42,79 +42,17 @@ class Net(nn.Module):
         return result
 
 
-# ------------------------------------------------------------------- networks, well and ill made
-
-
-def norm_modules(net: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-def spread_gammas(net: Net) -> None:
-    """Gammas over four decades, of both signs."""
-    for norm in norm_modules(net):
-        exponent = torch.rand(norm.num_features) * 4 - 2
-        norm.weight.data = 10**exponent * torch.sign(torch.randn(norm.num_features))
-
-
-def dead_channels(net: Net) -> None:
-    """A quarter of the channels has a variance of 1e-12."""
-    for conv in (net.conv1, net.conv2, net.conv3):
-        conv.weight.data[::4] *= 1e-6
-
-
-def large_means(net: Net) -> None:
-    """A mean of thousands of standard deviations, which the batch norm takes away."""
-    assert net.conv2.bias is not None
-    net.conv2.bias.data += 1000.0
-
-
-def huge_weights(net: Net) -> None:
-    net.conv1.weight.data *= 1e4
-    net.fc.weight.data *= 1e4
-
-
-def tiny_outputs(net: Net) -> None:
-    net.fc.weight.data *= 1e-6
-    net.fc.bias.data *= 1e-6
-
-
-def ordinary(net: Net) -> None:
-    """As it is initialised."""
-
-
-PROFILES: dict[str, Callable[[Net], None]] = {
-    "ordinary": ordinary,
-    "gammas over four decades": spread_gammas,
-    "variances of 1e-12": dead_channels,
-    "large means": large_means,
-    "huge weights": huge_weights,
-    "tiny outputs": tiny_outputs,
-    "pixels of 0 to 255": ordinary,
-}
-
-
 def pictures(profile: str, rows: int, seed: int = 0) -> np.ndarray:
     """Inputs as the profile's network is given them."""
-    rng = np.random.default_rng(seed)
-    if profile.startswith("pixels"):
-        return rng.integers(0, 256, (rows, 3, SIZE, SIZE)).astype(np.float32)
-    return rng.standard_normal((rows, 3, SIZE, SIZE)).astype(np.float32)
+    return PROFILES[profile].inputs(rows, SHAPE, seed)
 
 
 @cache
 def bed(profile: str, width: int = WIDTH) -> Bed:
     """The network of a profile, with the statistics that its activations have."""
     torch.manual_seed(1)
-    net = Net(width)
-    for norm in norm_modules(net):
-        norm.weight.data = torch.randn(norm.num_features) * 0.3 + 1
-        norm.bias.data = torch.randn(norm.num_features) * 0.3
-        norm.momentum = None  # the plain average
-    PROFILES[profile](net)
-    with torch.no_grad():
-        net.train()(torch.from_numpy(pictures(profile, 16)))
-    exported = bnfold.export(net.eval(), torch.zeros(1, 3, SIZE, SIZE))
-    return Bed(to_proto(exported))
+    net = conditioned(Net(width), SHAPE, PROFILES[profile])
+    return Bed(to_proto(bnfold.export(net, torch.zeros(1, *SHAPE))))
 
 
 def held(profile: str, wrong: Planted, *, by_record: bool) -> VerifyReport:
