@@ -268,7 +268,7 @@ def on_cuda(subject: Subject) -> dict[str, str]:
     """What is said of a right fold where CUDA is asked for and onnxruntime falls back in silence."""
     said = {}
     try:
-        passed = bnfold.verify(subject.bed.original, subject.bed.folded, providers=("cuda",)).passed
+        passed = bnfold.verify(subject.bed.original, subject.bed.folded, runtimes=["cuda"]).passed
         said["bnfold"] = "pass" if passed else "FAIL"
     except RuntimeUnavailableError as refusal:
         said["bnfold"] = f"refused, exit {refusal.exit_code}"
