@@ -409,7 +409,10 @@ def counts(lines: list[Result]) -> str:
 
 def table(lines: list[Result]) -> str:
     """A row for each pair."""
-    rows = [f"| network | profile | case | {' | '.join(TOOLS)} |", "|" + " --- |" * (len(TOOLS) + 3)]
+    rows = [
+        f"| network | profile | case | {' | '.join(TOOLS)} |",
+        "|" + " --- |" * (len(TOOLS) + 3),
+    ]
     for line in lines:
         cells = []
         for tool in TOOLS:

@@ -7,7 +7,6 @@ from functools import cache
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from conditions import PROFILES, conditioned
@@ -15,10 +14,8 @@ from planted import FAULTS, FLOAT16, Bed, Planted, norms_of
 from torch import Tensor, nn
 
 import bnfold
-from bnfold.errors import RuntimeUnavailableError
 from bnfold.graph import to_proto
 from bnfold.proof import runtimes
-from bnfold.proof.runtime import available
 from bnfold.proof.verify import VerifyReport, verify
 
 SHAPE, WIDTH = (3, 12, 12), 16
