@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ def fold(args: argparse.Namespace) -> Report:
     if not args.dry_run:
         check_outputs(outputs, args.model, args.overwrite, FORMATS)
         check_outputs([record], args.model, args.overwrite, (".safetensors",))
+    if args.bisect is not None:
+        from bnfold.bisecting import check_folder
+
+        check_folder(args.bisect)
     started = time.perf_counter()
     source, repair = _open_scaled(args), _repairs(args)
     result = fold_source(
@@ -73,6 +78,8 @@ def fold(args: argparse.Namespace) -> Report:
         add_proof(done, proof)
         if not proof.passed or unmet(done, args):
             done["summary"] += " No file was written."
+            if args.bisect is not None and not proof.passed:
+                _bisect(done, args, (source, writeback), result, proof)
             return timed(done, started)
     writers = {path: writer_of(path, args, result, source) for path in outputs}
     write_all(done, writers, (record, result.record), source=args.model)
@@ -80,6 +87,31 @@ def fold(args: argparse.Namespace) -> Report:
         if path.suffix.lower() == ".pt2":
             done["summary"] += f" Load the graph with torch.export.load('{path}').module()."
     return timed(done, started)
+
+
+def _bisect(
+    done: Report, args: argparse.Namespace, came: tuple[Any, Writeback], result: Any, proof: Any
+) -> None:
+    """`--bisect` of a fold that failed: the fewest batch norms, and the smallest models."""
+    from bnfold.api import fold_source
+    from bnfold.bisecting import add_bisection, bisect_fold, only
+    from bnfold.folding.selection import Selection
+
+    source, writeback = came
+
+    def again(names: Sequence[str]) -> Any:
+        return fold_source(
+            source,
+            writeback=writeback,
+            repair=_repairs(args),
+            selection=Selection((), only(names)),
+            clean_up=_clean_up(args),
+        )
+
+    def prove(made: Any) -> Any:
+        return made.verify(runtimes=runtimes_of(args))
+
+    add_bisection(done, bisect_fold(result, again, proof, prove), args.bisect)
 
 
 def unfold(args: argparse.Namespace) -> Report:

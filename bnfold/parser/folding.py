@@ -31,6 +31,15 @@ def fold(verbs: Verbs) -> None:
     )
     fold.add_argument("--no-verify", action="store_true", help="write without proof")
     fold.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
+    fold.add_argument(
+        "--bisect",
+        type=Path,
+        nargs="?",
+        const=Path("bisect"),
+        metavar="FOLDER",
+        help="where a gate fails: find the fewest batch norms whose folding fails, and write the"
+        " smallest models that show it (default folder: bisect)",
+    )
     _add_folding(fold)
     add_source(fold)
     add_proof(fold)

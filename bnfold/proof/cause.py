@@ -23,8 +23,9 @@ from bnfold.errors import BnfoldError
 from bnfold.proof.alignment import Alignment, relative_error
 from bnfold.proof.certificate import Gauge
 from bnfold.proof.counterpart import View
-from bnfold.proof.divergence import NOISE, Divergence
+from bnfold.proof.divergence import NOISE, ROUNDING, Divergence
 from bnfold.proof.layers import Norm, in_training, is_norm, norms_of
+from bnfold.proof.measured import own_errors
 from bnfold.proof.reference import Float64Reference
 from bnfold.proof.sites import LINEAR, Place, Site, places
 
@@ -106,7 +107,8 @@ def find_cause(
     first = parted[0]
     before, after = Float64Reference(original), Float64Reference(folded)
     near = places(view, norms, alignment, first.value)
-    limit = NOISE * unit
+    usual = own_errors(original, before, [first.value], inputs, alignment)[first.value]
+    limit = max(NOISE * unit, ROUNDING * usual)
     sites = []
     for place in near:
         site = Site.of(place, before, after, inputs, alignment, view)

@@ -109,7 +109,7 @@ class Shears:
         self._fit = self._cuttable()
 
     def _cuttable(self) -> set[str]:
-        """The floats of the original with the rows of the batch, that the folded network has too."""
+        """The original's floats, a row for each of the batch, that the folded network has too."""
         fit = {name for name, array in self._inputs.items() if np.shape(array)[:1] in self._rows}
         for name, value in self._reference.stream(self._inputs, self._alignment.there):
             if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim:

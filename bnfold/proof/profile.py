@@ -9,7 +9,7 @@ is left but that of its weights, so that a fault stands out even where rounding 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ from bnfold.proof.certificate import Gauge
 from bnfold.proof.counterpart import View
 from bnfold.proof.divergence import lockstep
 from bnfold.proof.layers import Norm, norms_of
+from bnfold.proof.measured import measured
 from bnfold.proof.reference import Float64Reference
-from bnfold.proof.runtime import open_session
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -89,13 +89,13 @@ def profile(
     if not norms:
         raise NothingComparedError("the original has no batch norm, so there is no profile of any.")
     before = Float64Reference(original)
-    own = _measured(original, norms, inputs, threads)
+    own = measured(original, norms, inputs, threads)
     errors: dict[str, dict[str, Any]] = {name: {} for name in norms}
     there: dict[str, str] = {}
     if folded is not None:
         alignment = Alignment.of(view, View.of(folded), gauges, aliases)
         there = {name: alignment.there[name] for name in norms if name in alignment.there}
-        got = _measured(folded, list(there.values()), inputs, threads)
+        got = measured(folded, there.values(), inputs, threads)
         after = Float64Reference(folded)
         for name, x, z in lockstep(before, after, inputs, alignment, names=list(there)):
             errors[name] = {
@@ -119,15 +119,3 @@ def _layer(norm: Norm, errors: Mapping[str, float], unit: float) -> LayerError:
         with np.errstate(all="ignore"):
             ratio = errors["folded"] / max(errors["original"], FLOOR * unit)
     return LayerError(norm.name, norm.output, **errors, ratio=ratio)
-
-
-def _measured(model: onnx.ModelProto, names: Sequence[str] | Mapping[str, Any],
-              inputs: Mapping[str, Array], threads: int | None) -> dict[str, Array]:  # fmt: skip
-    """Values of a model as onnxruntime computes them on the CPU, without its graph optimization."""
-    if not names:
-        return {}
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    del watched.graph.output[:]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names))
-    return open_session(watched, "cpu", optimize=False, threads=threads).run(inputs)
