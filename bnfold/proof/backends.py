@@ -221,7 +221,8 @@ class Places:
     def plain(self, model: Any, name: str, role: str, runtime: Runtime = PLAIN) -> Backend:
         """onnxruntime's CPU with its graph optimization off, for gate B."""
         session = self._session(model, runtime, optimize=False)
-        return Backend(name, "B", role, runtime, _runner(session), session)
+        run = _runner(session)
+        return Backend(name, "B", role, runtime, run, session, own_process=self._own)
 
     def onnx(
         self, model: Any, runtime: Runtime, name: str, role: str, optimize: bool = True

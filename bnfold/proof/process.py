@@ -26,8 +26,7 @@ import ml_dtypes  # noqa: F401  numpy learns the name bfloat16
 import numpy as np
 
 import bnfold
-from bnfold import errors
-from bnfold.errors import BnfoldError, RuntimeUnavailableError
+from bnfold.errors import BnfoldError, InputError, LimitError, RuntimeUnavailableError
 from bnfold.proof.runtime import Model, Session, loadable, mapped_libraries, open_session
 from bnfold.proof.runtimes import Runtime
 
@@ -36,6 +35,7 @@ Head = dict[str, Any]
 
 LENGTHS = struct.Struct("<QQ")  # bytes of the JSON, bytes of the arrays
 LARGEST = 1 << 40  # no message is longer: lengths beyond are not ours
+KINDS = {kind.__name__: kind for kind in (InputError, RuntimeUnavailableError)}
 GRACE = 10.0  # seconds that a process may take to end
 START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from bnfold.proof.process import serve; serve()"
@@ -128,8 +128,9 @@ def environment_of(precision: str) -> dict[str, str]:
 class Worker:
     """A process with the sessions of one runtime; a context manager that ends it.
 
-    time_limit: seconds that it may take for an answer, None for any time. Every failure of the
-    process itself (it cannot start, crashes, does not answer) is a RuntimeUnavailableError.
+    time_limit: seconds that it may take for an answer, None for any time. Raises
+    RuntimeUnavailableError where it cannot start; a process that crashes or does not answer in time
+    is a LimitError of what was asked of it.
     """
 
     def __init__(self, runtime: Runtime, time_limit: float | None = None):
@@ -214,14 +215,14 @@ class Worker:
             send(self._process.stdin, head, arrays)
             answer, values = receive(self._process.stdout)
         except (_BrokenError, OSError, ValueError) as error:
-            raise RuntimeUnavailableError(self._obituary(doing)) from error
+            sentence = self._obituary(doing)  # tells whether it was too late
+            code = "E_TIMEOUT" if self._late else "E_CRASH"
+            raise LimitError(sentence, code=code) from error
         finally:
             watch.cancel()
         if "error" in answer:
-            kind = vars(errors).get(answer["error"])
-            raise (kind if kind in BnfoldError.__subclasses__() else BnfoldError)(
-                answer["sentence"]
-            )
+            kind = KINDS.get(answer["error"], BnfoldError)
+            raise kind(answer["sentence"], code=answer["code"], hint=answer["hint"])
         return answer, values
 
     def _too_late(self) -> None:
@@ -289,7 +290,9 @@ def serve() -> None:
         try:
             answer, values = _answer(head, arrays, sessions)
         except BnfoldError as error:
-            answer, values = {"error": type(error).__name__, "sentence": str(error)}, {}
+            kind = type(error).__name__
+            told = {"sentence": str(error), "code": error.code, "hint": error.hint}
+            answer, values = {"error": kind, **told}, {}
         try:
             send(answers, answer, values)
         except BrokenPipeError:

@@ -39,6 +39,7 @@ PROVIDERS: dict[str, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+FALLBACK = "E_CUDA_FALLBACK"
 PROTOBUF_LIMIT = 2**31 - 1
 COMPUTE_OPS = ("Conv", "Gemm", "MatMul", "BatchNormalization")
 CUDNN = "libcudnn.so.9"  # the major version that onnxruntime-gpu 1.19 and later opens
@@ -75,7 +76,8 @@ class Session:
         if tuple(self._session.get_providers()) != self.providers:
             raise RuntimeUnavailableError(
                 f"onnxruntime left {self.providers[0]} while running and fell back to "
-                f"{self._session.get_providers()[0]}; the result proves nothing about it."
+                f"{self._session.get_providers()[0]}; the result proves nothing about it.",
+                code=FALLBACK,
             )
         return dict(zip(self.output_names, values, strict=True))
 
@@ -338,7 +340,8 @@ def _proved(session: Any, provider: str, optimize: bool, noise: str, part: bool 
     wanted = PROVIDERS[provider]
     providers = tuple(session.get_providers())
     if not providers or providers[0] != wanted:
-        raise RuntimeUnavailableError(noise if provider == "cpu" else _gpu_failure(noise, provider))
+        told = noise if provider == "cpu" else _gpu_failure(noise, provider)
+        raise RuntimeUnavailableError(told, code=FALLBACK)
     assignment = _assignment(session)
     if provider != "cpu":
         _require_placement(assignment, wanted, part)
@@ -388,10 +391,13 @@ def _require_placement(
     if strays:
         raise RuntimeUnavailableError(
             f"{wanted} was asked for, but onnxruntime placed {', '.join(strays)}; "
-            f"a comparison would not be about {wanted}."
+            f"a comparison would not be about {wanted}.",
+            code=FALLBACK,
         )
     if wanted not in assignment and not part:
-        raise RuntimeUnavailableError(f"onnxruntime placed no node of the model on {wanted}.")
+        raise RuntimeUnavailableError(
+            f"onnxruntime placed no node of the model on {wanted}.", code=FALLBACK
+        )
 
 
 # ----------------------------------------------------------------------- what a GPU provider lacks
@@ -444,12 +450,16 @@ def _require_offered(runtime: Any, provider: str) -> None:
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA version that torch was built for, None for a CPU build or no torch."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
+    """The CUDA version that torch was built for, None for a CPU build or no torch.
 
-    return torch.version.cuda
+    Read from its file: importing torch takes seconds, and a build for the CPU has nothing to give.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    told = Path(spec.origin).with_name("version.py")
+    found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)", told.read_text(), re.MULTILINE)
+    return found.group(1) if found else None
 
 
 def _looks_like_gpu(text: str) -> bool:
