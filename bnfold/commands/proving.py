@@ -54,6 +54,7 @@ def export(args: argparse.Namespace) -> Report:
 def verify(args: argparse.Namespace) -> Report:
     """`bnfold verify ORIGINAL FOLDED`: the gates, for any two models."""
     from bnfold.api import count_operators
+    from bnfold.bisecting import add_bisection, bisect, check_folder
     from bnfold.commands.given import given_inputs
     from bnfold.folding.record import load_record
     from bnfold.graph import to_proto
@@ -61,6 +62,8 @@ def verify(args: argparse.Namespace) -> Report:
     from bnfold.reading.computed import held
     from bnfold.weight_ranges import weight_ranges
 
+    if args.bisect is not None:
+        check_folder(args.bisect)
     # as a fold reads them: its record is of weights that are held
     original, folded = (held(open_model(args, path)) for path in (args.original, args.folded))
     path = args.record or record_path(args.folded)
@@ -77,11 +80,13 @@ def verify(args: argparse.Namespace) -> Report:
     modules = None
     if original.module is not None and folded.module is not None:
         modules = (original.module, folded.module)
+    before, after = to_proto(original.graph), to_proto(folded.graph)
+    gauges, aliases = (record.gauges, record.aliases) if record else (None, None)
     proof = prove(
-        to_proto(original.graph),
-        to_proto(folded.graph),
-        gauges=record.gauges if record else None,
-        aliases=record.aliases if record else None,
+        before,
+        after,
+        gauges=gauges,
+        aliases=aliases,
         inputs=given_inputs(args, original),
         runtimes=runtimes_of(args),
         torch_modules=modules,
@@ -95,6 +100,9 @@ def verify(args: argparse.Namespace) -> Report:
     }
     done["weights"] = weight_ranges(original.graph, folded.graph)
     add_proof(done, proof)
+    if args.bisect is not None and not proof.passed:
+        found = bisect(before, after, proof.fault, gauges=gauges, aliases=aliases)
+        add_bisection(done, found, args.bisect)
     return done
 
 
