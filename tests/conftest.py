@@ -1,5 +1,6 @@
-"""Shared fixtures: where the real checkpoints lie, and a skip that CI may not take."""
+"""Shared fixtures: where the real checkpoints lie, the GPU, and skips that CI may not take."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -21,3 +22,22 @@ def shared_data() -> Path:
     if os.environ.get("BNFOLD_REQUIRE_DATA") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@functools.cache
+def why_no_gpu() -> str:
+    """Why the tests marked gpu cannot run here; empty where they can."""
+    from bnfold.proof.installation import runs
+
+    reasons = {name: runs(name) for name in ("torch-cuda", "ort-cuda")}
+    missing = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not True]
+    return "no CUDA here, so nothing was shown of it (" + " ".join(missing) + ")" if missing else ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests marked gpu with the reason; BNFOLD_REQUIRE_GPU=1 makes it a failure."""
+    if item.get_closest_marker("gpu") is None or not why_no_gpu():
+        return
+    if os.environ.get("BNFOLD_REQUIRE_GPU") == "1":
+        pytest.fail(why_no_gpu())
+    pytest.skip(why_no_gpu())

@@ -501,8 +501,6 @@ def test_a_checkpoint_that_could_not_be_loaded_safely_is_not_written(tmp_path):
 
 @pytest.mark.gpu
 def test_training_on_cuda_learns_and_leaves_a_portable_checkpoint(digits, tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     train_data, test_data = digits
     result = train(digits_cnn(), train_data, test_data=test_data, epochs=5, device="cuda")
     assert result.test_accuracy > 0.95

@@ -28,7 +28,7 @@ from bnfold.benchmark import timing
 from bnfold.benchmark.others import check_others, made_by
 from bnfold.benchmark.paired import Clock, Spread, Verdict, margin_of, spread_of, verdict_of
 from bnfold.benchmark.timing import Effort, OnnxModel, Timed
-from bnfold.errors import UsageError, VerificationError
+from bnfold.errors import InputError, UsageError, VerificationError
 from bnfold.proof.draws import drawn_inputs, input_specs
 from bnfold.proof.installation import machine, require
 from bnfold.proof.runtimes import Runtime, as_runtimes
@@ -352,7 +352,14 @@ def _batches(
             )
         drawn = drawn_inputs(proto, None, seed=effort.seed, samples=size, input_shapes=shapes)
         parts = drawn[0].batches[:1] if fixed else drawn[0].batches
-        yield size, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        feeds = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        strange = [name for name, array in feeds.items() if array.dtype.isbuiltin != 1]
+        if strange:
+            raise InputError(
+                f"The input '{strange[0]}' is of type {feeds[strange[0]].dtype}, which numpy does"
+                " not have: it cannot be timed."
+            )
+        yield size, feeds
 
 
 # --- the figures ---------------------------------------------------------------------------------

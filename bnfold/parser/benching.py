@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bnfold.parser.demands import add_demands
 from bnfold.parser.shared import Verbs, add_model, add_report, add_source
 
 
@@ -61,6 +62,7 @@ def bench(verbs: Verbs) -> None:
         "--no-verify", action="store_true", help="time without proof that it is one function"
     )
     add_source(bench)
+    add_demands(bench)
     add_report(bench)
 
 
