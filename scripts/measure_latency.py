@@ -3,36 +3,31 @@
     scripts/env-zoo
     .venv-zoo/bin/python scripts/measure_latency.py [NAME ...]
 
-The original and the networks that bnfold, onnxsim and onnxslim make of it run in turn, in an order
-drawn anew each round, so that a disturbance of the machine falls on all. A ratio is the median over
-the rounds of (its time / the original's time in the same round); the quartiles are beside it. Time
+`bnfold.bench` over the zoo: the original and the networks that bnfold, onnxsim and onnxslim make of
+it run in turn, in an order drawn anew each round, so that a disturbance of the machine falls on
+all. A ratio is the median over the rounds of (its time / the original's time in the same round);
+the quartiles are beside it. Each is proved to be the original's function before it is timed. Time
 is the processor's: with one thread the same as the clock's, less what others do to the machine. The
 table goes to docs/results/latency.md.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import zoo  # noqa: E402
-from measure_zoo import tool  # noqa: E402
 
 FOLDER = ROOT / "build" / "latency"
 TABLE = ROOT / "docs" / "results" / "latency.md"
 ROUNDS = 200
 SECONDS = 30  # enough for a network, whatever the rounds
-TOOLS = ("bnfold", "onnxsim", "onnxslim")
+TOOLS = ("onnxsim", "onnxslim")
 # name -> height and width as published
 NETWORKS = {
     "torchvision:densenet121": 224,
@@ -48,64 +43,35 @@ NETWORKS = {
 }
 
 
-def files_of(name: str) -> dict[str, Path]:
-    """The original and what each tool makes of it; the original is exported where it is missing."""
+def exported(name: str) -> Path:
+    """The original's file; it is exported where it is missing."""
+    import torch
+
     import bnfold
 
-    original = zoo.file_of(name, FOLDER)
-    if not original.exists():
+    path = zoo.file_of(name, FOLDER)
+    if not path.exists():
         network, shape = zoo.build(name, NETWORKS[name])
-        import torch
-
-        bnfold.export(network, torch.zeros(1, *shape), original, dynamic_batch=False)
-    files = {"original": original}
-    for other in TOOLS:
-        files[other] = original.with_suffix(f".{other}.onnx")
-        tool(other)(original, files[other])
-    return files
-
-
-def runner(path: Path) -> Callable[[], float]:
-    """A function that runs the model once and gives the processor seconds that it took."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    generator = np.random.default_rng(0)
-    feeds = {
-        value.name: generator.standard_normal(value.shape).astype(np.float32)
-        for value in session.get_inputs()
-    }
-
-    def run() -> float:
-        begun = time.process_time()
-        session.run(None, feeds)
-        return time.process_time() - begun
-
-    return run
+        bnfold.export(network, torch.zeros(1, *shape), path, dynamic_batch=False)
+    return path
 
 
 def measure(name: str) -> str:
     """One row of the table."""
-    runners = {who: runner(path) for who, path in files_of(name).items()}
-    for run in runners.values():
-        run()
-    rounds: list[dict[str, float]] = []
-    order, draw, until = list(runners), random.Random(0), time.monotonic() + SECONDS
-    while len(rounds) < ROUNDS and (len(rounds) < 5 or time.monotonic() < until):
-        draw.shuffle(order)
-        rounds.append({who: runners[who]() for who in order})
-    cells = [name, f"{1000 * statistics.median(r['original'] for r in rounds):.1f}"]
-    for other in TOOLS:
-        cells.append(_ratio([r[other] / r["original"] for r in rounds]))
-    return "| " + " | ".join([*cells, str(len(rounds))]) + " |"
+    import bnfold
+
+    report = bnfold.bench(exported(name), compare=TOOLS, rounds=ROUNDS, seconds=SECONDS)
+    original = report.row("original")
+    cells = [name, f"{original.median_ms:.1f}"]
+    cells += [_ratio(report.row(other)) for other in ("folded", *TOOLS)]
+    return "| " + " | ".join([*cells, str(original.rounds)]) + " |"
 
 
-def _ratio(ratios: Sequence[float]) -> str:
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+def _ratio(row: Any) -> str:
+    if row.ratio is None:
+        return str(row.verdict)
+    low, high = row.ratio_quartiles
+    return f"{row.ratio:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
