@@ -279,7 +279,7 @@ def suppositions(site: Site, view: View, limit: float) -> Iterator[Supposition]:
     """The faults that are known, simple ones first."""
     yield from _left_out(site)
     yield from _of_all_channels(site)
-    yield from _of_the_bias(site, view)
+    yield from _of_the_operator(site, view)
     yield from _of_few_channels(site, site.wrong_channels(limit))
 
 
@@ -350,19 +350,31 @@ def _settled(values: Array, weights: Array) -> float | None:
     return float(values[told][order][np.searchsorted(share, share[-1] / 2)])
 
 
-def _of_the_bias(site: Site, view: View) -> Iterator[Supposition]:
-    """What the operator in front adds, forgotten or left as it was."""
-    bias = _bias(site.norm, view)
-    if bias is None or not site.place.own or bias.shape != site.norm.slope.shape:
+def _of_the_operator(site: Site, view: View) -> Iterator[Supposition]:
+    """The weights and the bias of the operator in front: a factor, a bias forgotten or left."""
+    if not site.place.own:
         return
     s, t = site.norm.slope, site.norm.shift
+    bias = _bias(site.norm, view)
     was = f"batch norm '{site.norm.name}' was folded"
-    for fault, words, shift in (
-        ("bias not scaled", "and the bias of the operator in front was not scaled",
-         t + (1 - s) * bias),
-        ("bias left out", "and the bias of the operator in front was left out", t - s * bias),
-    ):  # fmt: skip
-        yield Supposition(fault, f"{was} {words}", site.normalized(s, shift))
+    if bias is not None and bias.shape == s.shape:
+        for fault, words, shift in (
+            ("bias not scaled", "the bias of the operator in front was not scaled",
+             t + (1 - s) * bias),
+            ("bias left out", "the bias of the operator in front was left out", t - s * bias),
+        ):  # fmt: skip
+            yield Supposition(fault, f"{was} and {words}", site.normalized(s, shift))
+    with np.errstate(all="ignore"):
+        k = _settled(site.slope / s, np.abs(s))
+    if k is not None:
+        held = bias if bias is not None and bias.shape == s.shape else np.zeros_like(s)
+        for fault, words, shift in (
+            ("weights scaled", f"and its weights are {k:.6g} times the right ones",
+             t + (1 - k) * s * held),
+            ("result scaled", f"and its result is {k:.6g} times the right one", k * t),
+        ):  # fmt: skip
+            result = site.normalized(k * s, shift)
+            yield Supposition(fault, f"{was} {words}", result, {"factor": k})
 
 
 def _bias(norm: Norm, view: View) -> Array | None:
