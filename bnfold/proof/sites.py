@@ -104,6 +104,7 @@ class Site:
         self._view = view
         self.place, self.norm = place, place.norm
         self._before, self._after, self._alignment = before, after, alignment
+        self._there = {**{name: name for name in inputs}, **alignment.there}
         wanted = {*place.frontier, self.norm.input, self.norm.output, place.value}
         self._right = before.run(inputs, sorted(wanted))
         self.x, self.y = self._right[self.norm.input], self._right[self.norm.output]
@@ -214,7 +215,7 @@ class Site:
         channels = self.x.shape[1]
         slope = np.full(channels, np.nan)
         misfit = np.zeros(channels)
-        if self.norm.input in self._alignment.there:
+        if self.norm.input in self._there:
             for first in range(0, channels, TOGETHER):
                 chosen = np.arange(first, min(first + TOGETHER, channels))
                 try:
@@ -243,7 +244,7 @@ class Site:
             x[row + 1, channel] += size
         value = self.place.value
         here = self._before.run({**right, self.norm.input: x}, [value])[value]
-        there = self._alignment.there
+        there = self._there
         given = {
             there[name]: self._alignment.written(name, array)
             for name, array in {**right, self.norm.input: x}.items()
