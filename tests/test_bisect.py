@@ -112,7 +112,7 @@ def test_names_of_values_are_kept_whatever_they_are(tmp_path: Path) -> None:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, *guilty: str) -> list[set[str]]:
-    """Make bnfold spoil a weight when these batch norms are all folded; the folds that were made."""
+    """Make bnfold spoil a weight when these batch norms all fold; the folds that were made."""
     right, made = api.apply, []
 
     def wrong(plan: Any) -> Any:
