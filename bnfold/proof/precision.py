@@ -14,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from bnfold.proof.counterpart import ROUNDINGS
 from bnfold.proof.runtimes import Runtime
 
-NARROW = {
-    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+NARROW = {  # the coarser first: its numbers are mostly float16 numbers as well
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
 }
 TITLES = {"fp16": "float16", "bf16": "bfloat16"}
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -113,11 +113,11 @@ def as_runtimes(given: Iterable[str | Runtime], precision: str = "fp32") -> tupl
 def ceiling(precision: str, unit: float) -> float:
     """The largest error ratio that a class lets pass, for a model of this rounding.
 
-    The ratio of the roundings, and never below what passes in the model's own precision: 2^13 for
-    tf32 and fp16 and 2^16 for bf16 where the model is float32, 4 where it is of the class itself.
+    What passes in the model's own precision, times the ratio of the roundings: 4 * 2^13 for tf32
+    and fp16 and 4 * 2^16 for bf16 where the model is float32, 4 where it is of the class itself.
     """
     rounding = PRECISIONS[precision]
-    return R_LIMIT if rounding is None else max(R_LIMIT, rounding / unit)
+    return R_LIMIT if rounding is None else R_LIMIT * max(1.0, rounding / unit)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ ORDINARY = ("given", "normal")  # input sets whose error shows what is usual
 FEW = 64  # elements below which errors may all be luck
 FLIPS = 1e-3  # share of a discrete output that may differ where the original's does not
 UNRELIABLE = 2.0**17  # roundings: an original further off than this (0.8 % in float32)
-TENSOR_CORE = (2.0**8, 2.0**14)  # ratios that TF32 and float16 products leave
+TENSOR_CORE = (2.0**8, 2.0**15)  # ratios that TF32 and float16 products leave
 
 
 @dataclass(frozen=True)

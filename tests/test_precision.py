@@ -1,0 +1,136 @@
+"""A folded model in float16 passes where that was declared, and a fault in it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from handmade import Array, Fold
+from onnx import TensorProto, numpy_helper
+from test_verify import modules, network
+
+from bnfold.proof.precision import effective, rounded, stored_class
+from bnfold.proof.reference import Float64Reference
+from bnfold.proof.runtime import open_session, run_torch
+from bnfold.proof.runtimes import Runtime
+from bnfold.proof.verify import VerifyReport, verify
+
+
+def with_weights(model: onnx.ModelProto, change: Callable[[Array], Array]) -> onnx.ModelProto:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for tensor in changed.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(change(value), tensor.name))
+    return changed
+
+
+def half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every tensor float16, inputs and outputs included, as a converter leaves it."""
+    changed = with_weights(model, lambda value: value.astype(np.float16))
+    for value in (*changed.graph.input, *changed.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    return changed
+
+
+def through(kind: type) -> Callable[[Array], Array]:
+    return lambda value: value.astype(kind).astype(np.float32)
+
+
+def compared(fold: Fold, change: Callable[[onnx.ModelProto], onnx.ModelProto],
+             *runtimes: str) -> VerifyReport:  # fmt: skip
+    original, folded = fold.models()
+    return verify(original, change(folded), runtimes=runtimes, threads=1)
+
+
+STORED = {
+    "float16 tensors": ("fp16", half),
+    "float16 numbers": ("fp16", lambda m: with_weights(m, through(np.float16))),
+    "bfloat16 numbers": ("bf16", lambda m: with_weights(m, through(ml_dtypes.bfloat16))),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_narrow_weights_pass_where_they_are_declared(case: str) -> None:
+    name, change = STORED[case]
+    undeclared = compared(network(), change, "ort-cpu")
+    assert not undeclared.passed
+    sentences = [result.sentence for result in undeclared.failures]
+    assert all(f"declare the class {name}" in s for s in sentences[:1]), sentences
+    declared = compared(network(), change, f"ort-cpu:{name}")
+    assert declared.passed, [result.sentence for result in declared.failures]
+    shares = [result.value for result in declared.gates if result.name == "class ratio"]
+    assert len(shares) == 2, "gate B and the runtime"
+    assert all(0.3 < share < 2 for share in shares)
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_a_fault_below_the_ceiling_fails_against_the_original_in_the_class(case: str) -> None:
+    name, change = STORED[case]
+    fault = network(eps=1e-2)
+    report = compared(fault, change, f"ort-cpu:{name}")
+    assert not report.passed
+    assert {result.name for result in report.failures} >= {"class ratio"}
+
+
+def test_a_class_that_nothing_is_stored_in_loosens_no_limit() -> None:
+    report = compared(network(), lambda model: model, "ort-cpu:fp16")
+    assert report.passed
+    assert {result.limit for result in report.gates if result.name == "error ratio"} == {4.0}
+    spoiled = compared(network(1e-3), lambda model: model, "ort-cpu:fp16")
+    assert not spoiled.passed
+
+
+def test_an_original_of_such_numbers_is_no_cause() -> None:
+    narrow = with_weights(network().models()[0], through(np.float16))
+    assert stored_class(network().models()[0], narrow) == "fp16"
+    assert stored_class(narrow, narrow) == ""
+    assert stored_class(network().models()[0], network().models()[1]) == ""
+
+
+def test_effect_of_a_class() -> None:
+    assert effective(Runtime("ort-cuda", "fp16"), "") == Runtime("ort-cuda")
+    assert effective(Runtime("ort-cuda", "fp16"), "fp16") == Runtime("ort-cuda", "fp16")
+    for text in ("ort-tensorrt", "torch", "torch-cuda"):
+        assert effective(Runtime(text, "fp16"), "") == Runtime(text, "fp16")
+    assert effective(Runtime("ort-cuda", "tf32"), "") == Runtime("ort-cuda", "tf32")
+
+
+def test_rounding_of_products_is_that_of_the_type() -> None:
+    original, _ = network().models()
+    x = {"x": np.random.default_rng(0).standard_normal((8, 3, 12, 12)).astype(np.float32)}
+    exact = Float64Reference(original).run(x)["out"]
+    errors = {}
+    for name in ("fp16", "bf16"):
+        got = open_session(rounded(original, name), optimize=False).run(x)["out"]
+        errors[name] = np.linalg.norm(got - exact) / np.linalg.norm(exact)
+    assert 2.0**-13 < errors["fp16"] < 2.0**-9
+    assert 2.0**-10 < errors["bf16"] < 2.0**-6
+    assert "/fp16" not in str(original), "the caller's model was changed"
+
+
+# ----------------------------------------------------------------------------------------- torch
+
+
+def test_torch_rounds_where_it_is_declared_and_leaves_its_settings() -> None:
+    before, after = network().models()
+    pair = modules(network())
+    report = verify(before, after, runtimes=["torch:bf16"], torch_modules=pair, threads=1)
+    assert report.passed, [result.sentence for result in report.failures]
+    assert report.runtimes[-1].ratio > 2**8, "bf16 was declared and nothing was rounded"
+    assert "class ratio" in {result.name for result in report.gates}
+    assert not torch.is_autocast_enabled("cpu")
+    wrong = (pair[0], modules(network(1e-1))[1])
+    failed = verify(before, after, runtimes=["torch:bf16"], torch_modules=wrong, threads=1)
+    assert [result.gate for result in failed.failures] == ["C"] * len(failed.failures) != []
+
+
+def test_torch_in_its_own_precision_is_float32() -> None:
+    (value,) = run_torch(torch.nn.Linear(4, 2), [np.ones((1, 4), np.float32)])
+    assert value.dtype == np.float32
+    (narrow,) = run_torch(torch.nn.Linear(4, 2), [np.ones((1, 4), np.float32)], "fp16")
+    assert narrow.dtype == np.float16
