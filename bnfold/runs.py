@@ -106,16 +106,16 @@ def add_proof(done: Run, proof: Any, *, is_fold: bool = True) -> None:
             del found[part]
     done["proof"] = found
     done["exit_code"] = 0 if proof.passed else 1
-    gates = ", ".join(sorted({gate["gate"] for gate in done["gates"]}))
-    if is_fold and "A" not in gates:
+    names = sorted({gate["gate"] for gate in done["gates"]})
+    gates = f"gate{'s' * (len(names) > 1)} {', '.join(names)}"
+    if is_fold and "A" not in names:
         done.setdefault("warnings", []).append(
             "Gate A, the algebra, was not checked: it needs the record that `bnfold fold` wrote."
         )
     done.setdefault("warnings", []).extend(found.pop("warnings"))
     if proof.passed:
-        limit = max(gate["limit"] for gate in done["gates"] if gate["value"] == proof.r)
         done["summary"] += (
-            f" Proved by gates {gates}: R = {proof.r:.2f} (limit {limit:g}; {proof.samples}"
+            f" Proved by {gates}: R = {proof.r:.2f} (limit {proof.limit:g}; {proof.samples}"
             f" samples, seed {proof.seed})."
         )
     elif _undecided(done["gates"]):

@@ -565,3 +565,213 @@ def test_real_model_with_a_spoiled_weight_fails(shared_data: Path) -> None:
     assert report.first_divergence is not None
     consumer = next(n for n in original.graph.node if tensor.name in n.input)
     assert report.first_divergence.value in consumer.output
+
+
+# ------------------------------------------------------------------- what a whole output can hide
+
+
+def two_heads(folded_head: float = 1.0) -> Fold:
+    """Boxes in pixels and scores below one, as one output; the folded scores off by a factor."""
+    boxes, scores = draw(1, 8, 3, 3, 3) * 1e4, draw(2, 4, 3, 3, 3) * 0.05
+    nodes = [
+        node("Conv", "x q", "boxes", pads=[1, 1, 1, 1]),
+        node("Conv", "x c", "scores", pads=[1, 1, 1, 1]),
+        node("Concat", "boxes scores", "out", axis=1),
+    ]
+    weights = {"q": boxes, "c": scores}
+    return small(nodes, None, weights, {"q": boxes, "c": scores * np.float32(folded_head)},
+                 ("N", 3, 12, 12))  # fmt: skip
+
+
+def test_a_wrong_small_head_beside_a_large_one_fails_by_its_channel() -> None:
+    assert checked(two_heads()).passed
+    report = checked(two_heads(1.1))
+    assert report.r < 4, "the 2-norm does not see it, or this test shows nothing"
+    assert [result.name for result in report.failures] == ["channel"]
+    assert report.failures[0].value > 1000
+    assert "of axis 1" in report.failures[0].sentence
+
+
+def test_channels_of_few_numbers_are_not_said_to_pass() -> None:
+    report = checked(network(), samples=2)
+    assert report.passed
+    assert "channel" not in {result.name for result in report.gates}
+
+
+def with_output_cast(kind: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    original, folded = network().models()
+    folded.graph.node[-1].output[0] = "plain"
+    folded.graph.node.append(helper.make_node("Cast", ["plain"], ["out"], to=kind))
+    folded.graph.output[0].type.tensor_type.elem_type = kind
+    return original, folded
+
+
+def test_another_type_of_an_output_fails() -> None:
+    report = verify(*with_output_cast(TensorProto.DOUBLE), threads=1)
+    assert not report.passed
+    assert "its type is float64, and should be float32" in report.failures[0].sentence
+    assert verify(*with_output_cast(TensorProto.FLOAT), threads=1).passed
+
+
+def test_outputs_in_another_order_are_told_so() -> None:
+    nodes = [node("Relu", "x", "out"), node("Abs", "x", "other")]
+    models = small(nodes).models()
+    for model, names in zip(models, (("out", "other"), ("other", "out")), strict=True):
+        kind = model.graph.output[0].type
+        del model.graph.output[:]
+        model.graph.output.extend(helper.make_value_info(name, kind) for name in names)
+    report = verify(*models, threads=1)
+    assert not report.passed
+    assert "outputs in another order (other, out)" in report.failures[0].sentence
+    assert not any("exact arithmetic" in note for note in report.notes)
+
+
+def test_other_inputs_are_told_so() -> None:
+    original, folded = network().models()
+    folded.graph.input[0].name = folded.graph.node[0].input[0] = "image"
+    report = verify(original, folded, threads=1)
+    assert not report.passed
+    assert "has the inputs image; the original has x" in report.failures[0].sentence
+
+
+def test_an_output_that_nothing_changes_is_a_warning() -> None:
+    zero = {"z": np.zeros(1, np.float32), "b": np.ones(1, np.float32)}
+    fold = small([node("Mul", "x z", "m"), node("Add", "m b", "out")], weights=zero)
+    report = checked(fold)
+    assert report.passed
+    assert "'out' was the same for every row" in report.warnings[0]
+    assert not checked(network()).warnings
+
+
+def test_an_input_that_is_gone_is_a_note() -> None:
+    original, folded = network().models()
+    original.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [8, 3, 3, 3]))
+    report = verify(original, folded, threads=1)
+    assert "The folded model no longer takes 'w' as an input." in report.notes
+
+
+def test_outputs_that_are_all_nan_are_nothing() -> None:
+    nodes = [node("Abs", "x", "a"), node("Neg", "a", "n"), node("Sub", "n one", "m"),
+             node("Sqrt", "m", "out")]  # fmt: skip
+    with pytest.raises(NothingComparedError, match="NaN or infinite"):
+        checked(small(nodes, weights={"one": np.ones(1, np.float32)}))
+
+
+# ------------------------------------------------------------------------------ sizes, decisions
+
+
+def test_every_dynamic_axis_has_a_second_size() -> None:
+    fold = replace(network(), x=("N", 3, "H", "W"))
+    report = proved(fold, input_shapes={"x": (1, 3, 24, 20)})
+    assert report.passed
+    assert report.sets[-2:] == ("H = 16", "W = 12")
+    sequence = small([node("Relu", "x", "out")], x=("N", 4, "T"))
+    assert checked(sequence).sets[-1] == "T = 32"
+    square = replace(network(), x=("N", 3, "S", "S"))
+    group = drawn_inputs(square.models()[0], None, seed=0)[-1]
+    assert (group.name, group.batches[0]["x"].shape) == ("S = 160", (1, 3, 160, 160))
+
+
+def test_a_folded_model_of_one_size_alone_fails() -> None:
+    nodes = [node("Reshape", "x shape", "out")]
+    any_size = {"shape": np.array([0, -1], np.int64)}
+    fold = small(nodes, None, any_size, {"shape": np.array([0, 4 * 64], np.int64)}, ("N", 4, "T"))
+    report = checked(fold)
+    assert not report.passed
+    assert all("'T = 32' inputs" in result.sentence for result in report.failures)
+    assert checked(small(nodes, weights=any_size, x=("N", 4, "T"))).passed
+
+
+def test_a_size_that_the_original_does_not_take_is_a_note() -> None:
+    nodes = [node("Reshape", "x shape", "out")]
+    fixed = {"shape": np.array([0, 4 * 64], np.int64)}
+    report = checked(small(nodes, weights=fixed, x=("N", 4, "T")))
+    assert report.passed
+    assert "Not compared: T = 32, which the original does not take." in report.notes
+    assert "T = 32" not in report.sets
+
+
+def test_flipped_decisions_are_told_and_not_judged() -> None:
+    rows = {"w": draw(0, 4, 6)}
+    nodes = [node("MatMul", "x w", "out")]
+    right = checked(small(nodes, weights=rows))
+    assert [(d.flips, d.outside) for d in right.decisions] == [(0, 0), (0, 0)]
+    assert right.decisions[0].rows == right.samples
+    wrong = checked(small(nodes, None, rows, {"w": rows["w"][:, ::-1].copy()}))
+    first = wrong.decisions[0]
+    assert first.flips > first.rows / 2
+    assert first.outside == first.flips
+
+
+def test_a_flip_that_rounding_explains_is_not_outside() -> None:
+    """Two classes of one float32 weight that differ in float64 by less than its rounding."""
+    twin = draw(0, 64, 1)
+    near = np.nextafter(twin, np.float32(9), dtype=np.float32)
+    rows = {"w": np.concatenate([twin, near], axis=1)}
+    swapped = {"w": np.concatenate([near, twin], axis=1)}
+    report = checked(small([node("MatMul", "x w", "out")], None, rows, swapped, ("N", 64)))
+    decision = report.decisions[0]
+    assert decision.flips > 0
+    assert decision.outside < decision.flips
+
+
+def test_noise_of_two_runs_and_a_new_session_is_added_to_what_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import bnfold.proof.backends as backends
+
+    opened = backends.open_session
+    count = iter(range(100))
+
+    class Noisy:
+        """A session opened after all others, for the noise: off by 1e-5 of the result."""
+
+        def __init__(self, session: object) -> None:
+            self._session = session
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._session, name)
+
+        def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+            values = self._session.run(feeds)  # type: ignore[attr-defined]
+            return {name: value * np.float32(1 + 1e-5) for name, value in values.items()}
+
+    def open_noisy(*given: object, **options: object) -> object:
+        session = opened(*given, **options)  # type: ignore[arg-type]
+        return Noisy(session) if next(count) >= 3 else session
+
+    monkeypatch.setattr(backends, "open_session", open_noisy)
+    report = proved(network())
+    assert report.passed
+    assert report.runtimes[1].noise == pytest.approx(1e-5, rel=0.1)
+    assert any("noise 1e-05" in result.sentence for result in report.gates)
+
+
+# ------------------------------------------------------------------------------------ given data
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.zeros((2, 4), np.complex64), "complex64"),
+        (np.array([["a"] * 4]), "<U1"),
+        (np.full((2, 4), 1e300), "1e\\+300"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(value: Array, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        checked(small([node("Relu", "x", "out")]), inputs={"x": value})
+
+
+def test_halves_are_no_integers() -> None:
+    models = small([node("Gather", "table x", "out")], weights={"table": draw(0, 7, 3)}).models()
+    for model in models:
+        model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    with pytest.raises(InputError, match=r"such as 0\.5"):
+        verify(*models, inputs={"x": np.full((70, 4), 0.5)})
+    assert verify(*models, inputs={"x": np.full((70, 4), 3.0)}, threads=1).passed
+
+
+def test_a_seed_below_zero_is_refused() -> None:
+    with pytest.raises(UsageError, match="seed is -1"):
+        proved(network(), seed=-1)

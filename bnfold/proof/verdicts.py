@@ -27,6 +27,7 @@ CLASS_LIMIT = 2.0  # folded over original, both in the class that was declared
 FLOOR = 4.0  # roundings below which an error of the original is luck
 ORDINARY = ("given", "normal")  # input sets whose error shows what is usual
 FEW = 64  # elements below which errors may all be luck
+FEW_OF_SLICE = 8  # the same for one channel, whose errors are held against the usual one too
 FLIPS = 1e-3  # share of a discrete output that may differ where the original's does not
 UNRELIABLE = 2.0**17  # roundings: an original further off than this (0.8 % in float32)
 TENSOR_CORE = (2.0**8, 2.0**15)  # ratios that TF32 and float16 products leave
@@ -187,7 +188,8 @@ class Measures:
         found = [
             (*self._slice(backend, group.name, output, axis), axis, group.name)
             for group in self.sets
-            for axis in self.tallies["original", group.name, output].slices
+            for axis, own in self.tallies["original", group.name, output].slices.items()
+            if own.count >= FEW_OF_SLICE
         ]
         if found:
             worst, index, axis, where = max(found)
@@ -266,11 +268,11 @@ class Measures:
     def _slice(self, backend: Backend, group: str, output: str, axis: int) -> tuple[float, int]:
         """Worst index of an axis: its error over the original's there, and the index.
 
-        Indices of few elements are left out, and those that are exactly zero.
+        Those that are exactly zero are left out.
         """
         found = self.tallies[backend.name, group, output].slices.get(axis)
         own = self.tallies["original", group, output].slices[axis]
-        if found is None or found.error.shape != own.error.shape or found.count < FEW:
+        if found is None or found.error.shape != own.error.shape:
             return 0.0, 0
         usual = self._usual(lambda other: self._relative(other, output), output)
         size = np.sqrt(own.size)

@@ -39,7 +39,7 @@ from bnfold.proof.precision import rounded, stored_class, types_of, unit_of
 from bnfold.proof.profile import Profile
 from bnfold.proof.profile import profile as profile_of
 from bnfold.proof.reference import Float64Reference, NoReferenceError
-from bnfold.proof.runtimes import DEFAULT, Runtime, as_runtimes
+from bnfold.proof.runtimes import DEFAULT, R_LIMIT, Runtime, as_runtimes
 from bnfold.proof.verdicts import FEW, Decisions, GateResult, not_run
 
 if TYPE_CHECKING:
@@ -115,9 +115,16 @@ class VerifyReport:
     @property
     def r(self) -> float:
         """The worst ratio of the gate in question (NaN where it could not be computed)."""
+        return max((result.value for result in self._ratios()), default=math.nan)
+
+    @property
+    def limit(self) -> float:
+        """What that ratio may come to."""
+        return max((result.limit for result in self._ratios()), default=R_LIMIT)
+
+    def _ratios(self) -> list[GateResult]:
         name = "error ratio" if self.question == "B" else "backend ratio"
-        ratios = [result.value for result in self.gates if result.name == name]
-        return max(ratios) if ratios else math.nan
+        return [result for result in self.gates if result.name == name]
 
     def raise_for_failure(self) -> None:
         """Raise VerificationError with the first failure, or NothingComparedError."""
@@ -457,7 +464,7 @@ def _evidence(backends: Backends, comparison: Comparison | None) -> tuple[Ran, .
     ratios = {} if comparison is None or comparison.measures is None else comparison.measures.ratios
     return tuple(
         Ran(
-            name=str(backend.runtime),
+            name=str(backend.runtime) + ", unoptimized" * (backend.gate == "B"),
             role=backend.role,
             gate=backend.gate,
             providers=backend.placement,
