@@ -36,6 +36,7 @@ Pads = tuple[tuple[int, int], ...]
 NARROW_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 NARROW_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 WORKSPACE_BYTES = 1 << 26  # unfolded convolution inputs held at a time: 64 MiB
+CACHE_BYTES = 1 << 18  # sums of a depthwise convolution held at a time: they stay in the cache
 
 
 class NoReferenceError(InputError):
@@ -363,12 +364,19 @@ def _depthwise(x: Array, weight: Array, y: Array, strides: Spatial, dilations: S
                group: int) -> None:  # fmt: skip
     kernel = weight.shape[2:]
     per_tap = weight.reshape(group, -1, *kernel)
-    per_group = y.reshape(len(y), group, -1, *y.shape[2:])
-    per_group[...] = 0.0
     ones = (1,) * len(kernel)
-    for tap, where in _taps(kernel, y.shape[2:], strides, dilations):
-        factor = per_tap[_last(tap)].reshape(group, -1, *ones)
-        per_group += x[_spatial(where)][:, :, None] * factor
+    taps = list(_taps(kernel, y.shape[2:], strides, dilations))
+    step = max(1, CACHE_BYTES // max(y[0].nbytes // group, 1))  # channels
+    for sample, out in zip(x, y.reshape(len(y), group, -1, *y.shape[2:]), strict=True):
+        for first in range(0, group, step):
+            channels = slice(first, first + step)
+            sums = out[channels]
+            sums[...] = 0.0
+            product = np.empty_like(sums)
+            for tap, where in taps:
+                factor = per_tap[_last(tap)][channels].reshape(len(sums), -1, *ones)
+                np.multiply(sample[(channels, None, *where)], factor, out=product)
+                sums += product
 
 
 def _unfolded(x: Array, weight: Array, y: Array, strides: Spatial, dilations: Spatial,
