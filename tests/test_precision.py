@@ -129,6 +129,32 @@ def test_torch_rounds_where_it_is_declared_and_leaves_its_settings() -> None:
     assert [result.gate for result in failed.failures] == ["C"] * len(failed.failures) != []
 
 
+class Settings(torch.nn.Module):
+    """What torch is set to while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = settings()
+        return x
+
+
+def settings() -> list[bool]:
+    cudnn = torch.backends.cudnn
+    return [cudnn.enabled, cudnn.deterministic, cudnn.benchmark,
+            torch._C._get_cudnn_allow_tf32(), torch._C._get_cublas_allow_tf32()]  # fmt: skip
+
+
+def test_cuda_is_set_for_the_run_alone_and_cudnn_stays_on() -> None:
+    module, before = Settings(), settings()
+    for precision, tf32 in (("fp32", False), ("tf32", True)):
+        run_torch(module, [np.zeros((1, 1), np.float32)], precision)
+        assert module.seen == [True, True, False, tf32, tf32]
+        assert settings() == before
+
+
 def test_torch_in_its_own_precision_is_float32() -> None:
     (value,) = run_torch(torch.nn.Linear(4, 2), [np.ones((1, 4), np.float32)])
     assert value.dtype == np.float32

@@ -180,7 +180,7 @@ class Worker:
             is_path = isinstance(source, str)
             head = {
                 "call": "open",
-                "path": str(Path(source).resolve()) if isinstance(source, str) else None,
+                "path": os.path.abspath(source) if is_path else None,  # noqa: PTH100  keeps links
                 "provider": self.runtime.place.provider,
                 "precision": self.runtime.precision,
                 "optimize": optimize,

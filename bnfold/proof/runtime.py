@@ -584,7 +584,7 @@ def run_torch(
         cuda.allow_tf32 = tf32
         with (
             torch.no_grad(),
-            torch.backends.cudnn.flags(allow_tf32=tf32, deterministic=True),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32),
             torch.autocast(device.type, narrow, enabled=narrow is not None),
         ):
             given = [_as_tensor(x).to(device) for x in inputs]
