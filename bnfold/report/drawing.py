@@ -16,7 +16,7 @@ from markupsafe import Markup
 from bnfold.report.tables import figure
 
 HEIGHT = 230  # of a line chart's field, pixels
-LETTER = (0.62, 2.1)  # width of a letter in percent of a field: on a desk, on a phone
+LETTER = (0.62, 2.6)  # width of a letter in percent of a field: on a desk, on a phone
 BAND = 16  # pixels above the field for the names of the layers' groups
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _STEPS = (1, 2, 5)
@@ -47,7 +47,8 @@ class LogAxis:
             return 0.0
         if value == math.inf:
             return 1.0
-        place = math.log(value / self.low) / math.log(self.high / self.low)
+        low, high = math.log(self.low), math.log(self.high)
+        place = (math.log(value) - low) / (high - low)
         return min(max(place, 0.0), 1.0)
 
     def ticks(self) -> list[float]:
@@ -203,15 +204,17 @@ def line_chart(
     hints: Sequence[str],
     marks: Mapping[int, str],
     guides: Sequence[tuple[float, str]] = (),
+    floor: float = 0.0,
     about: str,
 ) -> Markup:
     """Layer by layer along a logarithmic axis.
 
     hints: what a layer's column says when it is pointed at. marks: columns that stand out, with
-    what is written there. guides: values with a line of their own. about: the picture in words.
+    what is written there. guides: values with a line of their own. floor: where the axis ends at the
+    latest; what is less stands at its end. about: the picture in words.
     """
     values = [*(value for line in series for value in line.values), *(v for v, _ in guides)]
-    axis = LogAxis.of(values)
+    axis = LogAxis.of((max(value, floor) for value in values))
     if axis is None:
         return Markup("")
     parts = [*_bands(names), *_levels(axis), *_columns(hints)]
@@ -338,10 +341,11 @@ def groups(names: Sequence[str]) -> list[tuple[str, int, int]]:
                 (head.split(".")[-1], first, count)
                 for (head, count), first in zip(runs, firsts, strict=False)
             ]
-    step = max(1, math.ceil(len(names) / 8))
+    step = max(1, math.ceil(len(names) / 5))
+    parts = [(first, min(step, len(names) - first)) for first in range(0, len(names), step)]
     return [
-        (f"{first + 1}…" if step > 1 else f"{first + 1}", first, min(step, len(names) - first))
-        for first in range(0, len(names), step)
+        (f"{first + 1}–{first + count}" if count > 1 else f"{first + 1}", first, count)
+        for first, count in parts
     ]
 
 

@@ -29,6 +29,7 @@ Run = Mapping[str, Any]
 
 MANY_NORMS = 48  # batch norms from which the list of the folded ones is closed at first
 MANY_WEIGHTS = 24  # weights from which only those that changed most are shown at first
+NO_DISTANCE = 1e-4  # a KL divergence that nobody needs to tell from 0
 FAULTY = 16  # roundings that a layer may be off by in exact arithmetic: as proof/divergence.py
 
 
@@ -78,6 +79,7 @@ class _View:
     run: Run
     verdict: Verdict
     model: str
+    brief: str
     runtimes: list[dict[str, Any]]
     profile: Mapping[str, Any] | None
     norms: Mapping[str, Any] | None
@@ -95,6 +97,7 @@ class _View:
             run=run,
             verdict=verdict,
             model=PurePath(files[0]["path"]).name if files else "",
+            brief=_brief(run),
             runtimes=_runtimes(run),
             profile=_profile(run, verdict),
             norms=_norms(run),
@@ -103,6 +106,16 @@ class _View:
             domains=[_domain(domain) for domain in run.get("domains") or ()],
             bench=_bench(run),
         )
+
+
+def _brief(run: Run) -> str:
+    """The first sentence about a run, with the domain and R that tell it from its like."""
+    if run["summary"] is None:
+        return str(run["error"]["message"])
+    domains = ", ".join(domain["name"] for domain in run["domains"] or ())
+    first = re.split(r"(?<=[.:]) ", run["summary"])[0].rstrip(":")
+    r = f" R = {_shown(run['proof']['r'])}." if run["proof"] else ""
+    return f"{domains}: {first}{r}" if domains else f"{first}{r}"
 
 
 def _shown(value: Any, digits: int = 3) -> str:
@@ -147,7 +160,7 @@ def _norms(run: Run) -> Mapping[str, Any] | None:
         return None
     groups: dict[str, list[Any]] = {}
     for norm in norms["kept"]:
-        groups.setdefault(re.sub(r" '[^']*'", "", norm["reason"]), []).append(norm)
+        groups.setdefault(_without_names(norm["reason"]), []).append(norm)
     folded, kept = len(norms["folded"]), len(norms["kept"])
     return {
         "folded": norms["folded"],
@@ -157,6 +170,11 @@ def _norms(run: Run) -> Mapping[str, Any] | None:
         "share": folded / (folded + kept) if folded + kept else 1.0,
         "open": folded <= MANY_NORMS,
     }
+
+
+def _without_names(reason: str) -> str:
+    """A reason without the names and channels in it, which it shares with others then."""
+    return re.sub(r" '[^']*'| \([^)]*\)", "", reason)
 
 
 # --- error by layer -------------------------------------------------------------------------------
@@ -273,6 +291,7 @@ def _domain(domain: Mapping[str, Any]) -> dict[str, Any]:
             series,
             hints=hints,
             marks={},
+            floor=NO_DISTANCE,
             about=f"KL divergence at {len(names)} layers, logarithmic.",
         ),
     }
@@ -284,7 +303,7 @@ def _heat_map(domains: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mark
     Layers stand in the order of each domain; one colour means one distance.
     """
     lines = [(domain, line) for domain in domains for line in domain["series"]]
-    axis = LogAxis.of(value for _, line in lines for value in line.values)
+    axis = LogAxis.of(max(value, 10 * NO_DISTANCE) for _, line in lines for value in line.values)
     if len(domains) < 2 or axis is None:
         return []
     return [

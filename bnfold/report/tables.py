@@ -28,7 +28,8 @@ class Table:
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """Those of the parts that a report has, in the order of reading."""
-    return [table for key, make in _MAKERS.items() if report.get(key) for table in make(report)]
+    made = [table for key, make in _MAKERS.items() if report.get(key) for table in make(report)]
+    return [table for table in made if table.rows]
 
 
 def figure(value: Any, digits: int = 3) -> str:
@@ -102,6 +103,16 @@ def _runtimes(report: Mapping[str, Any]) -> Iterator[Table]:
         for r in report["runtimes"]
     ]
     yield Table("Runtimes", ("runtime", "R", "noise", "nodes by provider", "libraries"), rows)
+
+
+def _decisions(report: Mapping[str, Any]) -> Iterator[Table]:
+    found = report["proof"].get("decisions") or ()
+    rows = [[d["output"], d["backend"], *(str(d[k]) for k in _DECIDED)] for d in found]
+    head = ("output", "on", "rows", "other class", "beyond rounding")
+    yield Table("Decisions", head, rows, brief=[row for row in rows if row[-1] != "0"])
+
+
+_DECIDED = ("rows", "flips", "outside")
 
 
 def _cause(report: Mapping[str, Any]) -> Iterator[Table]:
@@ -193,6 +204,7 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {
     "bench": _bench,
     "profile": _profile,
     "runtimes": _runtimes,
+    "proof": _decisions,
     "gates": _proof,
     "cause": _cause,
     "files": _files,
