@@ -79,7 +79,7 @@ def test_a_misspelt_key_anywhere_is_seen(runs):
     assert VALID.is_valid(document)
     tried = 0
     for path, part in walk(document):
-        maps = {"versions", "before", "after", "placed", "machine"}
+        maps = {"versions", "before", "after", "placed", "machine", "figures"}
         if not part or (path[-1:] and path[-1] in maps | {"noise", "backends"}):
             continue
         if {"backends", "providers", "placed", "machine"} & set(path):
