@@ -130,8 +130,9 @@ class FoldResult:
         *,
         runtimes: Sequence[str | Runtime] = (DEFAULT,),
         seed: int = 0,
+        profile: bool = False,
     ) -> VerifyReport:
-        """Gates A, B and C of this fold; see `bnfold.verify`."""
+        """Gates A, B and C of this fold; see `bnfold.verify`. profile: each layer's error too."""
         from bnfold.proof.verify import verify
 
         return verify(
@@ -143,6 +144,7 @@ class FoldResult:
             runtimes=runtimes,
             seed=seed,
             torch_modules=self.modules,
+            profile=profile,
         )
 
     def require_folded(self, count: int | Literal["all"] = "all") -> None:

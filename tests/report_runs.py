@@ -25,6 +25,7 @@ VERBS = {
     "export": f"export {{0}}/net.pt {SPEC} -o {{0}}/exported.onnx",
     "verify": "verify {0}/net.onnx {0}/net.folded.onnx",
     "verify, wrong": "verify {0}/net.onnx {0}/wrong.onnx --report {0}/wrong.html",
+    "parity": "parity {0}/net.onnx",
     "adapt": "adapt {0}/net.folded.onnx --target-data {0}/night.npy -o {0}/night.onnx"
     " --pack {0}/night.pack",
     "adapt, other": "adapt {0}/net.folded.onnx --target-data {0}/fog.npy -o {0}/fog.onnx"

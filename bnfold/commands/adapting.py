@@ -201,7 +201,8 @@ def _report(
     if result.fold is not None:
         done["summary"] += " The model is folded again."
         if not args.no_verify:
-            proof = result.fold.verify(runtimes=runtimes_of(args))
+            where = runtimes_of(args)
+            proof = result.fold.verify(runtimes=where, profile=report.pictured(args))
             add_proof(done, proof)
             if not proof.passed:
                 done["summary"] += " No file was written."

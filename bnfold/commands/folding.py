@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bnfold import report
 from bnfold.commands.demands import unmet
 from bnfold.commands.shared import (
     Report,
@@ -74,7 +75,7 @@ def fold(args: argparse.Namespace) -> Report:
         done["summary"] += f" Nothing was written{' (--dry-run)' * args.dry_run}."
         return timed(done, started)
     if not args.no_verify:
-        proof = result.verify(runtimes=runtimes_of(args))
+        proof = result.verify(runtimes=runtimes_of(args), profile=report.pictured(args))
         add_proof(done, proof)
         if not proof.passed or unmet(done, args):
             done["summary"] += " No file was written."

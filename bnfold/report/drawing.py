@@ -210,11 +210,11 @@ def line_chart(
     """Layer by layer along a logarithmic axis.
 
     hints: what a layer's column says when it is pointed at. marks: columns that stand out, with
-    what is written there. guides: values with a line of their own. floor: where the axis ends at the
-    latest; what is less stands at its end. about: the picture in words.
+    what is written there. guides: values with a line of their own. floor: where the axis ends at
+    the latest; what is less stands at its end. about: the picture in words.
     """
     values = [*(value for line in series for value in line.values), *(v for v, _ in guides)]
-    axis = LogAxis.of((max(value, floor) for value in values))
+    axis = LogAxis.of(max(value, floor) for value in values)
     if axis is None:
         return Markup("")
     parts = [*_bands(names), *_levels(axis), *_columns(hints)]
@@ -344,7 +344,7 @@ def groups(names: Sequence[str]) -> list[tuple[str, int, int]]:
     step = max(1, math.ceil(len(names) / 5))
     parts = [(first, min(step, len(names) - first)) for first in range(0, len(names), step)]
     return [
-        (f"{first + 1}–{first + count}" if count > 1 else f"{first + 1}", first, count)
+        (f"{first + 1}\u2013{first + count}" if count > 1 else f"{first + 1}", first, count)
         for first, count in parts
     ]
 

@@ -84,17 +84,25 @@ def _given(title: str, key: str) -> Callable[[Mapping[str, Any]], Iterator[Table
 
 
 def _proof(report: Mapping[str, Any]) -> Iterator[Table]:
-    rows = [
-        [g["gate"], g["subject"], "pass" if g["passed"] else "FAIL", g["sentence"]]
-        for g in report["gates"]
-    ]
-    yield Table("Proof", ("gate", "of", "", "measured"), rows)
+    def row(gate: Mapping[str, Any], told: str) -> list[str]:
+        return [gate["gate"], gate["subject"], "pass" if gate["passed"] else "FAIL", told]
+
+    gates = report["gates"]
+    head = ("gate", "of", "", "measured")
+    full = [row(gate, gate["sentence"]) for gate in gates]
+    short = [row(g, _measure(g) if g["passed"] else g["sentence"]) for g in gates]
+    yield Table("Proof", head, full, brief=short)
+
+
+def _measure(gate: Mapping[str, Any]) -> str:
+    return f"{gate['name']} {figure(gate['value'])} (limit {figure(gate['limit'])})"
 
 
 def _runtimes(report: Mapping[str, Any]) -> Iterator[Table]:
     rows = [
         [
-            r["name"],
+            r["name"] + (", unoptimized" if r.get("gate") == "B" else ""),
+            str(r.get("role") or "-"),
             figure(r.get("ratio")),
             figure(r.get("noise")),
             placed(r.get("providers") or {}),
@@ -102,7 +110,8 @@ def _runtimes(report: Mapping[str, Any]) -> Iterator[Table]:
         ]
         for r in report["runtimes"]
     ]
-    yield Table("Runtimes", ("runtime", "R", "noise", "nodes by provider", "libraries"), rows)
+    head = ("runtime", "ran the", "R", "noise", "nodes by provider", "libraries")
+    yield Table("Runtimes", head, rows)
 
 
 def _decisions(report: Mapping[str, Any]) -> Iterator[Table]:
@@ -136,13 +145,9 @@ def _profile(report: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _weights(report: Mapping[str, Any]) -> Iterator[Table]:
-    def rows(some: Sequence[Mapping[str, Any]]) -> Rows:
-        return [[w["name"], *_range(w["before"]), *_range(w["after"])] for w in some]
-
-    wider = sorted(report["weights"], key=lambda w: -widening(w))[:FEW]
-    short = [w for w in wider if widening(w) > 2]
+    rows = [[w["name"], *_range(w["before"]), *_range(w["after"])] for w in report["weights"]]
     head = ("weight", "range before", "spread", "range after", "spread")
-    yield Table("Weights", head, rows(report["weights"]), brief=rows(short))
+    yield Table("Weights", head, rows, brief=[])
 
 
 def widening(weight: Mapping[str, Any]) -> float:
