@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from nets import with_statistics
 from onnx import numpy_helper
 from torch import nn
@@ -23,6 +24,7 @@ from bnfold.benchmark.timing import Effort, OnnxModel
 from bnfold.cli import main
 from bnfold.errors import InputError, RuntimeUnavailableError, UsageError, VerificationError
 from bnfold.proof.runtimes import Runtime
+from bnfold.report.schema import schema_text
 from models.digits import digits_cnn
 
 CPU = Runtime("ort-cpu")
@@ -278,10 +280,12 @@ def test_bench_says_what_was_timed(files, capsys):
     )
     assert code == 0
     report = json.loads(out)
+    Draft202012Validator(json.loads(schema_text())).validate(report)
     rows = report["bench"]["rows"]
     assert [row["model"] for row in rows] == ["original", "folded", "original again"]
     assert [row["batch"] for row in rows] == [2, 2, 2]
     assert report["summary"].startswith("folded on ort-cpu, batch 2: ")
+    assert any(note.startswith("Proved to be the original's function") for note in report["notes"])
     assert any("folds a batch norm behind a convolution itself" in note for note in report["notes"])
 
 

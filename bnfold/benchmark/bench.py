@@ -229,7 +229,7 @@ def bench_sources(
         faults=field.faults,
         proofs=field.proofs,
         placed=placed,
-        notes=(*source.notes, *field.notes, *([DEPLOYED] if onnxruntime else [])),
+        notes=(*source.notes, *field.notes, *_proved(field), *([DEPLOYED] if onnxruntime else [])),
     )
 
 
@@ -318,6 +318,11 @@ def _proof(source: Source, other: Source, proto: onnx.ModelProto) -> VerifyRepor
 def _about_fold(result: FoldResult) -> list[str]:
     found = len(result.folded) + len(result.kept)
     return [*result.notes, f"The fold took {len(result.folded)} of {found} batch norms."]
+
+
+def _proved(field: _Field) -> list[str]:
+    good = [f"{name} (R = {proof.r:.2f})" for name, proof in field.proofs.items() if proof.passed]
+    return [f"Proved to be the original's function: {', '.join(good)}."] if good else []
 
 
 def _file_of(source: Source, written: Path) -> Path:

@@ -68,11 +68,11 @@ def _shapes(args: argparse.Namespace, source: Any) -> dict[str, tuple[int, ...]]
 
 def _summary(found: Any) -> str:
     """A clause for each model that was to be timed, on each runtime and batch."""
-    from bnfold.benchmark.bench import CONTROL, ORIGINAL
+    from bnfold.benchmark.bench import CONTROL, ORIGINAL, UNOPTIMIZED
 
     clauses = []
     for row in found.rows:
-        if row.model not in (ORIGINAL, CONTROL):
+        if row.model not in (ORIGINAL, CONTROL, UNOPTIMIZED):
             figure = "" if row.ratio is None else f" ({row.ratio:.2f} of the original's time)"
             where = f"{row.model} on {row.runtime}, batch {row.batch}"
             clauses.append(f"{where}: {row.verdict}{figure}.")
