@@ -1,6 +1,7 @@
 """bnfold on this machine's GPU: what holds there, with its figures, as a page.
 
     python scripts/gpu_check.py [--output docs/results/cuda.md]
+    python scripts/gpu_check.py --torch-only        where onnxruntime has no CUDA: torch's part
     python scripts/gpu_check.py --rehearse          the same on the CPU; shows nothing of CUDA
 
 Needs torch, onnx, onnx-ir, onnxscript, onnxruntime-gpu and an NVIDIA GPU; no network and no
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 PAGE = ROOT / "docs" / "results" / "cuda.md"
+TORCH_PAGE = PAGE.with_name("cuda_torch.md")
 REHEARSAL = ROOT / "build" / "gpu_check" / "rehearsal.md"
-AT_ONCE = 4  # parity steps, which are mostly arithmetic of the CPU
+AT_ONCE = 4  # steps that time nothing, and are mostly arithmetic of the CPU
 UNIT = 2.0**-24
 # the statistics of adaptation: their error over the CPU's own, both against float64; nobody has
 # calibrated that ratio, so the line is where the design calls a fold failed
 STATISTICS_LIMIT = 10.0
 TF32_LIMIT = 2.0**13
+FAULT = 1.001
 
 
 # --- what is checked -----------------------------------------------------------------------------
@@ -48,9 +51,10 @@ TF32_LIMIT = 2.0**13
 
 @dataclass(frozen=True)
 class Where:
-    """The GPU, or the CPU that rehearses in its place."""
+    """The GPU, or the CPU that rehearses in its place; torch_only: without onnxruntime's CUDA."""
 
     rehearse: bool
+    torch_only: bool = False
 
     @property
     def onnx(self) -> str:
@@ -70,9 +74,27 @@ class Where:
     @property
     def classes(self) -> tuple[str, ...]:
         """The runtimes and precision classes that every network runs in; a CPU has no TF32."""
-        if self.rehearse:
-            return ("ort-cpu", "torch", "torch:bf16")
-        return ("ort-cuda", "ort-cuda:tf32", "torch-cuda", "torch-cuda:tf32", "torch-cuda:fp16")
+        classes = ("ort-cuda", "ort-cuda:tf32", "torch-cuda", "torch-cuda:tf32", "torch-cuda:fp16")
+        return self._had(("ort-cpu", "torch", "torch:bf16") if self.rehearse else classes)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Those of them in float32, or in the model's own type."""
+        return self._had((self.onnx, self.torch))
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """Where latency is measured."""
+        tf32 = () if self.rehearse else (f"{self.onnx}:tf32", f"{self.torch}:tf32")
+        return self._had((*self.plain, *tf32))
+
+    @property
+    def page(self) -> Path:
+        """Where the results go unless another file is named."""
+        return REHEARSAL if self.rehearse else TORCH_PAGE if self.torch_only else PAGE
+
+    def _had(self, classes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(c for c in classes if not self.torch_only or c.startswith("torch"))
 
 
 # name -> the factory, its arguments, the shape of a row; statistics as training leaves them
@@ -137,15 +159,15 @@ NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 
 
 def steps() -> list[Step]:
-    """All steps, those that may run at the same time first."""
+    """All steps, the longest first; latency at the end, when nothing else runs."""
     return [
+        Step("tests", limit=300.0),
         *(Step("parity", name) for name in [*NETWORKS, *TRAINED]),
         Step("planted"),
         Step("silent CPU"),
         Step("adaptation", "torch", NO_TF32),
         Step("adaptation", "torch as it comes"),
         Step("adaptation", "onnxruntime", NO_TF32),
-        Step("tests", limit=300.0),
         *(Step("latency", name) for name in TIMED),
     ]
 
@@ -181,10 +203,12 @@ def parity(where: Where, name: str) -> Result:
         fold = bnfold.fold(module, torch.zeros(2, *shape))
         halves = (module, torch.zeros(2, *shape, dtype=torch.float16))
     classes = [c for c in where.classes if fold.modules is not None or not c.startswith("torch")]
+    if not classes:
+        return Result(None, "the file holds no module, and without onnxruntime nothing runs it.")
     found = [(name, fold.verify(runtimes=classes))]
     if halves is not None:
         half = bnfold.fold(halves[0].half(), halves[1])
-        found.append((f"{name}, float16", half.verify(runtimes=[where.onnx, where.torch])))
+        found.append((f"{name}, float16", half.verify(runtimes=where.plain)))
     rows = [_ran(label, ran) for label, proof in found for ran in proof.runtimes if ran.gate == "C"]
     failures = [f"{label}: {f.sentence}" for label, proof in found for f in proof.failures]
     libraries = {
@@ -211,35 +235,42 @@ def _ran(label: str, ran: Any) -> dict[str, Any]:
 
 
 def planted(where: Where, _: str) -> Result:
-    """Faults that the GPU's own comparison must find: one weight by a thousandth, in float32."""
+    """A fault that the GPU's own comparison must find: one channel off by 1e-3, in float32."""
+    import copy
+
     import torch
     from onnx import numpy_helper
 
     import bnfold
     from bnfold.graph import to_proto
+    from bnfold.proof.runtimes import R_LIMIT
+    from bnfold.proof.verify import verify
 
-    module, shape = network("resnet18")
-    fold = bnfold.fold(module, torch.zeros(2, *shape))
+    fold = bnfold.fold(network("resnet18")[0], torch.zeros(2, 3, 32, 32))
     right, wrong = to_proto(fold.graph), to_proto(fold.graph)
     weight = next(t for t in wrong.graph.initializer if len(t.dims) == 4)
     changed = numpy_helper.to_array(weight).copy()
-    changed[0] *= 1.001
+    changed[0] *= FAULT
     weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
+    modules = [fold.modules[1], copy.deepcopy(fold.modules[1])]
+    next(p for p in modules[1].parameters() if p.ndim == 4).data[0] *= FAULT
     rows = []
-    for label, other in (("right", right), ("one channel x 1.001", wrong)):
-        proof = bnfold.verify(to_proto(fold.original), other, runtimes=[where.onnx])
-        mine = [g for g in proof.gates if g.gate == "C" and g.name == "backend ratio"]
-        found = any(not g.passed for g in mine)
-        ratio = max((g.value for g in mine), default=math.nan)
-        rows.append(
-            {"fault": label, "runtime": where.onnx, "found": found, "ratio": _finite(ratio)}
-        )
-    passed = [row["found"] for row in rows] == [False, True]
+    for label, graph, folded in zip(("right", "wrong"), (right, wrong), modules, strict=True):
+        both = fold.modules[0], folded
+        proof = verify(to_proto(fold.original), graph, runtimes=where.plain, torch_modules=both)
+        rows += [
+            {"fault": label, "runtime": ran.name, "found": not ran.ratio <= R_LIMIT}
+            | {"ratio": _finite(ran.ratio)}
+            for ran in proof.runtimes
+            if ran.gate == "C" and ran.role == "folded" and ran.name in where.plain
+        ]
+    passed = len(rows) == 2 * len(where.plain)
+    passed = passed and all(row["found"] == (row["fault"] == "wrong") for row in rows)
     said = "found" if passed else "NOT told from the right fold"
     return Result(passed, f"A channel of weights off by a thousandth was {said}.", rows)
 
 
-def silent_cpu(_: Where, __: str) -> Result:
+def silent_cpu(where: Where, _: str) -> Result:
     """With the GPU hidden, everything that asks for CUDA must end with exit code 4."""
     import torch
 
@@ -256,6 +287,8 @@ def silent_cpu(_: Where, __: str) -> Result:
             ["doctor", "--runtime", "ort-cuda"],
             ["doctor", "--runtime", "torch-cuda"],
         ]
+        if where.torch_only:
+            asked = asked[-1:]
         rows = []
         for arguments in asked:
             run = _bnfold(arguments, {"CUDA_VISIBLE_DEVICES": ""})
@@ -288,6 +321,8 @@ def adaptation(where: Where, about: str) -> Result:
 
     import bnfold
 
+    if about == "onnxruntime" and where.torch_only:
+        return Result(None, "onnxruntime's CUDA provider is left out.")
     module, shape = network("preact_resnet18")
     images = _pictures(128, shape, torch.Generator().manual_seed(1)) * 1.3 + 0.5
     batches, wide = list(images.split(32)), list(images.double().split(32))
@@ -344,7 +379,7 @@ def tests(where: Where, _: str) -> Result:
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "BNFOLD_REQUIRE_GPU": str(int(not where.rehearse)),  # what is skipped has shown nothing
+            "BNFOLD_REQUIRE_GPU": str(int(not where.rehearse and not where.torch_only)),
         },
     )
     lines = run.stdout.strip().splitlines() or ["pytest said nothing"]
@@ -354,6 +389,8 @@ def tests(where: Where, _: str) -> Result:
     rows = [{"test": line} for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
     ran = counts.get("passed", 0) + counts.get("failed", 0)
     passed = run.returncode == 0 and (where.rehearse or ran > 0)
+    if where.torch_only and run.returncode == 0 and not ran:
+        return Result(None, "the tests marked gpu need onnxruntime's CUDA provider, too.")
     return Result(passed, f"pytest -m gpu: {lines[-1].strip('= ')}.", rows)
 
 
@@ -366,13 +403,11 @@ def latency(where: Where, name: str) -> Result:
     module, _ = network(name)
     shape = TIMED[name]
     quick = {"rounds": 3, "seconds": 1.0} if where.rehearse else {"rounds": 200, "seconds": 4.0}
-    runtimes = [where.onnx, where.torch]
-    runtimes += [] if where.rehearse else [f"{where.onnx}:tf32"]
     report = bnfold.bench(
         module,
         None,
         torch.zeros(1, *shape),
-        runtimes=runtimes,
+        runtimes=where.timed,
         batch_sizes=(1, 2) if where.rehearse else (1, 32),
         check=False,  # that is the parity of the same network
         **quick,
@@ -401,7 +436,7 @@ KINDS: Mapping[str, Callable[[Where, str], Result]] = {
 def run_step(step: Step, where: Where, threads: int) -> Result:
     """The step in a process of its own; a failure of any kind is a result."""
     command = [sys.executable, __file__, "--step", step.name]
-    command += ["--rehearse"] if where.rehearse else []
+    command += ["--rehearse"] * where.rehearse + ["--torch-only"] * where.torch_only
     begun = time.monotonic()
     environment = {**os.environ, **step.environment, "OMP_NUM_THREADS": str(threads)}
     try:
@@ -433,14 +468,15 @@ def run_all(
         print(f"{step.name}: {verdict} ({result.seconds:.0f} s). {result.sentence}", flush=True)
         told({step.name: results[step.name] for step in chosen if step.name in results})
 
-    together = [step for step in chosen if step.kind == "parity"]
+    together = [step for step in chosen if step.kind != "latency"]
     at_once = max(1, min(AT_ONCE, cores // 2))
     with ThreadPoolExecutor(at_once) as pool:
-        run = lambda step: run_step(step, where, max(1, cores // at_once))  # noqa: E731
-        for step, result in zip(together, pool.map(run, together), strict=True):
-            finished(step, result)
+        threads = max(1, cores // at_once)
+        running = {pool.submit(run_step, step, where, threads): step for step in together}
+        for done in as_completed(running):
+            finished(running[done], done.result())
     for step in chosen:
-        if step not in together:
+        if step.kind == "latency":
             finished(step, run_step(step, where, cores))
 
 
@@ -463,20 +499,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, help="the page; its JSON lies beside it")
     parser.add_argument("--rehearse", action="store_true", help="the CPU in the GPU's place")
+    parser.add_argument("--torch-only", action="store_true", help="leave onnxruntime's CUDA out")
     parser.add_argument("--only", default="", help="steps or kinds of steps, with commas")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    where = Where(args.rehearse)
+    where = Where(args.rehearse, args.torch_only)
     if args.step:
         kind, _, about = args.step.partition(":")
         print("\n" + json.dumps(asdict(KINDS[kind](where, about))))
         return 0
-    output = (args.output or (REHEARSAL if args.rehearse else PAGE)).resolve()
+    output = (args.output or where.page).resolve()
     chosen = _chosen(filter(None, args.only.split(",")))
     if not chosen:
         parser.error(f"there is no step {args.only}; there are {', '.join(KINDS)}")
-    if args.rehearse and output == PAGE:
-        parser.error(f"a rehearsal is no result: {PAGE.name} is written on a GPU alone")
+    if output in (PAGE, TORCH_PAGE) and output != where.page:
+        what = "a rehearsal" if args.rehearse else "torch's part"
+        parser.error(f"{what} is no result for {output.name}")
     return check(where, chosen, output)
 
 
@@ -489,7 +527,7 @@ def check(where: Where, chosen: Sequence[Step], output: Path) -> int:
 
     if not where.rehearse:
         try:
-            require(["ort-cuda", "torch-cuda"])
+            require(where.plain)
         except RuntimeUnavailableError as error:
             print(f"gpu_check: {error} No page was written.", file=sys.stderr)
             return 4
@@ -500,6 +538,7 @@ def check(where: Where, chosen: Sequence[Step], output: Path) -> int:
         last.update(results)
         found = {
             "rehearsal": where.rehearse,
+            "torch only": where.torch_only,
             "date": time.strftime("%Y-%m-%d", time.gmtime(begun)),
             "seconds": round(time.time() - begun),
             "facts": facts,

@@ -8,13 +8,15 @@ from typing import Any
 Found = Mapping[str, Any]
 
 TITLE = "# bnfold on CUDA"
+TORCH_ONLY = "# bnfold on CUDA, torch alone: onnxruntime's provider was not run"
 REHEARSED = "# Rehearsal on a CPU: nothing here was run on CUDA"
 
 
 def page(found: Found) -> str:
     """The results as Markdown."""
     steps = found["steps"]
-    lines = [REHEARSED if found["rehearsal"] else TITLE, "", *_about(found), ""]
+    title = TORCH_ONLY if found["torch only"] else TITLE
+    lines = [REHEARSED if found["rehearsal"] else title, "", *_about(found), ""]
     lines += ["## Steps", "", *_verdicts(steps, found["missing"]), ""]
     for title, kind, head, row in TABLES:
         rows = [
@@ -31,7 +33,8 @@ def _about(found: Found) -> list[str]:
     gpus = [", ".join(gpu.values()) for gpu in facts["machine"].get("gpus", [])]
     libraries = sorted({lib for step in found["steps"].values() for lib in step["libraries"]})
     cudnn = [library for library in libraries if library.startswith("libcudnn")]
-    by = "scripts/gpu_check.py" + (" --rehearse" if found["rehearsal"] else "")
+    options = " --torch-only" * found["torch only"] + " --rehearse" * found["rehearsal"]
+    by = f"scripts/gpu_check.py{options}"
     return [
         f"Made by `{by}` on {found['date']} in {found['seconds']} s.",
         "",

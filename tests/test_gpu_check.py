@@ -34,8 +34,9 @@ def found(**changes):
         "parity:tcn": {**step, "rows": [row], "libraries": ["libcudnn.so.9.19.0"]},
         "tests": {**step, "passed": False, "sentence": "1 failed | 3 passed."},
     }
-    given = {"rehearsal": False, "date": "2026-01-02", "seconds": 9, "facts": FACTS,
-             "steps": steps, "missing": ["latency:resnet18"], "whole": True}  # fmt: skip
+    given = {"rehearsal": False, "torch only": False, "date": "2026-01-02", "seconds": 9,
+             "facts": FACTS, "steps": steps, "missing": ["latency:resnet18"],
+             "whole": True}  # fmt: skip
     return {**given, **changes}
 
 
@@ -54,6 +55,9 @@ def test_the_page_tells_what_held_and_what_did_not():
 def test_a_rehearsal_says_so_first():
     assert page(found(rehearsal=True)).startswith(REHEARSED)
     assert "nothing here was run on CUDA" in REHEARSED
+    assert (
+        "onnxruntime's provider was not run" in page(found(**{"torch only": True})).split("\n")[0]
+    )
 
 
 def test_every_network_is_there():
@@ -95,11 +99,22 @@ def test_without_a_gpu_it_is_exit_4_and_no_page(monkeypatch, tmp_path, capsys):
     assert "ort-cuda cannot run here: no GPU for ort-cuda" in capsys.readouterr().err
 
 
-def test_a_rehearsal_never_becomes_the_result(capsys):
+@pytest.mark.parametrize("option", ["--rehearse", "--torch-only"])
+def test_a_part_or_a_rehearsal_never_becomes_the_result(option, capsys):
     with pytest.raises(SystemExit) as stop:
-        gpu_check.main(["--rehearse", "--output", str(gpu_check.PAGE)])
+        gpu_check.main([option, "--output", str(gpu_check.PAGE)])
     assert stop.value.code == 2
-    assert "a rehearsal is no result" in capsys.readouterr().err
+    assert "is no result for cuda.md" in capsys.readouterr().err
+
+
+def test_without_onnxruntime_torch_alone_is_run():
+    where = Where(False, torch_only=True)
+    for runtimes in (where.classes, where.plain, where.timed):
+        assert runtimes
+        assert all(name.startswith("torch-cuda") for name in runtimes)
+    assert Where(False).plain == ("ort-cuda", "torch-cuda")
+    assert Where(True).timed == ("ort-cpu", "torch")
+    assert where.page.name == "cuda_torch.md"
 
 
 @pytest.mark.slow
