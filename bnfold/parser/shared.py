@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Wrong usage."""
-        raise UsageError(f"{message} (bnfold {self.prog.removeprefix('bnfold ')} --help)")
+        raise UsageError(f"{message} ({self.prog} --help)")
 
 
 def shape(text: str) -> tuple[str, tuple[int, ...]]:
