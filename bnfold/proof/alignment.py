@@ -28,6 +28,8 @@ CHANNEL_MAPS = ("Mul", "Add", "Sub", "Div")  # where one operand is constant
 PASSING = ("Identity", "Dropout", "Cast")
 PRODUCTS = ("Gemm", "MatMul")
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+MOVES = (*VIEWS, "Slice", "Pad", "Expand", "Resize", "Tile")  # of their first input
+DEPTHS = (None, 6, 3, 2)  # operators that a key looks back, one after the other
 MEANS = ("GlobalAveragePool", "ReduceMean")
 # attributes that tell nodes apart, with the number that may as well be left out
 USUAL = {"strides": 1, "dilations": 1, "group": 1, "pads": 0, "axis": 0, "perm": -1}
@@ -129,16 +131,34 @@ def relative_error(x: Any, z: Any, usable: Any = True) -> float:
 def _by_structure(before: View, after: View) -> dict[str, str]:
     """The values of both graphs that have the same key, in the order in which they are computed.
 
-    Where keys occur at another number of places, nothing is said of them.
+    Where keys occur at another number of places, nothing is said of them. What is paired has a
+    label of its own as its key from then on, so that all behind it may be paired too.
     """
-    here, there = _chains(before), _chains(after)
-    found: dict[str, str] = {}
-    for key, chains in here.items():
-        others = there.get(key, [])
-        if len(chains) == len(others):
-            for chain, other in zip(chains, others, strict=True):
-                found |= _members(chain, other, before, after)
-    return found
+    first, second = _Chains(before), _Chains(after)
+    pairs: list[tuple[str, str]] = []
+    while found := next(filter(None, (_alike(first, second, depth) for depth in DEPTHS)), []):
+        for head, other in found:
+            label = f"pair {len(pairs)}"
+            first.labels[head] = second.labels[other] = label
+            pairs.append((head, other))
+    members: dict[str, str] = {}
+    for head, other in pairs:
+        members |= _members(first.chains[head], second.chains[other], before, after)
+    return members
+
+
+def _alike(first: _Chains, second: _Chains, depth: int | None) -> list[tuple[str, str]]:
+    """Chains of the same key that have no label yet, by their beginnings.
+
+    Of keys that look back `depth` operators only, those that occur once.
+    """
+    here, there = first.unpaired(depth), second.unpaired(depth)
+    return [
+        pair
+        for key, heads in here.items()
+        if len(heads) == len(there.get(key, [])) and (depth is None or len(heads) == 1)
+        for pair in zip(heads, there[key], strict=True)
+    ]
 
 
 def _members(chain: list[str], other: list[str], before: View, after: View) -> dict[str, str]:
@@ -167,49 +187,73 @@ def _same_constants(name: str, other: str, before: View, after: View) -> bool:
     )
 
 
-def _chains(view: View) -> dict[str, list[list[str]]]:
-    """key -> the chains that have it: a value that is no map of another, and the maps of it."""
-    keys: dict[str, str] = {}
-    chains: dict[str, list[str]] = {}
-    heads: dict[str, str] = {}
-    for index, value in enumerate(view.graph.input):
-        keys[value.name] = f"input {index}"
-        heads[value.name], chains[value.name] = value.name, [value.name]
-    for node in view.nodes:
-        for slot, name in enumerate(node.output):
-            if not name or view.is_constant(name):
-                continue
-            mapped = _mapped(node, view)
-            if mapped is not None and mapped in keys and slot == 0:
-                keys[name], heads[name] = keys[mapped], heads[mapped]
-                chain = chains[heads[name]]
-                if node.op_type in PASSING and chain[-1] == mapped:
-                    chain.pop()
-                chain.append(name)
-            else:
-                keys[name], heads[name] = _key(node, slot, view, keys), name
-                chains[name] = [name]
-    found = defaultdict(list)
-    for head, chain in chains.items():
-        found[keys[head]].append(chain)
-    return found
+class _Chains:
+    """The chains of a graph: a value that is no map of another, and the maps of it.
+
+    chains: by their beginnings, in order. labels: of those that are paired, the key to take.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self.chains: dict[str, list[str]] = {}
+        self.labels: dict[str, str] = {}
+        self._heads: dict[str, str] = {}
+        self._made: list[tuple[str, int, onnx.NodeProto]] = []  # the beginnings that are computed
+        for index, name in enumerate(value.name for value in view.graph.input):
+            self.chains[name], self._heads[name] = [name], name
+            self.labels[name] = f"input {index}"
+        for node in view.nodes:
+            for slot, name in enumerate(node.output):
+                if name and not view.is_constant(name):
+                    self._add(name, slot, node)
+
+    def _add(self, name: str, slot: int, node: onnx.NodeProto) -> None:
+        mapped = _mapped(node, self._view) if slot == 0 else None
+        if mapped is None or mapped not in self._heads:
+            self.chains[name], self._heads[name] = [name], name
+            self._made.append((name, slot, node))
+            return
+        self._heads[name] = self._heads[mapped]
+        chain = self.chains[self._heads[name]]
+        if node.op_type in PASSING and chain[-1] == mapped:
+            chain.pop()
+        chain.append(name)
+
+    def unpaired(self, depth: int | None) -> dict[str, list[str]]:
+        """key -> the beginnings that have it and no label, in order of execution.
+
+        depth: how many operators a key looks back; None: all of them.
+        """
+        keys = dict(self.labels)
+        for _ in range(depth or 1):
+            behind = keys if depth is None else dict(keys)
+            for name, slot, node in self._made:
+                if name not in self.labels:
+                    keys[name] = self._key(node, slot, behind)
+        found = defaultdict(list)
+        for name, _, _ in self._made:
+            if name not in self.labels:
+                found[keys[name]].append(name)
+        return found
+
+    def _key(self, node: onnx.NodeProto, slot: int, keys: Mapping[str, str]) -> str:
+        sources = self._view.sources(node)
+        if node.op_type in MOVES:
+            sources = sources[:1]  # where it moves them to may be computed in many ways
+        behind = [keys.get(self._heads.get(name, name), "") for name in sources]
+        parts = [_kind(node.op_type), str(slot), *_told(node, self._view), *behind]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _mapped(node: onnx.NodeProto, view: View) -> str | None:
-    """What a node maps channel by channel, None where it does something else."""
+    """What a node maps channel by channel, or moves on, None where it does something else."""
+    sources = view.sources(node)
     if is_norm(node) or node.op_type in PASSING:
         return str(node.input[0])
-    if node.op_type in CHANNEL_MAPS:
-        sources = view.sources(node)
-        if len(sources) == 1 and any(view.is_constant(name) for name in node.input if name):
-            return sources[0]
+    if node.op_type in CHANNEL_MAPS and len(sources) == 1:
+        constant = any(view.is_constant(name) for name in node.input if name)
+        return sources[0] if constant else None
     return None
-
-
-def _key(node: onnx.NodeProto, slot: int, view: View, keys: Mapping[str, str]) -> str:
-    parts = [_kind(node.op_type), str(slot), *_told(node, view)]
-    parts += [keys.get(name, name) for name in view.sources(node)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _kind(op_type: str) -> str:
