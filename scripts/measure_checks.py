@@ -178,35 +178,44 @@ def same_weights(a: onnx.ModelProto, b: onnx.ModelProto) -> bool:
 # --- the tools' own checks -----------------------------------------------------------------------
 
 
-def by_record(subject: Subject, folded: onnx.ModelProto, record: Any) -> bool | None:
+@dataclass(frozen=True)
+class Pair:
+    """A folded graph, held against its subject's original. record: where there is one."""
+
+    subject: Subject
+    folded: onnx.ModelProto
+    record: Any
+
+
+def by_record(pair: Pair) -> bool | None:
     """bnfold with the record of the fold; nothing to say without one."""
-    if record is None:
+    if pair.record is None:
         return None
-    return bnfold.verify(subject.bed.original, folded, record=record).passed
+    return bnfold.verify(pair.subject.bed.original, pair.folded, record=pair.record).passed
 
 
-def by_files(subject: Subject, folded: onnx.ModelProto, record: Any) -> bool:
+def by_files(pair: Pair) -> bool:
     """bnfold with the two files alone."""
-    return bnfold.verify(subject.bed.original, folded).passed
+    return bnfold.verify(pair.subject.bed.original, pair.folded).passed
 
 
-def by_onnxsim(subject: Subject, folded: onnx.ModelProto, record: Any) -> bool:
+def by_onnxsim(pair: Pair) -> bool:
     """onnxsim's comparison, five random inputs."""
     from onnxsim.model_checking import compare
 
-    return bool(compare(folded, subject.bed.original, verbose=False))
+    return bool(compare(pair.folded, pair.subject.bed.original, verbose=False))
 
 
-def by_onnxslim(subject: Subject, folded: onnx.ModelProto, record: Any) -> bool:
+def by_onnxslim(pair: Pair) -> bool:
     """onnxslim's comparison, one random input."""
     from onnxslim.utils import check_onnx, check_result, onnxruntime_inference
 
-    x, before, _ = check_onnx(copy.deepcopy(subject.bed.original))
-    after, _ = onnxruntime_inference(copy.deepcopy(folded), x)
+    x, before, _ = check_onnx(copy.deepcopy(pair.subject.bed.original))
+    after, _ = onnxruntime_inference(copy.deepcopy(pair.folded), x)
     return bool(check_result(before, after))
 
 
-def by_polygraphy(subject: Subject, folded: onnx.ModelProto, record: Any) -> bool:
+def by_polygraphy(pair: Pair) -> bool:
     """Polygraphy's comparison, one random input."""
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import Comparator
@@ -215,27 +224,28 @@ def by_polygraphy(subject: Subject, folded: onnx.ModelProto, record: Any) -> boo
     G_LOGGER.module_severity = {"": G_LOGGER.CRITICAL}
     runners = [
         OnnxrtRunner(SessionFromOnnx(model.SerializeToString()))
-        for model in (subject.bed.original, folded)
+        for model in (pair.subject.bed.original, pair.folded)
     ]
     return bool(Comparator.compare_accuracy(Comparator.run(runners)))
 
 
-def by_torch_onnx(subject: Subject, folded: onnx.ModelProto, record: Any) -> bool:
+def by_torch_onnx(pair: Pair) -> bool:
     """The verification of torch's exporter, on the example that it was given."""
     import onnx_ir as ir
     from torch.onnx.verification import verify_onnx_program
 
-    program = subject.program
+    program = pair.subject.program
     program.release()
-    program.model = ir.from_proto(folded)
-    example = (torch.from_numpy(subject.x[:1]),)
+    program.model = ir.from_proto(pair.folded)
+    example = (torch.from_numpy(pair.subject.x[:1]),)
     found = verify_onnx_program(program, example)
     return all(info.max_abs_diff < 5e-3 and info.max_rel_diff < 1e-1 for info in found)
 
 
-def by_assert_close(subject: Subject, folded: onnx.ModelProto, record: Any) -> bool:
+def by_assert_close(pair: Pair) -> bool:
     """torch.testing.assert_close with its defaults, on the network's own inputs."""
-    before, after = (_outputs(model, subject.x) for model in (subject.bed.original, folded))
+    models = (pair.subject.bed.original, pair.folded)
+    before, after = (_outputs(model, pair.subject.x) for model in models)
     try:
         torch.testing.assert_close(after, before)
     except AssertionError:
@@ -249,7 +259,7 @@ def _outputs(model: onnx.ModelProto, x: np.ndarray) -> list[torch.Tensor]:
     return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x})]
 
 
-Check = Callable[[Subject, onnx.ModelProto, Any], bool | None]
+Check = Callable[[Pair], bool | None]
 TOOLS: Mapping[str, Check] = {
     "bnfold, record": by_record,
     "bnfold, files": by_files,
@@ -268,8 +278,8 @@ def on_cuda(subject: Subject) -> dict[str, str]:
     """What is said of a right fold where CUDA is asked for and onnxruntime falls back in silence."""
     said = {}
     try:
-        passed = bnfold.verify(subject.bed.original, subject.bed.folded, runtimes=["cuda"]).passed
-        said["bnfold"] = "pass" if passed else "FAIL"
+        report = bnfold.verify(subject.bed.original, subject.bed.folded, runtimes=["cuda"])
+        said["bnfold"] = "pass" if report.passed else "FAIL"
     except RuntimeUnavailableError as refusal:
         said["bnfold"] = f"refused, exit {refusal.exit_code}"
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
@@ -315,7 +325,7 @@ def measure(wanted: list[str]) -> None:
                 if case not in RIGHT and same_weights(folded, subject.bed.folded):
                     line["none"] = True
                 else:
-                    line["verdicts"] = {tool: ask(TOOLS[tool], subject, folded, record)
+                    line["verdicts"] = {tool: ask(TOOLS[tool], Pair(subject, folded, record))
                                         for tool in TOOLS}  # fmt: skip
             except BnfoldError as error:
                 line["error"] = str(error)
@@ -326,18 +336,19 @@ def measure(wanted: list[str]) -> None:
         torch.manual_seed(0)
         ordinary = PROFILES["ordinary"]
         made = conditioned(resnet20(), (3, 32, 32), ordinary)
-        line = {"network": ".", "profile": ".", "case": "cuda", "said": on_cuda(
-            Subject(made, (3, 32, 32), ordinary)), "offered": onnxruntime.get_available_providers()}  # fmt: skip
+        line = {"network": ".", "profile": ".", "case": "cuda"}
+        line["said"] = on_cuda(Subject(made, (3, 32, 32), ordinary))
+        line["offered"] = onnxruntime.get_available_providers()
         with RESULTS.open("a") as out:
             out.write(json.dumps(line) + "\n")
 
 
-def ask(check: Check, subject: Subject, folded: onnx.ModelProto, record: Any) -> bool | str | None:
+def ask(check: Check, pair: Pair) -> bool | str | None:
     """The verdict, or what stopped the check; its prints held back."""
     try:
         with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # noqa: PTH123
-            np.random.seed(0)  # noqa: NPY002  the tools draw from it
-            return check(subject, folded, record)
+            np.random.seed(0)  # which the tools draw from
+            return check(pair)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 

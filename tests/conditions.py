@@ -36,22 +36,22 @@ class Profile:
         return rng.standard_normal((rows, *shape)).astype(np.float32)
 
 
-def _ordinary(network: nn.Module, layers: Layers) -> None:
+def _ordinary(_: nn.Module, __: Layers) -> None:
     """As it is initialised."""
 
 
-def _spread_gammas(network: nn.Module, layers: Layers) -> None:
+def _spread_gammas(_: nn.Module, layers: Layers) -> None:
     for _, norm in layers:
         count = norm.num_features
         norm.weight.data = 10 ** (torch.rand(count) * 4 - 2) * torch.sign(torch.randn(count))
 
 
-def _dead_channels(network: nn.Module, layers: Layers) -> None:
+def _dead_channels(_: nn.Module, layers: Layers) -> None:
     for layer, _ in layers:
         layer.weight.data[::4] *= 1e-6
 
 
-def _large_means(network: nn.Module, layers: Layers) -> None:
+def _large_means(_: nn.Module, layers: Layers) -> None:
     for layer, _ in layers:
         count = layer.weight.shape[0]
         layer.bias = nn.Parameter(1000.0 * torch.ones(count))
@@ -62,7 +62,7 @@ def _large_weights(network: nn.Module, layers: Layers) -> None:
     _scale_output(network, 1e4)
 
 
-def _tiny_outputs(network: nn.Module, layers: Layers) -> None:
+def _tiny_outputs(network: nn.Module, _: Layers) -> None:
     _scale_output(network, 1e-6)
 
 

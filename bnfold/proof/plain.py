@@ -1,0 +1,205 @@
+"""A plain fold, judged by its weights without a plan.
+
+Other tools fold a batch norm into the linear layer in front of it and move nothing else. Then the
+weights must be gamma / sqrt(var + eps) times the original's, to a few roundings of float32
+arithmetic, and that can be seen without data: in a wide network one wrong channel in a thousand
+is far below what float32 itself loses on the way to the outputs, where gate B looks.
+
+What is near that product and not equal to it is a wrong fold, or a right one that carries a
+channel at another scale, which a later layer gives back. Another scale is one factor for all
+weights of a channel, above 1 in one layer and below 1 in another. So layers are wrong for certain
+where one alone deviates, where the factors of all that do lie on one side of 1, and where the
+weights between two channels, the taps of a kernel, have no common factor. Nothing is said of
+anything else: of files in which a layer is far from the product (gate B sees that) or a batch norm
+went elsewhere, and of biases, which a shift can have moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from bnfold.errors import BnfoldError
+from bnfold.proof.alignment import Alignment
+from bnfold.proof.counterpart import View, same_constant
+from bnfold.proof.equations import Linear, read_linear
+from bnfold.proof.layers import Norm, is_norm, norms_of
+from bnfold.proof.verdicts import GateResult
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ROUNDINGS = (
+    8  # of float32 arithmetic: eps added, root, quotient, product, each rounded, in any order
+)
+NEAR = 0.1  # where most weights are further from the product, they were folded in another way
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A layer of the folded graph and the channels whose weights are not what they should be.
+
+    norm: the batch norm that it took up, None for a layer without one. low, high: the least and the
+    greatest factor beyond the exact product, minus 1; 0 where there is none below, or above.
+    torn: the channels with a kernel whose taps have none in common. roundings: the worst of all.
+    """
+
+    norm: str | None
+    node: str
+    op_type: str
+    channels: int
+    wrong: tuple[int, ...]
+    torn: tuple[int, ...]
+    low: float
+    high: float
+    roundings: float
+
+    @property
+    def sentence(self) -> str:
+        """What is wrong with it."""
+        shown = ", ".join(str(channel) for channel in self.wrong[:4])
+        more = ", ..." if len(self.wrong) > 4 else ""
+        product = "original's"
+        if self.norm is not None:
+            product += f" times gamma / sqrt(var + eps) of '{self.norm}'"
+        return (
+            f"{self.op_type} '{self.node}': the weights of {len(self.wrong)} of {self.channels} "
+            f"channels ({shown}{more}) are not the {product}; they are off by up to "
+            f"{max(-self.low, self.high):.2g} of themselves ({self.roundings:.3g} roundings)."
+        )
+
+
+@dataclass(frozen=True)
+class PlainFold:
+    """Two files that are a plain fold: its linear layers, and those that deviate.
+
+    roundings: the greatest deviation of all layers' weights. wrong: layers whose weights are wrong
+    for certain, in order of execution. unsure: those that another scale of a channel may explain.
+    """
+
+    layers: int
+    roundings: float
+    wrong: tuple[Deviation, ...]
+    unsure: tuple[Deviation, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when every linear layer holds what a plain fold puts there."""
+        return not self.wrong and not self.unsure
+
+
+class _NotPlainError(Exception):
+    """Something was folded in another way."""
+
+
+def read_plain_fold(before: View, after: View) -> PlainFold | None:
+    """What the weights of an original and of a folded graph say; None where it is no plain fold."""
+    try:
+        judged = list(_judged_layers(before, after))
+    except (_NotPlainError, BnfoldError):
+        return None
+    off = [found for found in judged if isinstance(found, Deviation)]
+    one_sided = not any(d.low for d in off) or not any(d.high for d in off)
+    wrong = off if one_sided or len(off) == 1 else [d for d in off if d.torn]
+    worst = max((d.roundings if isinstance(d, Deviation) else d for d in judged), default=0.0)
+    unsure = tuple(d for d in off if d not in wrong)
+    return PlainFold(len(judged), worst, tuple(wrong), unsure)
+
+
+def _judged_layers(before: View, after: View) -> Iterator[Deviation | float]:
+    """For each linear layer how many roundings its weights are off, or where they are too much."""
+    there = Alignment.of(before, after, None, None).there
+    behind = {norm.input: norm for norm in norms_of(before)}
+    gone = 0
+    for node in before.nodes:
+        mine = read_linear([node], before)
+        if mine is None:
+            continue
+        norm = behind.get(node.output[0])
+        if norm is not None and _stays(norm, there, before, after):
+            norm = None
+        gone += norm is not None
+        name = there.get(node.output[0] if norm is None else norm.output, "")
+        producer = after.producers.get(name)
+        theirs = read_linear([producer], after) if producer is not None else None
+        if theirs is None or not _alike(mine, theirs):
+            raise _NotPlainError
+        yield _judged(mine, theirs, norm, before.label(node), node.op_type)
+    if gone < sum(not _stays(norm, there, before, after) for norm in behind.values()):
+        raise _NotPlainError  # one behind something that is no linear layer
+
+
+def _alike(mine: Linear, theirs: Linear) -> bool:
+    return mine.settings == theirs.settings and mine.weight.shape == theirs.weight.shape
+
+
+def _stays(norm: Norm, there: Mapping[str, str], before: View, after: View) -> bool:
+    """Whether the folded graph has the batch norm too. Raises _NotPlainError for another one."""
+    node = after.producers.get(there.get(norm.output, ""))
+    if node is None or not is_norm(node):
+        return False
+    pairs = zip(before.producers[norm.output].input[1:], node.input[1:], strict=True)
+    if not all(same_constant(mine, before, theirs, after) for mine, theirs in pairs):
+        raise _NotPlainError
+    return True
+
+
+def _judged(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type: str
+            ) -> Deviation | float:  # fmt: skip
+    """Raises _NotPlainError where most weights are far from the product."""
+    exact = mine.weight
+    if norm is not None:
+        if norm.parameters is None:
+            raise _NotPlainError
+        exact = exact * norm.slope.reshape(mine.shape_out)[:, :, None, None]
+    rounding = max(mine.rounding, theirs.rounding)
+    told = np.abs(exact) > rounding.tiny / rounding.unit
+    with np.errstate(all="ignore"):
+        factor = np.where(told, theirs.weight / np.where(told, exact, 1.0) - 1.0, 0.0)
+    if np.count_nonzero(np.abs(factor) > NEAR) > factor.size / 2:
+        raise _NotPlainError
+    rows = factor.reshape(-1, factor.shape[2] * factor.shape[3])
+    allowed = ROUNDINGS * rounding.unit
+    low, high = rows.min(axis=1), rows.max(axis=1)
+    wrong = np.flatnonzero((low < -allowed) | (high > allowed))
+    below, above = float(low.min(initial=0.0)), float(high.max(initial=0.0))
+    if not wrong.size:
+        return max(-below, above) / rounding.unit
+    # weights of one input channel and one output channel share a factor, whatever the scales are
+    apart = np.ptp(np.where(told.all(axis=3, keepdims=True), factor, 0.0), axis=3) > 2 * allowed
+    torn = np.flatnonzero(apart.any(axis=2))
+    return Deviation(
+        norm=norm.name if norm is not None else None,
+        node=node,
+        op_type=op_type,
+        channels=len(rows),
+        wrong=tuple(int(channel) for channel in wrong),
+        torn=tuple(int(channel) for channel in torn),
+        low=below if below < -allowed else 0.0,
+        high=above if above > allowed else 0.0,
+        roundings=max(-below, above) / rounding.unit,
+    )
+
+
+def judge(before: onnx.ModelProto, after: onnx.ModelProto) -> tuple[list[GateResult], str]:
+    """Gate A where the plan is not known: its results, and what is to be said besides."""
+    found = read_plain_fold(View.of(before), View.of(after))
+    unknown = "the plan of this fold is not known"
+    if found is None:
+        return [], f"Gate A was not run: {unknown}, and it is no plain one."
+    note = f"{unknown[0].upper()}{unknown[1:]}: the weights were held against those of a plain one."
+    wrong = [GateResult("A", "weights", d.node, d.roundings, ROUNDINGS, False, d.sentence)
+             for d in found.wrong]  # fmt: skip
+    if wrong or found.unsure:
+        nodes = ", ".join(f"'{deviation.node}'" for deviation in found.unsure[:4])
+        return wrong, f"{note} Those of {nodes} may be at another scale." if nodes else note
+    sentence = (
+        f"all {found.layers} linear layers hold the weights of a plain fold, to "
+        f"{found.roundings:.2g} roundings; biases were not judged."
+    )
+    result = GateResult("A", "weights", "every linear layer", found.roundings, ROUNDINGS, True,
+                        sentence)  # fmt: skip
+    return [result], note
