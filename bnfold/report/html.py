@@ -79,6 +79,7 @@ class _View:
     run: Run
     verdict: Verdict
     model: str
+    said: str
     brief: str
     runtimes: list[dict[str, Any]]
     profile: Mapping[str, Any] | None
@@ -97,23 +98,26 @@ class _View:
             run=run,
             verdict=verdict,
             model=PurePath(files[0]["path"]).name if files else "",
+            said=_said(run).removeprefix(f"{verdict.word}. "),
             brief=_brief(run),
             runtimes=_runtimes(run),
             profile=_profile(run, verdict),
             norms=_norms(run),
-            operators=operators(run) if run.get("operators") else [],
+            operators=_operators(run),
             weights=_weights(run),
             domains=[_domain(domain) for domain in run.get("domains") or ()],
             bench=_bench(run),
         )
 
 
+def _said(run: Run) -> str:
+    return str(run["error"]["message"] if run["summary"] is None else run["summary"])
+
+
 def _brief(run: Run) -> str:
     """The first sentence about a run, with the domain and R that tell it from its like."""
-    if run["summary"] is None:
-        return str(run["error"]["message"])
     domains = ", ".join(domain["name"] for domain in run["domains"] or ())
-    first = re.split(r"(?<=[.:]) ", run["summary"])[0].rstrip(":")
+    first = re.split(r"(?<=[.:]) ", _said(run))[0].rstrip(":")
     r = f" R = {_shown(run['proof']['r'])}." if run["proof"] else ""
     return f"{domains}: {first}{r}" if domains else f"{first}{r}"
 
@@ -148,6 +152,12 @@ def _runtimes(run: Run) -> list[dict[str, Any]]:
         {"name": name, "providers": placement, "noise": noise.get(name), "ratio": None}
         for name, placement in (proof.get("backends") or {}).items()
     ]
+
+
+def _operators(run: Run) -> list[tuple[str, int, int]]:
+    """(operator, before, after), those in front whose number changed most."""
+    found = operators(run) if run["operators"] else []
+    return sorted(found, key=lambda row: -abs(row[1] - row[2]))
 
 
 # --- batch norms ----------------------------------------------------------------------------------
@@ -238,25 +248,34 @@ def _parting(run: Run, verdict: Verdict, layers: Sequence[Run], unit: float) -> 
 
 
 def _weights(run: Run) -> Mapping[str, Any] | None:
-    weights = run.get("weights")
+    """The weights; of many those in front that the fold changed most."""
+    weights = run["weights"]
     if not weights:
         return None
+    moved = [abs(math.log(widening(weight) or 1.0)) for weight in weights]
+    few = sorted(range(len(weights)), key=lambda at: -moved[at])[: MANY_WEIGHTS * 2 // 3]
+    front = set(few if len(weights) > MANY_WEIGHTS else range(len(weights)))
+    shown = [weight for at, weight in enumerate(weights) if at in front]
+    others = [weight for at, weight in enumerate(weights) if at not in front]
+    widest = max(weights, key=widening)
+    return {
+        "shown": _ranges(shown),
+        "others": _ranges(others),
+        "widest": {"name": widest["name"], "widening": widening(widest)},
+    }
+
+
+def _ranges(weights: Sequence[Run]) -> Mapping[str, Any] | None:
+    """Rows that share an axis."""
     sides = [[(kind, _reach(w[kind])) for kind in ("before", "after") if w[kind]] for w in weights]
     axis = LogAxis.of(value for row in sides for _, reach in row for value in reach)
     if axis is None:
         return None
     rows = [
-        {**w, "bars": drawing.range_bars(axis, row), "widening": widening(w)}
-        for w, row in zip(weights, sides, strict=True)
+        {**weight, "bars": drawing.range_bars(axis, row), "widening": widening(weight)}
+        for weight, row in zip(weights, sides, strict=True)
     ]
-    most = sorted(rows, key=lambda row: -abs(math.log(row["widening"] or 1.0)))
-    few = {id(row) for row in (most[:16] if len(rows) > MANY_WEIGHTS else rows)}
-    return {
-        "scale": drawing.scale(axis),
-        "shown": [row for row in rows if id(row) in few],
-        "others": [row for row in rows if id(row) not in few],
-        "widest": max(rows, key=lambda row: row["widening"]),
-    }
+    return {"scale": drawing.scale(axis), "rows": rows}
 
 
 def _reach(side: Mapping[str, Any]) -> tuple[float, float, float]:

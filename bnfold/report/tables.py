@@ -111,7 +111,12 @@ def _runtimes(report: Mapping[str, Any]) -> Iterator[Table]:
         for r in report["runtimes"]
     ]
     head = ("runtime", "ran the", "R", "noise", "nodes by provider", "libraries")
-    yield Table("Runtimes", head, rows)
+    elsewhere = [set(r.get("providers") or ()) - {_CPU} for r in report["runtimes"]]
+    brief = [row for row, other in zip(rows, elsewhere, strict=True) if other]
+    yield Table("Runtimes", head, rows, brief=brief)
+
+
+_CPU = "CPUExecutionProvider"  # where everything runs unless another is asked for
 
 
 def _decisions(report: Mapping[str, Any]) -> Iterator[Table]:
