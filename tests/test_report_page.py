@@ -3,17 +3,19 @@
 import copy
 import json
 import math
+import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pages import Page, chromium, faults, measured, screenshot
 from PIL import Image
 from report_runs import made, runs
-from test_report import FULL
+from test_report import FULL, VALID
 
 from bnfold.cli import main
-from bnfold.report import drawing, html
+from bnfold.report import drawing, html, render
 from bnfold.report.drawing import LinearAxis, LogAxis, Series
 
 __all__ = ["chromium", "made", "runs"]  # fixtures
@@ -81,6 +83,38 @@ def test_no_name_becomes_markup_or_turns_the_text_around(rich, several):
     titles = re.findall(r"<title>(.*?)</title>", text, re.S)
     assert len(titles) > 30  # of the pictures' marks
     assert all("<" not in title for title in titles)
+
+
+ODD = (
+    *("inf", "-inf", "nan", "", "1", 0, -1, 1, 0.0, -0.0, -3.5, 1e308, 5e-324, 1e-300, 10**18),
+    *(None, True, [], {}, ["inf", "nan"], [-1, 1e308], "x" * 5000, "\ud800", "\x00\u202e<b>'\""),
+)
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(4000, marks=pytest.mark.slow)])
+def test_whatever_the_schema_lets_through_has_every_face(rich, count):
+    rng = random.Random(0)
+    tried = 0
+    while tried < count:
+        run = copy.deepcopy(rich)
+        for _ in range(rng.choice((1, 1, 3))):
+            spoil(run, rng)
+        if not VALID.is_valid(run):
+            continue
+        tried += 1
+        assert faults(html.to_html([run])) == []
+        for suffix in (".md", ".xml", ".json", ".txt"):
+            assert render(run, Path(f"r{suffix}")).encode()
+
+
+def spoil(document, rng):
+    """Put something odd in the place of any value, however deep."""
+    held, key = {"": document}, ""
+    while isinstance(held[key], dict | list) and held[key] and (key == "" or rng.random() < 0.85):
+        held = held[key]
+        key = rng.choice(list(held) if isinstance(held, dict) else range(len(held)))
+    if key != "":
+        held[key] = copy.deepcopy(rng.choice(ODD))
 
 
 def test_what_would_be_wrong_with_a_page_is_seen(rich, monkeypatch):

@@ -20,6 +20,7 @@ LETTER = (0.62, 2.6)  # width of a letter in percent of a field: on a desk, on a
 BAND = 16  # pixels above the field for the names of the layers' groups
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _STEPS = (1, 2, 5)
+_LEAST = 1e-300  # beyond it, and its inverse, there are no round numbers
 
 
 # --- axes -----------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ class LogAxis:
     @classmethod
     def of(cls, values: Iterable[float]) -> LogAxis | None:
         """The narrowest that holds the values that have a logarithm; None where none has."""
-        known = [value for value in values if 0 < value < math.inf]
+        known = [min(max(value, _LEAST), 1 / _LEAST) for value in values if 0 < value < math.inf]
         if not known:
             return None
         low, high = _round_down(min(known)), _round_up(max(known))
@@ -160,7 +161,9 @@ def count_bars(before: int, after: int, largest: int) -> Markup:
 
 def gauge(value: float, limit: float, *, passed: bool) -> Markup:
     """A figure against its limit, which always stands in the middle; logarithmic."""
-    share = 1.0 if math.isnan(value) else LogAxis(limit / 100, limit * 100).share(value)
+    share = 0.0 if value <= 0 else 1.0
+    if 0 < value < math.inf and 0 < limit < math.inf:  # two decades on either side
+        share = min(max(0.5 + (math.log10(value) - math.log10(limit)) / 4, 0.0), 1.0)
     marks = [
         Markup('<rect class="track" x="0" y="6" width="100%" height="6" rx="3"/>'),
         Markup('<rect class="{}" x="0" y="6" width="{}" height="6" rx="3"/>').format(

@@ -139,7 +139,7 @@ def _between(middle: Any, pair: Sequence[Any] | None) -> str:
 
 
 def _gauge(value: Any, limit: Any, passed: bool) -> Markup:
-    return drawing.gauge(number(value), number(limit) or 1.0, passed=passed)
+    return drawing.gauge(number(value), number(limit), passed=passed)
 
 
 def _runtimes(run: Run) -> list[dict[str, Any]]:
@@ -252,7 +252,8 @@ def _weights(run: Run) -> Mapping[str, Any] | None:
     weights = run["weights"]
     if not weights:
         return None
-    moved = [abs(math.log(widening(weight) or 1.0)) for weight in weights]
+    factors = [widening(weight) for weight in weights]
+    moved = [abs(math.log(factor)) if factor > 0 else 0.0 for factor in factors]
     few = sorted(range(len(weights)), key=lambda at: -moved[at])[: MANY_WEIGHTS * 2 // 3]
     front = set(few if len(weights) > MANY_WEIGHTS else range(len(weights)))
     shown = [weight for at, weight in enumerate(weights) if at in front]

@@ -26,7 +26,10 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size > LARGEST:
             raise InputError(f"{path} is larger than any report; is it one?")
-        document = json.loads(path.read_text("utf-8"))
+        # an integer that no float holds is a number that no report has
+        document = json.loads(
+            path.read_text("utf-8"), parse_int=lambda s: int(s) if len(s) < 19 else float(s)
+        )
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is no JSON"
         raise InputError(f"{path} cannot be read as a report: {reason}.") from error
