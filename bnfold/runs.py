@@ -184,7 +184,7 @@ def fold_sentence(result: Any) -> str:
             else f"The batch norm folded.{more}"
         )
     text = (
-        f"{folded} of {counted(found, 'batch norm')} folded; the reasons for the others are above."
+        f"{folded} of {counted(found, 'batch norm')} folded; each of the others has its reason."
         f"{more}"
     )
     if any("--freeze-inputs" in kept.reason for kept in result.kept):
