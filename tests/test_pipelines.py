@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -231,9 +232,10 @@ def released(folder, out, *domains, model=TRAINED):
     return example("release").main([str(argument) for argument in arguments])
 
 
-def test_a_release_is_complete(samples, tmp_path):
+def test_a_release_is_complete(samples, tmp_path, capfd):
     out = tmp_path / "release"
     assert released(samples, out, "night", "rain") == 0
+    assert capfd.readouterr() == ("", "")  # the API prints nothing
     there = ["model.onnx", "model.record.safetensors", "night.pack", "rain.pack"]
     assert sorted(p.name for p in out.iterdir()) == [*there, "release.html", "release.json"]
     assert list(tmp_path.iterdir()) == [out]
@@ -404,3 +406,33 @@ def test_the_job_fails_on_a_batch_norm_that_stays(job):
     assert failed == "Fold"
     assert "All batch norms must fold, and 0 of 1 did." in said
     assert not any(job.kept("model"))
+
+
+# ------------------------------------------------------------------------- what they stand upon
+
+
+def test_results_are_frozen_and_say_whether_they_passed():
+    public = [getattr(bnfold, name) for name in bnfold.__all__]
+    results = [item for item in public if dataclasses.is_dataclass(item)]
+    assert {r.__name__ for r in results} >= {"FoldResult", "VerifyReport", "BenchReport", "Pack"}
+    for result in results:
+        assert result.__dataclass_params__.frozen, result
+    for report in (bnfold.VerifyReport, bnfold.BenchReport):
+        assert callable(report.raise_for_failure)
+        assert callable(report.to_dict)
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(bnfold.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["release", "service"])
+def test_the_examples_are_typed_as_their_users_would_be(name):
+    ran = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", str(EXAMPLES / f"{name}.py")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout

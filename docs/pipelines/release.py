@@ -14,10 +14,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import bnfold
+
+MODEL = Path("model.onnx")
+Run = dict[str, Any]  # of the report
 
 
 def release(
@@ -53,10 +57,7 @@ def release(
         folder.rename(out)
 
 
-MODEL = Path("model.onnx")
-
-
-def fold(model: Path, data: np.ndarray) -> dict:
+def fold(model: Path, data: np.ndarray) -> Run:
     """Every batch norm folds, and the folded network is the same function: gates A and B."""
     result = bnfold.fold(model)
     result.require_folded("all")
@@ -67,7 +68,7 @@ def fold(model: Path, data: np.ndarray) -> dict:
     return bnfold.report_of("fold", fold=result, proof=proof, files=files)
 
 
-def parity(data: np.ndarray, runtimes: Sequence[str]) -> dict:
+def parity(data: np.ndarray, runtimes: Sequence[str]) -> Run:
     """The file that will be deployed, on each runtime that will run it: gate C."""
     name = one_input(bnfold.fold(MODEL))
     proof = bnfold.parity(MODEL, {name: data}, runtimes=runtimes)
@@ -75,11 +76,12 @@ def parity(data: np.ndarray, runtimes: Sequence[str]) -> dict:
     return bnfold.report_of("parity", proof=proof)
 
 
-def pack(name: str, samples: np.ndarray, key: Path) -> dict:
+def pack(name: str, samples: np.ndarray, key: Path) -> Run:
     """The statistics of one domain, in a signed file; the model with them is proved as well."""
     result = bnfold.adapt(MODEL, [samples])
     if result.warnings:
         raise bnfold.DemandError(f"Domain '{name}': {result.warnings[0]}", code="E_WARNING")
+    assert result.fold is not None  # what was folded comes back folded
     proof = result.fold.verify()
     proof.raise_for_failure()
     path = Path(f"{name}.pack")
@@ -87,7 +89,7 @@ def pack(name: str, samples: np.ndarray, key: Path) -> dict:
     return bnfold.report_of("adapt", adapted={name: result}, proof=proof, files={"pack": path})
 
 
-def bench(model: Path, runtimes: Sequence[str], seconds: float) -> dict:
+def bench(model: Path, runtimes: Sequence[str], seconds: float) -> Run:
     """What the fold gains, and whether that is told from noise."""
     result = bnfold.bench(model, {"folded": MODEL}, runtimes=runtimes, seconds=seconds)
     result.raise_for_failure()

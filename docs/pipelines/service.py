@@ -14,6 +14,7 @@ what is predicted: keep it on an inner address, or behind your own authenticatio
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -30,7 +31,7 @@ class Asked(BaseModel):
     """Inputs by name, each nested lists of numbers with the batch as first axis."""
 
     model_config = ConfigDict(extra="forbid")
-    inputs: dict[str, list] = Field(min_length=1)
+    inputs: dict[str, list[Any]] = Field(min_length=1)
 
 
 class Wanted(BaseModel):
@@ -55,12 +56,12 @@ def create(base: Path, packs: Path, public_key: Path) -> FastAPI:
         return {path.stem: path for path in sorted(packs.glob("*.pack"))}
 
     @app.get("/domains")
-    def domains() -> dict:
+    def domains() -> dict[str, Any]:
         return {"domains": list(there()), "serving": app.state.current[0]}
 
     # no `async`: FastAPI then runs each request in a thread, and one does not wait for another
     @app.post("/swap")
-    def swap(wanted: Wanted) -> dict:
+    def swap(wanted: Wanted) -> dict[str, Any]:
         found = there()
         if wanted.domain is not None and wanted.domain not in found:
             raise bnfold.UsageError(f"There is no domain '{wanted.domain}'; see /domains.")
@@ -69,7 +70,7 @@ def create(base: Path, packs: Path, public_key: Path) -> FastAPI:
         return {"serving": wanted.domain}
 
     @app.post("/predict")
-    def predict(asked: Asked) -> dict:
+    def predict(asked: Asked) -> dict[str, Any]:
         domain, serving = app.state.current  # these, whatever is swapped in from here on
         outputs = serving.run({name: array_of(name, rows) for name, rows in asked.inputs.items()})
         return {
@@ -80,7 +81,7 @@ def create(base: Path, packs: Path, public_key: Path) -> FastAPI:
     return app
 
 
-def array_of(name: str, rows: list) -> np.ndarray:
+def array_of(name: str, rows: list[Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The rows as float32; a sentence for what is ragged, not finite, or too much."""
     if len(rows) > MOST_ROWS:
         raise bnfold.UsageError(f"'{name}' has {len(rows)} rows; at most {MOST_ROWS} at a time.")
