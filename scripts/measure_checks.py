@@ -275,7 +275,7 @@ TOOLS: Mapping[str, Check] = {
 
 
 def on_cuda(subject: Subject) -> dict[str, str]:
-    """What is said of a right fold where CUDA is asked for and onnxruntime falls back in silence."""
+    """What is said of a right fold where CUDA is asked for, and onnxruntime falls back."""
     said = {}
     try:
         report = bnfold.verify(subject.bed.original, subject.bed.folded, runtimes=["cuda"])
