@@ -1,4 +1,4 @@
-"""Faults planted into folds of whole networks: how often `verify` names the batch norm and the fault.
+"""Faults planted into folds of whole networks: how often `verify` names batch norm and fault.
 
     .venv/bin/python scripts/measure_causes.py [--seed N] [FOLDER OF REAL DATA]
 

@@ -59,6 +59,8 @@ class Alignment:
             renamed = {name: (aliases or {}).get(name, name) for name in names}
             return Alignment({k: v for k, v in renamed.items() if after.knows(v)}, gauges)
         found = _by_structure(before, after)
+        ends = {value.name for value in before.graph.output if after.knows(value.name)}
+        found |= {name: name for name in ends}  # whatever computes them
         taken = set(found.values())
         for name in names:
             if name not in found and name not in taken and _same_operator(name, before, after):

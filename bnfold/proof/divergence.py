@@ -44,10 +44,10 @@ class Divergence:
     @property
     def sentence(self) -> str:
         """Where to look."""
-        return (
-            f"the two part at {self.op_type} '{self.node}', whose result '{self.value}' is off by "
-            f"{self.error:.2g} of its size."
-        )
+        how = f"is off by {self.error:.2g} of its size"
+        if not np.isfinite(self.error):
+            how = "has NaN or infinite elements, or another shape"
+        return f"the two part at {self.op_type} '{self.node}', whose result '{self.value}' {how}."
 
 
 def first_divergence(
@@ -80,10 +80,12 @@ def divergences(
     aliases: Mapping[str, str] | None,
     unit: float,
     first: bool = False,
+    rounding: bool = True,
 ) -> list[Divergence]:
     """Every value that is wrong while what it is computed from is right, in order of execution.
 
-    first: look no further once one is found. Arguments and errors as for `first_divergence`.
+    first: look no further once one is found. rounding: where there is none, give those that the
+    original's own rounding explains. Arguments and errors as for `first_divergence`.
     """
     view = View.of(original)
     alignment = Alignment.of(view, View.of(folded), gauges, aliases)
@@ -98,7 +100,7 @@ def divergences(
         for name, x, z in lockstep(before, after, inputs, alignment, given):
             errors[name] = alignment.error(name, x, z)
             if name in outputs:
-                slices[name] = _worst_slice(x, z)
+                slices[name] = max(_worst_slice(x, z), peak_error(x, z))
         wrong = [name for name in outputs if errors.get(name, 0.0) > limit]
         wrong = wrong or [name for name in outputs if slices.get(name, 0.0) > limit]
         known = found.keys() | rounded.keys()
@@ -113,7 +115,7 @@ def divergences(
             break
         right = before.run(inputs, new)
         given |= {alignment.there[name]: alignment.written(name, right[name]) for name in new}
-    found = found or rounded
+    found = found or (rounded if rounding else {})
     order = {name: index for index, name in enumerate(alignment.there)}
     return [
         Divergence(name, view.label(view.producers[name]), view.producers[name].op_type, error)
@@ -209,13 +211,26 @@ def compared_sources(view: View, name: str, compared: Mapping[str, Any]) -> list
     return nearest
 
 
-def explain(divergence: Divergence | None, problem: BnfoldError | None) -> str:
-    """One sentence about where the two part, for the end of a failure."""
-    if problem is not None:
-        return f"Where they part could not be found: {problem}"
-    if divergence is None:
-        return (
-            "In exact arithmetic the two graphs agree: what differs is a runtime's rounding, or a"
-            " torch module that is not its graph."
-        )
-    return divergence.sentence[0].upper() + divergence.sentence[1:]
+def output_errors(
+    original: onnx.ModelProto, folded: onnx.ModelProto, inputs: Mapping[str, Array]
+) -> float:
+    """The largest error of an element of an output in float64, over the largest element there.
+
+    Raises BnfoldError where a model cannot be run in float64, or lacks an output of the original.
+    """
+    names = [value.name for value in original.graph.output]
+    before, after = (Float64Reference(model).run(inputs, names) for model in (original, folded))
+    return max((peak_error(before[name], after[name]) for name in names), default=0.0)
+
+
+def peak_error(x: Any, z: Any) -> float:
+    """The largest error of an element over the largest element; inf for another shape."""
+    if not isinstance(x, np.ndarray) or np.shape(x) != np.shape(z) or x.dtype.kind != "f":
+        return relative_error(x, z)
+    with np.errstate(all="ignore"):
+        same = (x == z) | (np.isnan(x) & np.isnan(z))
+        error = float(np.max(np.abs(np.where(same, 0.0, z - x)), initial=0.0))
+        size = float(np.max(np.abs(np.where(np.isfinite(x), x, 0.0)), initial=0.0))
+    if error == 0:
+        return 0.0
+    return error / size if size and np.isfinite(error) else np.inf

@@ -6,7 +6,7 @@ wrong values are found, and what spoiled them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ import onnx
 from bnfold.errors import BnfoldError
 from bnfold.proof.cause import Cause, find_cause
 from bnfold.proof.certificate import Gauge
-from bnfold.proof.divergence import Divergence, divergences, explain
+from bnfold.proof.divergence import NOISE, Divergence, divergences, output_errors
 from bnfold.proof.draws import InputSet
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+MORE = 8  # further batches that are looked at where the first of each kind shows nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +57,53 @@ def find_fault(
     gauges, aliases: the plan's, if it is known. unit: rounding of the weights' type. Never raises
     for what cannot be found: the sentence says so.
     """
+    plan: dict[str, Any] = {"gauges": gauges, "aliases": aliases, "unit": unit}
     parted: list[Divergence] = []
     kind, feeds = "", dict[str, Array]()
     try:
-        for group in sets:
-            kind, feeds = group.name, dict(group.batches[0])
-            parted = divergences(original, folded, feeds, gauges=gauges, aliases=aliases, unit=unit)
+        for rounding, kind, batch in _tried(sets):
+            feeds = dict(batch)
+            parted = divergences(original, folded, feeds, **plan, rounding=rounding)
             if parted:
                 break
-        cause = find_cause(
-            original, folded, feeds, parted, gauges=gauges, aliases=aliases, unit=unit
-        )
+        cause = find_cause(original, folded, feeds, parted, **plan)
+        if cause is None:
+            sentence = _agreement(original, folded, sets, unit)
+            return Finding((), None, kind, feeds, sentence)
     except BnfoldError as problem:
-        first = parted[0] if parted else None
-        sentence = explain(first, None if first else problem)
+        sentence = f"Where they part could not be found: {problem}"
+        if parted:
+            sentence = _capital(parted[0].sentence)
         return Finding(tuple(parted), None, kind, feeds, sentence)
-    sentence = explain(parted[0] if parted else None, None)
-    if cause is not None:
-        sentence += f" {cause.sentence}"
+    sentence = f"{_capital(parted[0].sentence)} {cause.sentence}"
     return Finding(tuple(parted), cause, kind, feeds, sentence)
+
+
+def _tried(sets: Sequence[InputSet]) -> Iterator[tuple[bool, str, Mapping[str, Array]]]:
+    """(whether rounding counts, kind, batch): a batch of each kind, then more, then all again."""
+    firsts = [(group.name, group.batches[0]) for group in sets]
+    more = [(group.name, batch) for group in sets for batch in group.batches[1:]]
+    for kind, batch in (*firsts, *more[:MORE]):
+        yield False, kind, batch
+    for kind, batch in firsts:
+        yield True, kind, batch
+
+
+def _agreement(
+    original: onnx.ModelProto, folded: onnx.ModelProto, sets: Sequence[InputSet], unit: float
+) -> str:
+    """What float64 says of two networks that part nowhere."""
+    worst = max(output_errors(original, folded, group.batches[0]) for group in sets)
+    if worst > NOISE * unit:
+        return (
+            f"In float64 too an element of the outputs is off by {worst:.2g} of the largest, and no"
+            " value before it stands out."
+        )
+    return (
+        f"In float64 the outputs of the two agree, to {worst:.2g} of their largest element: what"
+        " differs is a runtime's rounding, or a torch module that is not its graph."
+    )
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
