@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import Gauge, View, attributes, same_constant
+from bnfold.proof.counterpart import Carried, Gauge, View, attributes, same_constant
 from bnfold.proof.layers import is_norm
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -66,6 +66,10 @@ class Alignment:
             if name not in found and name not in taken and _same_operator(name, before, after):
                 found[name] = name
         return Alignment({name: found[name] for name in names if name in found}, {})
+
+    def holds(self, name: str) -> bool:
+        """Whether the folded graph has the value itself."""
+        return name in self.there and Carried.by(self.gauges.get(name)).is_identity
 
     def error(self, name: str, x: Any, z: Any) -> float:
         """How far z is from scale * (x - origin), relative to that."""

@@ -11,7 +11,7 @@ told, and with it all others that have as few; where none does, that is said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,16 +109,13 @@ def find_cause(
     near = places(view, norms, alignment, first.value)
     usual = own_errors(original, before, [first.value], inputs, alignment)[first.value]
     limit = max(NOISE * unit, ROUNDING * usual)
-    sites = []
-    for place in near:
-        site = Site.of(place, before, after, inputs, alignment, view)
-        if site is not None:
-            sites.append(site)
     own = near[0].norm if near and near[0].own else None
     named = [layer for part in parted[1:] if (layer := layer_at(view, norms, alignment, part))]
+    opened = (Site.of(place, before, after, inputs, alignment, view) for place in near)
+    sites: list[Site] = []
     found = (
         _by_the_batch(first, own, other, alignment, near)
-        or _by_parameters(first, sites, view, limit)
+        or _by_parameters(first, _kept(sites, opened), view, limit)
         or _by_type(first, own or _taken_up(near, view, other, alignment), view, other, alignment)
         or _by_other_rows(first, own, before, after, inputs, alignment, limit)
         or _unknown(first, own, sites)
@@ -245,30 +242,36 @@ def _by_other_rows(first: Divergence, own: Norm | None, before: Float64Reference
 # --------------------------------------------------------------------------- other parameters
 
 
+def _kept(sites: list[Site], opened: Iterable[Site | None]) -> Iterator[Site]:
+    """The sites that there are, put into a list as they are opened: each costs a few runs."""
+    for site in opened:
+        if site is not None:
+            sites.append(site)
+            yield site
+
+
 def _by_parameters(
-    first: Divergence, sites: Sequence[Site], view: View, limit: float
+    first: Divergence, sites: Iterable[Site], view: View, limit: float
 ) -> Cause | None:
-    """The batch norm with other parameters that gives the wrong values, the simplest that does."""
-    tried = [
-        (site.left(supposed.result), site, supposed)
-        for site in sites
-        for supposed in suppositions(site, view, limit)
-    ]
-    good = [
-        entry for entry in tried if entry[0] <= min(limit, entry[1].error / EXPLAINED)
-    ]  # fmt: skip
-    if not good:
-        return None
-    best = min(left for left, _, _ in good)
+    """The batch norm with other parameters that gives the wrong values, the nearest that does."""
+    for site in sites:
+        tried = [(site.left(case.result), case) for case in suppositions(site, view, limit)]
+        good = [entry for entry in tried if entry[0] <= min(limit, site.error / EXPLAINED)]
+        if good:
+            return _simplest(first, site, good, limit)
+    return None
+
+
+def _simplest(
+    first: Divergence, site: Site, good: Sequence[tuple[float, Supposition]], limit: float
+) -> Cause:
+    """Of the suppositions that explain a fault, that with the fewest numbers, and its equals."""
+    best = min(left for left, _ in good)
     equal = [entry for entry in good if entry[0] <= AS_GOOD * best + limit / NOISE]
-    numbers = min(len(supposed.figures) for _, _, supposed in equal)  # more numbers fit more
-    left, site, told = next(entry for entry in equal if len(entry[2].figures) == numbers)
-    others = [
-        supposed.sentence
-        for _, _, supposed in equal
-        if len(supposed.figures) == numbers and supposed is not told
-    ]
-    besides = tuple(dict.fromkeys(others))
+    numbers = min(len(case.figures) for _, case in equal)  # more numbers fit more
+    simple = [entry for entry in equal if len(entry[1].figures) == numbers]
+    left, told = simple[0]
+    besides = tuple(dict.fromkeys(case.sentence for _, case in simple[1:]))
     sentence = told.sentence + "."
     if besides:
         sentence += f" The numbers do not tell it from this: {'; '.join(besides)}."
@@ -327,7 +330,7 @@ def _of_all_channels(site: Site) -> Iterator[Supposition]:
     for fault, number in (
         ("eps", _settled(eps, sensitive)), ("variance", _settled(factors, weights)),
     ):  # fmt: skip
-        if number is None:
+        if number is None or (fault == "variance" and number <= 0):
             continue
         words = f"with eps {number:.3g} instead of {norm.eps:.3g}"
         if fault == "variance":
@@ -439,9 +442,10 @@ def _of_one_channel(site: Site, channel: int) -> Iterator[Supposition]:
     slope = norm.slope.copy()
     slope[channel] = site.slope[channel]
     gamma = float(p["gamma"][channel])
+    same = f", or its variance times {factor**-2:.6g}" if factor else ""
     yield Supposition(
         "gamma", f"{was} with the gamma of channel {channel} times {factor:.6g} "
-        f"({gamma * factor:.6g} instead of {gamma:.6g}), or its variance times {factor**-2:.6g}",
+        f"({gamma * factor:.6g} instead of {gamma:.6g}){same}",
         site.normalized(slope, p["beta"] - slope * p["mean"]),
         {"channel": channel, "factor": factor},
     )  # fmt: skip

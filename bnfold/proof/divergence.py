@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.errors import BnfoldError
 from bnfold.proof.alignment import Alignment, relative_error
 from bnfold.proof.certificate import Gauge
 from bnfold.proof.counterpart import View

@@ -61,8 +61,8 @@ def find_fault(
     parted: list[Divergence] = []
     kind, feeds = "", dict[str, Array]()
     try:
-        for rounding, kind, batch in _tried(sets):
-            feeds = dict(batch)
+        for rounding, name, batch in _tried(sets):
+            kind, feeds = name, dict(batch)
             parted = divergences(original, folded, feeds, **plan, rounding=rounding)
             if parted:
                 break

@@ -55,7 +55,8 @@ def places(view: View, norms: Mapping[str, Norm], alignment: Alignment, wrong: s
             value = norm.output
     behind, frontier = _behind(view, norms, value)
     found = [norms[value]] if value in norms else []
-    found += [norm for norm in behind if norm not in found]
+    # a result that the folded network holds as it is was compared by itself, and is right
+    found += [norm for norm in behind if not alignment.holds(norm.output)]
     return [Place(n, value, n.output == value, frontier) for n in found if n.parameters is not None]
 
 
