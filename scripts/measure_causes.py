@@ -27,14 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import realdata  # noqa: E402
-from fault_nets import FAULTS, in_training, narrowed  # noqa: E402
+from fault_nets import FAULTS, in_training, inputs, narrowed  # noqa: E402
 from nets import with_statistics  # noqa: E402
 
 import bnfold  # noqa: E402
 from bnfold.graph import to_proto  # noqa: E402
 from models.densenet import densenet_bc  # noqa: E402
 from models.mobilenet_v2 import mobilenet_v2_small  # noqa: E402
-from models.preact_resnet import preact_resnet18  # noqa: E402
+from models.preact_resnet import preact_resnet20  # noqa: E402
 from models.resnet import resnet18  # noqa: E402
 from models.unet import unet  # noqa: E402
 from models.vgg import vgg11  # noqa: E402
@@ -54,9 +54,9 @@ def networks(data: Path) -> dict[str, onnx.ModelProto]:
         for name, shape in REAL.items():
             made[name] = realdata.load_model(data, name), shape
     torch.manual_seed(0)
-    for factory, shape in ((resnet18, (3, 64, 64)), (mobilenet_v2_small, (3, 64, 64)),
-                           (preact_resnet18, (3, 32, 32)), (densenet_bc, (3, 32, 32)),
-                           (unet, (1, 32, 32)), (vgg11, (3, 32, 32))):  # fmt: skip
+    for factory, shape in ((mobilenet_v2_small, (3, 64, 64)), (preact_resnet20, (3, 32, 32)),
+                           (densenet_bc, (3, 32, 32)), (unet, (1, 32, 32)),
+                           (vgg11, (3, 32, 32)), (resnet18, (3, 48, 48))):  # fmt: skip
         made[factory.__name__] = with_statistics(factory(), positive=True), shape
     return {
         name: to_proto(bnfold.export(module, torch.zeros(2, *shape)))
@@ -81,7 +81,7 @@ def bare(model: onnx.ModelProto) -> onnx.ModelProto:
 def told(original: onnx.ModelProto, wrong: onnx.ModelProto, norm: str, fault: str,
          record: Any = None) -> str:  # fmt: skip
     """What verify makes of a wrong fold."""
-    report = bnfold.verify(original, wrong, record=record)
+    report = bnfold.verify(original, wrong, inputs(original), record=record)
     if report.passed:
         return "passed"
     cause = report.cause

@@ -132,7 +132,7 @@ def inputs(model: onnx.ModelProto, rows: int = 8, seed: int = 1) -> dict[str, Ar
     """Normal draws."""
     shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]]
     drawn = np.random.default_rng(seed).standard_normal((rows, *shape))
-    return {"x": drawn.astype(np.float32)}
+    return {model.graph.input[0].name: drawn.astype(np.float32)}
 
 
 # --------------------------------------------------------------------------------- the faults
