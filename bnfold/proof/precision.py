@@ -62,6 +62,25 @@ def _is_of(model: onnx.ModelProto, kind: int, dtype: np.dtype[np.generic]) -> bo
     return found
 
 
+def as_stored(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """The model with float32 tensors that hold a class's numbers alone in its type.
+
+    For gate A, which grants a constant the rounding of its type; it is no model to be run.
+    """
+    kind, dtype = NARROW[precision]
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    for tensor in made.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            value = numpy_helper.to_array(tensor)
+            with np.errstate(all="ignore"):
+                narrow = value.astype(dtype)
+            if np.array_equal(value, narrow.astype(np.float32)):
+                raw = helper.make_tensor(tensor.name, kind, value.shape, narrow.tobytes(), raw=True)
+                tensor.CopyFrom(raw)
+    return made
+
+
 def effective(runtime: Runtime, stored: str) -> Runtime:
     """The runtime with the class that has an effect there.
 

@@ -35,8 +35,8 @@ from bnfold.proof.comparison import Comparison, Progress, few, other_names
 from bnfold.proof.divergence import Divergence
 from bnfold.proof.draws import input_sets, input_specs
 from bnfold.proof.finding import Finding, find_fault
-from bnfold.proof.precision import rounded, stored_class, types_of, unit_of
 from bnfold.proof.plain import judge as judge_plain_fold
+from bnfold.proof.precision import as_stored, rounded, stored_class, types_of, unit_of
 from bnfold.proof.profile import Profile
 from bnfold.proof.profile import profile as profile_of
 from bnfold.proof.reference import Float64Reference, NoReferenceError
@@ -219,8 +219,7 @@ def verify(
     asked = as_runtimes(runtimes)
     before, after = _load(original, "original"), _load(folded, "folded")
     _check_outputs(before)
-    gates: list[GateResult] = []
-    certificate = None
+    known = Known(gauges, aliases)
     notes = _other_interface(before, after)
     stored = stored_class(before, after)
     with Places(threads, own_process=own_process, time_limit=time_limit) as places:
@@ -236,19 +235,13 @@ def verify(
             notes.append(
                 f"The networks were compared in torch; the ONNX file was not run: {refused}"
             )
-        if gauges is None:
-            told, note = judge_plain_fold(before, after)
-            gates += told
-            notes.append(note)
-        else:
-            shapes = input_shapes or {name: np.shape(x) for name, x in (inputs or {}).items()}
-            certificate = certify(before, after, gauges, aliases or {}, input_shapes=shapes)
-            gates += _algebra(certificate)
+        given = {name: np.shape(value) for name, value in (inputs or {}).items()}
+        declared = stored if any(runtime.precision == stored for runtime in asked) else ""
+        gates, certificate = _gate_a(before, after, declared, known, input_shapes or given, notes)
         ask = Asked(seed, samples, input_shapes, inputs, progress)
         compared = _compare(before, backends, ask, "B", stored, refusal=_refusal(before, after))
     gates += compared.gates
     comparison, finding, drawn = compared.comparison, None, None
-    known = Known(gauges, aliases)
     if not all(result.passed for result in gates) and comparison is not None:
         finding = _find(before, after, comparison, known)
         # where a network did not run, that they agree in exact arithmetic is no explanation
@@ -323,6 +316,28 @@ class Known:
 
     gauges: Mapping[str, Gauge] | None = None
     aliases: Mapping[str, str] | None = None
+
+
+def _gate_a(
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    declared: str,
+    known: Known,
+    shapes: Mapping[str, Sequence[int]],
+    notes: list[str],
+) -> tuple[list[GateResult], Certificate | None]:
+    """Every node by the plan; where that is not known, the weights of a plain fold.
+
+    declared: the narrower class that the folded weights are stored in, where the user said so. The
+    plan's constants are held to one rounding of the original's type, so it is no measure for those.
+    """
+    if known.gauges is None or declared:
+        gates, note = judge_plain_fold(before, as_stored(after, declared) if declared else after)
+        notes.append(note)
+        return list(gates), None
+    aliases = known.aliases or {}
+    certificate = certify(before, after, known.gauges, aliases, input_shapes=shapes)
+    return _algebra(certificate), certificate
 
 
 def _find(
