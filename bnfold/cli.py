@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None, *, limited: bool = False) -> int:
     """
     with contextlib.suppress(ValueError):  # of a thread, which may not
         signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that cannot show a layer's name
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     arguments = list(sys.argv[1:] if argv is None else argv)
     run = _Run("--json" in arguments)
     try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bnfold import report
 from bnfold.commands.adapted import check_adapted_outputs, write_adapted
+from bnfold.commands.demands import unmet
 from bnfold.commands.shared import (
     Report,
     new_report,
@@ -202,11 +203,10 @@ def _report(
         done["summary"] += " The model is folded again."
         if not args.no_verify:
             where = runtimes_of(args)
-            proof = result.fold.verify(runtimes=where, profile=report.pictured(args))
-            add_proof(done, proof)
-            if not proof.passed:
-                done["summary"] += " No file was written."
-                return done
+            add_proof(done, result.fold.verify(runtimes=where, profile=report.pictured(args)))
+    if done["exit_code"] or unmet(done, args):
+        done["summary"] += " No file was written."
+        return done
     _write(done, args, outputs, target, result, data)
     return done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bnfold.parser.demands import add_demands
 from bnfold.parser.shared import (
     Verbs,
     add_data,

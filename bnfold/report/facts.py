@@ -34,10 +34,12 @@ def sha256(path: Path | str) -> str:
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """The report as one JSON document; numbers that JSON has no word for become strings."""
-    text = json.dumps(plain(report), indent=2, ensure_ascii=False, allow_nan=False)
-    # half a surrogate pair, of a file's name that is no UTF-8, can be written as an escape alone
-    return "".join(f"\\u{ord(c):04x}" if "\ud800" <= c <= "\udfff" else c for c in text)
+    """The report as one JSON document; numbers that JSON has no word for become strings.
+
+    In ASCII, which every terminal can show; so is half a surrogate pair, of a file's name that is
+    no UTF-8.
+    """
+    return json.dumps(plain(report), indent=2, allow_nan=False)
 
 
 def plain(value: Any) -> Any:

@@ -77,8 +77,9 @@ def _operators(report: Mapping[str, Any]) -> Iterator[Table]:
 
 def _given(title: str, key: str) -> Callable[[Mapping[str, Any]], Iterator[Table]]:
     def make(report: Mapping[str, Any]) -> Iterator[Table]:
-        part = report[key]
-        yield Table(title, part["head"], [[str(cell) for cell in row] for row in part["rows"]])
+        head, rows = report[key]["head"], report[key]["rows"]
+        wide = len(head)  # a row may be shorter, in a file from elsewhere
+        yield Table(title, head, [[str(c) for c in (*row, *[""] * wide)][:wide] for row in rows])
 
     return make
 
