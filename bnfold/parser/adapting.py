@@ -114,6 +114,7 @@ def adapt(verbs: Verbs) -> None:
     adapt.add_argument("--pack", type=Path, metavar="FILE", help="also write a domain pack")
     add_source(adapt)
     add_proof(adapt, precision=False)
+    add_demands(adapt)
     add_report(adapt)
 
 
