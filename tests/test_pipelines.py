@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ from bnfold.cli import main
 from bnfold.folding import plan
 from bnfold.packs import signing
 from bnfold.packs.pack import Pack
+from bnfold.parser import build_parser
 from bnfold.report.schema import read_runs
 from models.digits import digits_cnn
 from tests.test_folded_adapt import moved
@@ -420,6 +423,20 @@ def test_results_are_frozen_and_say_whether_they_passed():
     for report in (bnfold.VerifyReport, bnfold.BenchReport):
         assert callable(report.raise_for_failure)
         assert callable(report.to_dict)
+
+
+def test_the_page_is_true(made, tmp_path, monkeypatch):
+    page = (EXAMPLES / "README.md").read_text()
+    shutil.copy(made / "net.onnx", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    for name in ("release.onnx", "release.record.safetensors", "release.html"):
+        assert (tmp_path / name).is_file()
+    (line,) = re.findall(r"^bnfold (.*?) > ", page, flags=re.MULTILINE)
+    build_parser().parse_args(line.split())
+    named = set(re.findall(r"\]\((\w+\.\w+)\)", page))
+    assert named == {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
 
 
 def test_the_package_says_that_it_is_typed():
