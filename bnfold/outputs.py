@@ -199,8 +199,11 @@ def save_fold(result: Any, path: Path, *, overwrite: bool = False) -> Path:
 
     source, record = result.source.path, record_path(path)
     read = source if source.is_file() else None  # the caller may have passed a model, not a file
-    check_outputs([path], read, overwrite, FORMATS)
-    check_outputs([record], read, overwrite, (".safetensors",))
+    check_outputs([path], read, True, FORMATS)
+    check_outputs([record], read, True, (".safetensors",))
+    there = [str(file) for file in (path, record) if file.exists()]
+    if there and not overwrite:
+        raise UsageError(f"{there[0]} exists; save with overwrite=True, or elsewhere.")
     digest = report.sha256(read) if read else hashlib.sha256(to_bytes(result.original)).hexdigest()
     writers = {path: writer_of(path, Namespace(factory=None), result, result.source)}
     write_all({"files": []}, writers, (record, result.record), source=source, original=digest)

@@ -39,7 +39,8 @@ def report_of(
     """One run with all that is given; plain values, as schema.json says.
 
     command: the run's name. adapted: results by the names of their domains. files: paths by role,
-    which the run names with their SHA-256 sums. The exit code is 1 where a proof failed.
+    which the run names with their SHA-256 sums. The exit code is 1 where a proof failed, of what was
+    timed too.
     """
     run = begun(command, fold.notes if fold is not None else ())
     for role, path in (files or {}).items():
@@ -56,7 +57,10 @@ def report_of(
     if bench is not None:
         run["bench"] = bench.to_dict()
         run["notes"] += bench.notes
+        faults = [f"{name}: {fault}" for name, fault in bench.faults.items()]
+        run.setdefault("warnings", []).extend(faults)
         run["summary"] += f" {bench_sentence(bench)}"
+        run["exit_code"] = run["exit_code"] or int(not bench.passed)
     run["summary"] = run["summary"].strip() or f"{command}: done."
     if run["exit_code"]:
         run["error"] = VerificationError(run["summary"]).to_dict()
@@ -211,10 +215,12 @@ def adapted_sentence(result: AdaptResult) -> str:
 
 def bench_sentence(result: BenchReport) -> str:
     """A clause for each model that was to be timed, on each runtime and batch."""
-    measures = ("the measure", "the control")
-    return " ".join(
-        f"{row.model} on {row.runtime}, batch {row.batch}: {row.verdict}"
-        + ("." if row.ratio is None else f" ({row.ratio:.2f} of the original's time).")
-        for row in result.rows
-        if row.verdict not in measures
-    )
+    from bnfold.benchmark.bench import CONTROL, ORIGINAL, UNOPTIMIZED
+
+    clauses = []
+    for row in result.rows:
+        if row.model not in (ORIGINAL, CONTROL, UNOPTIMIZED):
+            figure = "" if row.ratio is None else f" ({row.ratio:.2f} of the original's time)"
+            where = f"{row.model} on {row.runtime}, batch {row.batch}"
+            clauses.append(f"{where}: {row.verdict}{figure}.")
+    return " ".join(clauses)

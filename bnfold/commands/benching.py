@@ -9,6 +9,7 @@ from typing import Any
 from bnfold import report
 from bnfold.commands.shared import Report, new_report, open_model, progress_bar
 from bnfold.errors import UsageError
+from bnfold.runs import bench_sentence
 
 
 def bench(args: argparse.Namespace) -> Report:
@@ -46,7 +47,7 @@ def bench(args: argparse.Namespace) -> Report:
         done["warnings"].append("Nothing was proved: what is timed may be other functions.")
     wrong = [name for name in found.faults if name not in args.compare]
     done["exit_code"] = 1 if wrong else 0
-    done["summary"] = _summary(found)
+    done["summary"] = bench_sentence(found)
     return done
 
 
@@ -64,16 +65,3 @@ def _shapes(args: argparse.Namespace, source: Any) -> dict[str, tuple[int, ...]]
 
     first = next(iter(graph_inputs(source.graph)), "")
     return {name or first: shape for name, shape in args.shapes or ()}
-
-
-def _summary(found: Any) -> str:
-    """A clause for each model that was to be timed, on each runtime and batch."""
-    from bnfold.benchmark.bench import CONTROL, ORIGINAL, UNOPTIMIZED
-
-    clauses = []
-    for row in found.rows:
-        if row.model not in (ORIGINAL, CONTROL, UNOPTIMIZED):
-            figure = "" if row.ratio is None else f" ({row.ratio:.2f} of the original's time)"
-            where = f"{row.model} on {row.runtime}, batch {row.batch}"
-            clauses.append(f"{where}: {row.verdict}{figure}.")
-    return " ".join(clauses)
