@@ -1,6 +1,6 @@
 """bnfold's proof beside the checks of other tools: right folds and planted faults, who is wrong.
 
-    .venv/bin/python scripts/measure_checks.py [--page-only] [NETWORK ...]
+    .venv/bin/python scripts/measure_checks.py [--page-only] [--again TOOL] [NETWORK ...]
 
 Each network, well and ill conditioned (tests/conditions.py), is folded rightly in float64 (bnfold)
 and in float32 (onnxruntime), and wrongly in every way of tests/planted.py at its middle batch norm.
@@ -308,25 +308,32 @@ def results() -> list[Result]:
     return list({(x["network"], x["profile"], x["case"]): x for x in lines}.values())
 
 
-def measure(wanted: list[str]) -> None:
-    """Whatever is missing, a line for each case as it comes."""
+def measure(wanted: list[str], again: str | None) -> None:
+    """Whatever is missing, a line for each case as it comes; and one tool again, where it passed."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    done = {(line["network"], line["profile"], line["case"]) for line in results()}
+    done = {(line["network"], line["profile"], line["case"]): line for line in results()}
+    known = {key for key, line in done.items() if again is None or not passed(line, again)}
     for name, title, make in subjects(wanted):
-        if {(name, title, case) for case in (*RIGHT, *FAULTS)} <= done:
+        if {(name, title, case) for case in (*RIGHT, *FAULTS)} <= known:
             continue
         subject = make()
         for case, plant in cases(subject.bed):
-            if (name, title, case) in done:
+            if (name, title, case) in known:
                 continue
-            line: Result = {"network": name, "profile": title, "case": case}
+            line = done.get((name, title, case)) or {
+                "network": name,
+                "profile": title,
+                "case": case,
+            }
             try:
                 folded, record = plant()
                 if case not in RIGHT and same_weights(folded, subject.bed.folded):
                     line["none"] = True
                 else:
-                    line["verdicts"] = {tool: ask(TOOLS[tool], Pair(subject, folded, record))
-                                        for tool in TOOLS}  # fmt: skip
+                    old = line.get("verdicts", {})
+                    tools = [tool for tool in TOOLS if tool not in old or tool == again]
+                    pair = Pair(subject, folded, record)
+                    line["verdicts"] = old | {tool: ask(TOOLS[tool], pair) for tool in tools}
             except BnfoldError as error:
                 line["error"] = str(error)
             with RESULTS.open("a") as out:
@@ -341,6 +348,11 @@ def measure(wanted: list[str]) -> None:
         line["offered"] = onnxruntime.get_available_providers()
         with RESULTS.open("a") as out:
             out.write(json.dumps(line) + "\n")
+
+
+def passed(line: Result, tool: str) -> bool:
+    """Whether the tool let the pair pass."""
+    return bool(line.get("verdicts", {}).get(tool) is True)
 
 
 def ask(check: Check, pair: Pair) -> bool | str | None:
@@ -441,11 +453,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("networks", nargs="*")
     parser.add_argument("--page-only", action="store_true")
+    parser.add_argument("--again", choices=TOOLS, help="ask this tool again where it passed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     if not args.page_only:
-        measure(args.networks)
+        measure(args.networks, args.again)
     text = page(results())
     PAGE.write_text(text, encoding="utf-8")
     print(text)
