@@ -289,7 +289,8 @@ def _pictures(count: int, shape: Sequence[int], generator: torch.Generator) -> t
     contrast, brightness = (
         torch.randn(count, shape[0], *(1 for _ in shape[1:]), generator=generator) for _ in "ab"
     )
-    smooth = nn.functional.interpolate(coarse, size=tuple(shape[1:]))
+    # what has no extent (a generator's code) has no coarse and fine
+    smooth = nn.functional.interpolate(coarse, size=tuple(shape[1:])) if shape[1:] else coarse
     return (0.5 * fine + smooth) * (0.5 + contrast.abs()) + brightness
 
 

@@ -88,7 +88,7 @@ def test_all_results_are_told_and_one_failure_is_exit_1(monkeypatch, tmp_path, c
     assert told["steps"]["silent CPU"]["sentence"] == "not refused"
     assert told["rehearsal"] is True
     assert output.read_text().startswith(REHEARSED)
-    assert "Failed: silent CPU" in capsys.readouterr().out
+    assert "Failed: silent CPU." in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_is_exit_4_and_no_page(monkeypatch, tmp_path, capsys):

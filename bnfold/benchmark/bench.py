@@ -11,6 +11,7 @@ must exceed to be told from noise (`paired`).
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,20 +209,28 @@ def bench_sources(
     places = as_runtimes(runtimes)
     _check(given, batch_sizes, threads, effort)
     check_others(compare)
+    _check_modules(source, places)
     require(place.name for place in places)
+    proto = graph.to_proto(source.graph)
+    batches = dict(_batches(proto, batch_sizes, shapes, effort))
+    total = (len(given) or 1) + len(compare) + len(places) * len(batches)
+    done = itertools.count()
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(done), total)
+
     with tempfile.TemporaryDirectory(prefix="bnfold-") as folder:
-        field = _entrants(source, given, compare, Path(folder), check=check)
-        _check_modules(field, places)
+        field = _entrants(source, proto, given, compare, Path(folder), check=check, step=step)
         made: list[BenchRow] = []
         placed: dict[str, Mapping[str, Any]] = {}
-        tasks = [(p, f) for p in places for f in _batches(field.proto, batch_sizes, shapes, effort)]
-        for done, (place, (batch, feeds)) in enumerate(tasks):
-            if progress is not None:
-                progress(done, len(tasks))
+        for place, (batch, feeds) in itertools.product(places, batches.items()):
+            step()
             timed = _timed(field, place, feeds, threads, effort, unoptimized)
             made += _rows(field, timed, str(place), batch, threads)
             if timed.placed:
                 placed[f"{place}, batch {batch}"] = timed.placed
+    step()
     onnxruntime = any(place.place.library == "onnxruntime" for place in places)
     return BenchReport(
         rows=tuple(made),
@@ -258,7 +267,6 @@ def _check(
 class _Field:
     """All that is timed, the original first: files for onnxruntime, modules for torch."""
 
-    proto: onnx.ModelProto
     files: Mapping[str, Path]
     modules: Mapping[str, nn.Module]
     faults: Mapping[str, str]
@@ -266,10 +274,17 @@ class _Field:
     notes: tuple[str, ...]
 
 
-def _entrants(source: Source, given: Mapping[str, Source], compare: Sequence[str], folder: Path, *,
-              check: bool) -> _Field:  # fmt: skip
+def _entrants(
+    source: Source,
+    proto: onnx.ModelProto,
+    given: Mapping[str, Source],
+    compare: Sequence[str],
+    folder: Path,
+    *,
+    check: bool,
+    step: Callable[[], None],
+) -> _Field:
     """The models, each proved to be the original's function or among the faults."""
-    proto = graph.to_proto(source.graph)
     files = {ORIGINAL: _file_of(source, folder / "original.onnx")}
     modules = {ORIGINAL: source.module} if source.module is not None else {}
     faults: dict[str, str] = {}
@@ -287,11 +302,13 @@ def _entrants(source: Source, given: Mapping[str, Source], compare: Sequence[str
 
     if given:
         for place, (name, other) in enumerate(given.items()):
+            step()
             if prove(name, lambda other=other: _proof(source, other, proto)):  # type: ignore[misc]
                 files[name] = _file_of(other, folder / f"given{place}.onnx")
                 if other.module is not None:
                     modules[name] = other.module
     else:
+        step()
         result = fold_source(source)
         notes += _about_fold(result)
         if prove(FOLDED, result.verify):
@@ -300,13 +317,14 @@ def _entrants(source: Source, given: Mapping[str, Source], compare: Sequence[str
             if result.modules is not None:
                 modules[FOLDED] = result.modules[1]
     for name in compare:
+        step()
         target = folder / f"{name}.onnx"
         fault = made_by(name, files[ORIGINAL], target)
         if fault:
             faults[name] = fault
         elif prove(name, lambda target=target: verify(proto, target)):  # type: ignore[misc]
             files[name] = target
-    return _Field(proto, files, modules, faults, proofs, tuple(notes))
+    return _Field(files, modules, faults, proofs, tuple(notes))
 
 
 def _proof(source: Source, other: Source, proto: onnx.ModelProto) -> VerifyReport:
@@ -333,8 +351,8 @@ def _file_of(source: Source, written: Path) -> Path:
     return written
 
 
-def _check_modules(field: _Field, places: Sequence[Runtime]) -> None:
-    if any(place.place.library == "torch" for place in places) and ORIGINAL not in field.modules:
+def _check_modules(source: Source, places: Sequence[Runtime]) -> None:
+    if source.module is None and any(place.place.library == "torch" for place in places):
         raise UsageError(
             "torch runs a network's module, and none is at hand: give a checkpoint with its"
             " --model, or time the ONNX file on ort-cpu or ort-cuda."

@@ -21,16 +21,25 @@ def doctor(args: argparse.Namespace) -> Report:
     done["facts"] = facts
     done["diagnostics"] = {"head": ["", "found"], "rows": rows}
     done["warnings"] = list(facts["conflicts"])
+    loads = facts["loads"]
     missing = [
-        f"{name} cannot run here: {facts['loads'][name]}"
-        for name in asked
-        if facts["loads"][name] is not True
+        f"{name} cannot run here: {loads[name]}" for name in asked if loads[name] is not True
     ]
     done["exit_code"] = 4 if missing else 0
-    way = "Something stands in the way: see the warnings." if facts["conflicts"] else ""
-    runs = f"{', '.join(asked)} runs." if asked and not missing else ""
-    done["summary"] = " ".join([*missing, runs, way]).strip() or "Nothing in the way."
+    done["summary"] = " ".join([*missing, *_what_runs(loads)])
+    if facts["conflicts"]:
+        done["summary"] += " Something stands in the way: see the warnings."
     return done
+
+
+def _what_runs(loads: Mapping[str, Any]) -> list[str]:
+    here = [name for name, reason in loads.items() if reason is True]
+    gone = [name for name in loads if name not in here]
+    return [
+        f"{label}: {', '.join(names)}."
+        for label, names in (("Runs here", here), ("Not here", gone))
+        if names
+    ]
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
