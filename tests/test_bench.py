@@ -199,8 +199,12 @@ def test_torch_times_modules():
     module = convolutions(2).train()
     example = torch.zeros(1, 16, 12, 12)
     threads = torch.get_num_threads()
-    report = bench(module, None, example, runtimes=["torch"], batch_sizes=[2], rounds=9, seconds=3)
-    assert [row.model for row in report.rows] == [ORIGINAL, FOLDED, CONTROL]
+    report = bench(
+        module, None, example, compare=["onnxslim"], runtimes=["torch"], batch_sizes=[2], rounds=9,
+        seconds=3,
+    )  # fmt: skip
+    assert [row.model for row in report.rows] == [ORIGINAL, FOLDED, CONTROL, "onnxslim"]
+    assert report.row("onnxslim").verdict == "not timed"
     assert {row.runtime for row in report.rows} == {"torch"}
     assert module.training
     assert torch.get_num_threads() == threads

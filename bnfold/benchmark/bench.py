@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[int, int], None]
-Said = Verdict | Literal["the measure", "the control", "not the same function", "not made"]
+Said = (
+    Verdict
+    | Literal["the measure", "the control", "not the same function", "not made", "not timed"]
+)
 
 ORIGINAL, CONTROL, FOLDED, UNOPTIMIZED = (
     "original",
@@ -429,6 +432,9 @@ def _rows(field: _Field, timed: Timed, runtime: str, batch: int, threads: int) -
                 ratio_interval=ratios[name].interval,
             )
         )
+    for name in (name for name in field.files if name not in names):  # of torch's places
+        sentence = "It holds no torch module."
+        rows.append(BenchRow(name, runtime, batch, threads, timed.clock, "not timed", sentence))
     for name, fault in field.faults.items():
         verdict = "not the same function" if name in field.proofs else "not made"
         rows.append(BenchRow(name, runtime, batch, threads, timed.clock, verdict, fault))
