@@ -13,6 +13,7 @@ from handmade import Array, Fold
 from onnx import TensorProto, numpy_helper
 from test_verify import modules, network
 
+from bnfold.errors import RuntimeUnavailableError
 from bnfold.proof.precision import effective, rounded, stored_class
 from bnfold.proof.reference import Float64Reference
 from bnfold.proof.runtime import open_session, run_torch
@@ -172,6 +173,18 @@ def test_cuda_is_set_for_the_run_alone_and_cudnn_stays_on() -> None:
         run_torch(module, [np.zeros((1, 1), np.float32)], precision)
         assert module.seen == [True, True, False, tf32, tf32]
         assert settings() == before
+
+
+def test_a_module_that_computes_elsewhere_is_no_run_there() -> None:
+    class Elsewhere(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(x))
+
+    x = [np.zeros((2, 1), np.float32)]
+    assert len(run_torch(Elsewhere(), x, device="cpu")[0]) == 2
+    with pytest.raises(RuntimeUnavailableError, match=r"asked for meta.*outputs on cpu") as refusal:
+        run_torch(Elsewhere(), x, device="meta")
+    assert refusal.value.code == "E_CUDA_FALLBACK"
 
 
 def test_torch_in_its_own_precision_is_float32() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import onnx
 
-from bnfold.errors import InputError, UsageError, one_line
+from bnfold.errors import BnfoldError, InputError, UsageError, one_line
 from bnfold.proof.precision import effective
 from bnfold.proof.process import Worker
 from bnfold.proof.runtime import (
@@ -37,6 +37,7 @@ Values = Mapping[str, Any]
 Run = Callable[[Mapping[str, Array]], Values]
 
 PLAIN = Runtime(DEFAULT)
+TORCH = Runtime("torch")
 FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
 
 
@@ -100,7 +101,7 @@ def open_two(
     declared = any(runtime.precision == stored for runtime in runtimes)
     runtimes = list(dict.fromkeys(effective(runtime, stored) for runtime in runtimes))
     if modules is not None and not any(r.place.library == "torch" for r in runtimes):
-        runtimes.append(Runtime("torch"))
+        runtimes.append(TORCH)
     original, folded = once(original), once(folded)
     first = places.plain(original, "original", "original")
     compared: list[Backend] = []
@@ -158,7 +159,7 @@ def open_in_torch(
     names = [value.name for value in original.graph.input if value.name not in held]
     outputs = [value.name for value in original.graph.output]
     first, second = (
-        Backend(title, "B", role, Runtime("torch"), _torch_runner(module, names, outputs, title))
+        Backend(title, "B", role, TORCH, _torch_runner(module, names, outputs, title, TORCH))
         for module, role in zip(modules, ("original", "folded"), strict=True)
         for title in [f"torch, {role} module"]
     )
@@ -259,12 +260,11 @@ class Places:
         """
         assert like.session is not None
         require_torch(runtime.place.device)
-        if runtime.place.device == "cuda":
-            module = copy.deepcopy(module).to("cuda")
-        run = _torch_runner(
-            module, like.session.input_names, like.session.output_names, name, runtime.precision
-        )
         cuda = runtime.place.device == "cuda"
+        if cuda:
+            module = copy.deepcopy(module).to("cuda")
+        names = (like.session.input_names, like.session.output_names)
+        run = _torch_runner(module, *names, name, runtime)
         return Backend(name, "C", role, runtime, run, libraries=mapped_libraries if cuda else tuple)
 
     def _session(self, model: Any, runtime: Runtime, optimize: bool) -> Session:
@@ -300,11 +300,16 @@ def _torch_runner(
     inputs: Sequence[str],
     outputs: Sequence[str],
     name: str,
-    precision: str = "fp32",
+    runtime: Runtime,
 ) -> Run:
+    device = "cuda" if runtime.place.device == "cuda" else None
+
     def run(feeds: Mapping[str, Array]) -> Values:
         try:
-            values = run_torch(module, [feeds[key] for key in inputs], precision)
+            given = [feeds[key] for key in inputs]
+            values = run_torch(module, given, runtime.precision, device)
+        except BnfoldError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{name} cannot run on the model's inputs: {one_line(error)}"

@@ -564,18 +564,24 @@ def _gpu_failure(text: str, provider: str = "cuda") -> str:
 
 
 def run_torch(
-    module: torch.nn.Module, inputs: Sequence[Array], precision: str = "fp32"
+    module: torch.nn.Module,
+    inputs: Sequence[Array],
+    precision: str = "fp32",
+    device: str | None = None,
 ) -> list[Array]:
     """The module's outputs in evaluation mode as numpy arrays.
 
     inputs: the positional arguments of forward. precision: fp32 is float32 without TF32, tf32
-    allows it, fp16 and bf16 are torch's autocast. Tuples, lists and dictionaries of outputs come
+    allows it, fp16 and bf16 are torch's autocast. device: where the inputs go and the outputs must
+    come from (default: where the module's parameters are), else it is a RuntimeUnavailableError.
+    Tuples, lists and dictionaries of outputs come
     back flat, in order. The module's training flags and torch's settings are put back.
     """
     import torch
 
     modes = [(part, part.training) for part in module.modules()]
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    held = next((p.device for p in module.parameters()), torch.device("cpu"))
+    there = held if device is None else torch.device(device)
     cuda, tf32 = torch.backends.cuda.matmul, precision == "tf32"
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     allowed = cuda.allow_tf32
@@ -585,15 +591,22 @@ def run_torch(
         with (
             torch.no_grad(),
             torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32),
-            torch.autocast(device.type, narrow, enabled=narrow is not None),
+            torch.autocast(there.type, narrow) if narrow else contextlib.nullcontext(),
         ):
-            given = [_as_tensor(x).to(device) for x in inputs]
-            result = module(*given)
+            given = [_as_tensor(x).to(there) for x in inputs]
+            result = list(_flat(module(*given)))
     finally:
         cuda.allow_tf32 = allowed
         for part, training in modes:
             part.training = training
-    return [_as_array(tensor.detach().cpu()) for tensor in _flat(result)]
+    strays = {tensor.device.type for tensor in result} - {there.type}
+    if device is not None and strays:
+        raise RuntimeUnavailableError(
+            f"torch was asked for {there.type}, but the module computed its outputs on "
+            f"{', '.join(sorted(strays))}; the result proves nothing about {there.type}.",
+            code=FALLBACK,
+        )
+    return [_as_array(tensor.detach().cpu()) for tensor in result]
 
 
 def require_torch(device: str) -> None:
