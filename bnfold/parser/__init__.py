@@ -8,11 +8,14 @@ from bnfold.parser import adapting, benching, folding, packs, proving, reporting
 from bnfold.parser.shared import Parser
 
 EXIT_CODES = """exit codes:
-  0  good (nothing to fold included)      5  nothing was compared
-  1  a gate failed: not the same function 70  a fault of bnfold's own
-  2  wrong usage                          130  interrupted
+  0  good (nothing to fold included)
+  1  a gate failed: not the same function; or a demand (--strict, --require-fold) was not met
+  2  wrong usage
   3  input unreadable, unsupported or unsafe
-  4  a runtime that was asked for cannot run here
+  4  a runtime that was asked for cannot run here, or time or memory ran out
+  5  nothing was compared
+  70 a fault of bnfold's own
+  130 interrupted
 """
 # in the order that the help lists them
 VERBS = (
