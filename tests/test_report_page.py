@@ -91,7 +91,7 @@ ODD = (
 )
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_whatever_the_schema_lets_through_has_every_face(rich, count):
     rng = random.Random(0)
     tried = 0
@@ -148,7 +148,7 @@ def test_every_verbs_run_has_a_page(verb, runs):
     assert faults(text) == []
     said = run.get("summary") or run["error"]["message"]
     said = said.removeprefix("NOT the same function. ")  # the heading says so
-    assert " ".join(said.split()) in Page(text).said
+    assert " ".join(said.replace("`", " ").split()) in Page(text).said
 
 
 def test_a_page_of_a_failure_shows_where(runs):
@@ -215,6 +215,11 @@ def test_ticks_are_written_as_people_do():
     assert [html._shown(v) for v in (2.784, 31234.5, 5.96e-8, None, "inf", "nan", 0)] == [
         "2.78", "31,200", "5.96·10⁻⁸", "-", "inf", "nan", "0"
     ]  # fmt: skip
+
+
+def test_words_in_backticks_are_code():
+    assert html._coded("run `a <b>` now") == "run <code>a &lt;b&gt;</code> now"
+    assert html._coded("one ` alone") == "one ` alone"
 
 
 def test_layers_are_grouped_by_their_names():

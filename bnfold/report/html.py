@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bnfold.report import drawing
 from bnfold.report.drawing import LinearAxis, LogAxis, Series
@@ -57,7 +57,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["figure"] = _shown
+    environment.filters |= {"figure": _shown, "coded": _coded}
     environment.globals |= {"gauge": _gauge, "count_bars": drawing.count_bars}
     return environment.get_template("page.html")
 
@@ -112,6 +112,13 @@ class _View:
 
 def _said(run: Run) -> str:
     return str(run["error"]["message"] if run["summary"] is None else run["summary"])
+
+
+def _coded(text: str) -> Markup:
+    """A sentence whose words between `backticks` are code."""
+    parts = enumerate(text.split("`"))
+    tagged = [Markup("<code>{}</code>").format(p) if at % 2 else escape(p) for at, p in parts]
+    return Markup("").join(tagged) if len(tagged) % 2 else escape(text)
 
 
 def _brief(run: Run) -> str:

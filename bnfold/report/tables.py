@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +97,15 @@ def _proof(report: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _measure(gate: Mapping[str, Any]) -> str:
-    return f"{gate['name']} {figure(gate['value'])} (limit {figure(gate['limit'])})"
+    noise = re.search(r"noise [^;)]+", gate["sentence"])
+    told = [f"limit {figure(gate['limit'])}", *([noise[0]] if noise else [])]
+    return f"{gate['name']} {figure(gate['value'])} ({'; '.join(told)})"
 
 
 def _runtimes(report: Mapping[str, Any]) -> Iterator[Table]:
     rows = [
         [
-            r["name"] + (", unoptimized" if r.get("gate") == "B" else ""),
+            r["name"] + (f", gate {r['gate']}" if r.get("gate") else ""),
             str(r.get("role") or "-"),
             figure(r.get("ratio")),
             figure(r.get("noise")),
