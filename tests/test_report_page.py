@@ -309,6 +309,8 @@ def test_an_empty_page_would_be_seen(tmp_path):
 REAL = {
     "resnet20": ("cifar10/resnet20-12fca82f.th", "--model", "models/resnet_cifar.py:resnet20",
                  "--input-shape", "1,3,32,32"),
+    "mnist_resnet": ("digits/mnist_resnet.pth", "--model", "models/digits.py:resnet",
+                     "--input-shape", "1,1,28,28"),
     "pfld": ("onnx/pfld.onnx",),
     "ppocr": ("onnx/ppocr_v2_cls_opset10.onnx",),
     "cgan": ("onnx/cgan_32_1.onnx",),

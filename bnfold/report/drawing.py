@@ -296,12 +296,18 @@ def _marks(marks: Mapping[int, str], count: int) -> list[Markup]:
     found = []
     for index, label in marks.items():
         place = (index + 0.5) / count
-        anchor, shift = ("end", -6) if place > 0.5 else ("start", 6)
         found.append(
             Markup(
                 '<line class="mark" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>'
-                '<text class="mark" x="{0}" dx="{3}" y="{4}" text-anchor="{5}">{6}</text>'
-            ).format(_percent(place), BAND, BAND + HEIGHT, shift, BAND + 12, anchor, label)
+                '<text class="mark" x="{0}" y="{3}" text-anchor="{4}">{5}</text>'
+            ).format(
+                _percent(place),
+                BAND - 2,
+                BAND + HEIGHT,
+                BAND - 5,
+                "end" if place > 0.5 else "start",
+                label,
+            )
         )
     return found
 

@@ -82,6 +82,7 @@ class _View:
     said: str
     brief: str
     runtimes: list[dict[str, Any]]
+    places: list[str]
     profile: Mapping[str, Any] | None
     norms: Mapping[str, Any] | None
     operators: list[tuple[str, int, int]]
@@ -101,6 +102,7 @@ class _View:
             said=_said(run).removeprefix(f"{verdict.word}. "),
             brief=_brief(run),
             runtimes=_runtimes(run),
+            places=list(dict.fromkeys(r["name"].partition(",")[0] for r in _runtimes(run))),
             profile=_profile(run, verdict),
             norms=_norms(run),
             operators=_operators(run),
