@@ -18,6 +18,7 @@ from fault_nets import (
     NETS,
     SPOILED,
     TAKES,
+    Net,
     changed,
     depthwise,
     in_training,
@@ -32,7 +33,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import bnfold
 from bnfold.proof.cause import Cause, find_cause
-from bnfold.proof.divergence import Divergence, divergences
+from bnfold.proof.counterpart import View
+from bnfold.proof.divergence import Divergence, divergences, suspects
 
 UNIT = 2.0**-24
 Plan = dict[str, object]
@@ -320,6 +322,31 @@ def weight_of(model: onnx.ModelProto, name: str) -> np.ndarray:
     return onnx.numpy_helper.to_array(tensor)
 
 
+@pytest.mark.parametrize("between", ["Transpose", "MaxPool"])
+def test_batch_norm_that_is_folded_past_an_operator_is_named(between: str) -> None:
+    net = Net(3, 10, 10)
+    x = net.conv("x", "stem", 3, 6)
+    attributes = {"Transpose": {"perm": [0, 1, 3, 2]}, "MaxPool": {"kernel_shape": [2, 2]}}
+    x = net.op(between, x, **attributes[between])
+    model = net.model(net.op("Relu", net.norm(x, "bn0", 6)))
+    fold = bnfold.fold(model)
+    assert [norm.into for norm in fold.folded] == [("stem",)]
+    wrong = bnfold.fold(FAULTS["eps 1e-3 for 1e-5"][0](model, "bn0")).model
+    for plan in (plan_of(fold), BARE) if between == "Transpose" else (plan_of(fold),):
+        cause = told(model, wrong, plan)
+        assert (cause.norm, cause.fault) == ("bn0", "eps")
+
+
+def test_error_is_followed_back_to_where_it_is_just_below_what_is_suspected() -> None:
+    original, _ = right("residual")
+    view = View.of(original)
+    names = ["conv_3", "batchnormalization_4", "relu_5", "conv_6"]
+    grown = dict(zip(names, [0.5 * UNIT, 9 * UNIT, 12 * UNIT, 17 * UNIT], strict=True))
+    assert suspects(view, ["conv_6"], grown, UNIT) == ["batchnormalization_4"]
+    rounding = {**grown, "batchnormalization_4": 2 * UNIT, "relu_5": 2 * UNIT}
+    assert suspects(view, ["conv_6"], rounding, UNIT) == ["conv_6"]
+
+
 def test_small_head_beside_a_large_one_is_found() -> None:
     """The error is far below 16 roundings of the whole output."""
     original, fold = two_heads()
@@ -329,8 +356,6 @@ def test_small_head_beside_a_large_one_is_found() -> None:
 
 
 def two_heads() -> tuple[onnx.ModelProto, bnfold.api.FoldResult]:
-    from fault_nets import Net
-
     net = Net(3, 10, 10)
     x = net.op("Relu", net.norm(net.conv("x", "stem", 3, 6), "bn0", 6))
     small = net.conv(x, "small", 6, 2, 1)

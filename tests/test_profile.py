@@ -175,6 +175,33 @@ def test_equal_branches_keep_their_order() -> None:
     assert divergences(model, folded, inputs(model), gauges=None, aliases=None, unit=UNIT) == []
 
 
+def test_structure_goes_on_behind_operators_that_differ() -> None:
+    """Three slices that a tool made one, a pad that it computes otherwise: all behind is told."""
+    net = Net(3, 10, 10)
+    x = net.op("Relu", net.norm(net.conv("x", "stem", 3, 8, pad=1), "bn0", 8))
+    y = net.norm(net.conv(x, "conv1", 8, 8, pad=1), "bn1", 8)
+    ints = {"one": [1], "eight": [8], "nine": [9], "axis2": [2], "axis3": [3],
+            "pads": [0, 0, 1, 1, 0, 0, 1, 1]}  # fmt: skip
+    z = net.op("Slice", x, "one", "nine", "axis2")
+    z = net.op("Pad", net.op("Slice", z, "one", "nine", "axis3"), "pads")
+    z = net.op("Relu", net.op("Add", y, z))
+    model = net.model(net.op("Sigmoid", net.norm(net.conv(z, "conv2", 8, 8), "bn2", 8)))
+    for name, values in ints.items():
+        array = np.array(values, np.int64)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    folded = onnx.ModelProto()
+    folded.CopyFrom(bnfold.fold(model).model)
+    slices = [node for node in folded.graph.node if node.op_type == "Slice"]
+    for name, values in (("start", [1, 1]), ("end", [9, 9]), ("axes", [2, 3])):
+        array = np.array(values, np.int64)
+        folded.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    slices[1].input[:] = [slices[0].input[0], "start", "end", "axes"]
+    folded.graph.node.remove(slices[0])
+    made = profile(model, renamed(folded), inputs(model))
+    assert len(made.layers) == 3
+    assert all(layer.exact is not None and layer.exact < 2 * UNIT for layer in made.layers)
+
+
 def test_names_that_mean_something_else_are_not_trusted() -> None:
     """An exporter that numbers its values: after a fold the numbers stand for other values."""
     original, fold = right("residual")

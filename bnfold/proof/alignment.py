@@ -14,6 +14,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 CHANNEL_MAPS = ("Mul", "Add", "Sub", "Div")  # where one operand is constant
 PASSING = ("Identity", "Dropout", "Cast")
 PRODUCTS = ("Gemm", "MatMul")
-VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 MOVES = (*VIEWS, "Slice", "Pad", "Expand", "Resize", "Tile")  # of their first input
 DEPTHS = (None, 6, 3, 2)  # operators that a key looks back, one after the other
 MEANS = ("GlobalAveragePool", "ReduceMean")
@@ -39,11 +40,13 @@ USUAL = {"strides": 1, "dilations": 1, "group": 1, "pads": 0, "axis": 0, "perm":
 class Alignment:
     """The pairs of values that can be compared: name in the original -> name in the folded graph.
 
-    gauges: of the original's values, as far as the fold's plan is known.
+    gauges: of the original's values, as far as the fold's plan is known. told: the names that are
+    known to stand for each other, by the plan or as outputs; the others are so by their structure.
     """
 
     there: Mapping[str, str]
     gauges: Mapping[str, Gauge]
+    told: frozenset[str]
 
     @staticmethod
     def of(
@@ -57,15 +60,22 @@ class Alignment:
         names = [name for name in names if not before.is_constant(name)]
         if gauges is not None:
             renamed = {name: (aliases or {}).get(name, name) for name in names}
-            return Alignment({k: v for k, v in renamed.items() if after.knows(v)}, gauges)
-        found = _by_structure(before, after)
+            known = {name: other for name, other in renamed.items() if after.knows(other)}
+            return Alignment(known, gauges, frozenset(known))
+        found, left_out = _by_structure(before, after)
         ends = {value.name for value in before.graph.output if after.knows(value.name)}
         found |= {name: name for name in ends}  # whatever computes them
         taken = set(found.values())
         for name in names:
-            if name not in found and name not in taken and _same_operator(name, before, after):
+            free = name not in left_out and name not in taken and name not in found
+            if free and _same_operator(name, before, after):
                 found[name] = name
-        return Alignment({name: found[name] for name in names if name in found}, {})
+        there = {name: found[name] for name in names if name in found}
+        return Alignment(there, {}, frozenset(ends))
+
+    def comparable(self, name: str, x: Any, z: Any) -> bool:
+        """Whether two values can be those of one name: told by the plan, or of one shape."""
+        return name in self.told or np.shape(x) == np.shape(z)
 
     def holds(self, name: str) -> bool:
         """Whether the folded graph has the value itself."""
@@ -134,11 +144,12 @@ def relative_error(x: Any, z: Any, usable: Any = True) -> float:
 # ------------------------------------------------------------------------------ by structure
 
 
-def _by_structure(before: View, after: View) -> dict[str, str]:
+def _by_structure(before: View, after: View) -> tuple[dict[str, str], set[str]]:
     """The values of both graphs that have the same key, in the order in which they are computed.
 
     Where keys occur at another number of places, nothing is said of them. What is paired has a
-    label of its own as its key from then on, so that all behind it may be paired too.
+    label of its own as its key from then on, so that all behind it may be paired too. Also the
+    values of the original that have no counterpart although their chain has one.
     """
     first, second = _Chains(before), _Chains(after)
     pairs: list[tuple[str, str]] = []
@@ -149,8 +160,9 @@ def _by_structure(before: View, after: View) -> dict[str, str]:
             pairs.append((head, other))
     members: dict[str, str] = {}
     for head, other in pairs:
-        members |= _members(first.chains[head], second.chains[other], before, after)
-    return members
+        members |= _members(first, head, second, other)
+    told = {name for head, _ in pairs for name in first.chains[head]}
+    return members, told - members.keys()
 
 
 def _alike(first: _Chains, second: _Chains, depth: int | None) -> list[tuple[str, str]]:
@@ -167,17 +179,19 @@ def _alike(first: _Chains, second: _Chains, depth: int | None) -> list[tuple[str
     ]
 
 
-def _members(chain: list[str], other: list[str], before: View, after: View) -> dict[str, str]:
-    """Which values of a chain of maps per channel stand for which, where a fold shortened it.
+def _members(first: _Chains, head: str, second: _Chains, other: str) -> dict[str, str]:
+    """Which values of two chains stand for which, where a fold may have shortened one.
 
     The operator in front took the maps up, and what it gives is the end of the chain, unless it is
     the same one as before: then whoever reads the chain took them up, and its beginning is held.
     """
-    if len(chain) == len(other):
-        return dict(zip(chain, other, strict=True))
-    if _same_constants(chain[0], other[0], before, after):
-        return {chain[0]: other[0]}
-    return {chain[-1]: other[-1]}
+    chain, shorter = first.chains[head], second.chains[other]
+    if len(chain) == len(shorter):
+        return dict(zip(chain, shorter, strict=True))
+    if not _same_constants(head, other, first.view, second.view):
+        return {chain[-1]: shorter[-1]}
+    begun = zip(chain, shorter, strict=False)
+    return dict(takewhile(lambda pair: not {*pair} & (first.maps | second.maps), begun))
 
 
 def _same_constants(name: str, other: str, before: View, after: View) -> bool:
@@ -194,15 +208,17 @@ def _same_constants(name: str, other: str, before: View, after: View) -> bool:
 
 
 class _Chains:
-    """The chains of a graph: a value that is no map of another, and the maps of it.
+    """The chains of a graph: a value that is no map of another, and what maps or moves it.
 
-    chains: by their beginnings, in order. labels: of those that are paired, the key to take.
+    chains: by their beginnings, in order. maps: their members that are maps per channel. labels: of
+    those that are paired, the key to take.
     """
 
     def __init__(self, view: View) -> None:
-        self._view = view
+        self.view = view
         self.chains: dict[str, list[str]] = {}
         self.labels: dict[str, str] = {}
+        self.maps: set[str] = set()
         self._heads: dict[str, str] = {}
         self._made: list[tuple[str, int, onnx.NodeProto]] = []  # the beginnings that are computed
         for index, name in enumerate(value.name for value in view.graph.input):
@@ -214,7 +230,7 @@ class _Chains:
                     self._add(name, slot, node)
 
     def _add(self, name: str, slot: int, node: onnx.NodeProto) -> None:
-        mapped = _mapped(node, self._view) if slot == 0 else None
+        mapped = _mapped(node, self.view) if slot == 0 else None
         if mapped is None or mapped not in self._heads:
             self.chains[name], self._heads[name] = [name], name
             self._made.append((name, slot, node))
@@ -223,6 +239,8 @@ class _Chains:
         chain = self.chains[self._heads[name]]
         if node.op_type in PASSING and chain[-1] == mapped:
             chain.pop()
+        elif node.op_type not in VIEWS and node.op_type not in MOVES:
+            self.maps.add(name)
         chain.append(name)
 
     def unpaired(self, depth: int | None) -> dict[str, list[str]]:
@@ -243,11 +261,11 @@ class _Chains:
         return found
 
     def _key(self, node: onnx.NodeProto, slot: int, keys: Mapping[str, str]) -> str:
-        sources = self._view.sources(node)
+        sources = self.view.sources(node)
         if node.op_type in MOVES:
             sources = sources[:1]  # where it moves them to may be computed in many ways
         behind = [keys.get(self._heads.get(name, name), "") for name in sources]
-        parts = [_kind(node.op_type), str(slot), *_told(node, self._view), *behind]
+        parts = [_kind(node.op_type), str(slot), *_told(node, self.view), *behind]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -259,6 +277,10 @@ def _mapped(node: onnx.NodeProto, view: View) -> str | None:
     if node.op_type in CHANNEL_MAPS and len(sources) == 1:
         constant = any(view.is_constant(name) for name in node.input if name)
         return sources[0] if constant else None
+    if node.op_type in MOVES:  # one step after another is one move
+        before = view.producers.get(node.input[0])
+        again = before is not None and before.op_type == node.op_type
+        return str(node.input[0]) if again or node.op_type in VIEWS else None
     return None
 
 

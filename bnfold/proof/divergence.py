@@ -25,6 +25,8 @@ from bnfold.proof.reference import Float64Reference
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NOISE = 16  # roundings of the weights' dtype that a value may carry without being suspected
+SLIGHT = 4  # roundings that are followed back all the same, where the error grew to no more than
+GROWN = 4  # this many times
 JUMP = 1000  # an error this many times that of its sources is not inherited from them
 FEW = 64  # elements of a slice of an output, below which its error may be luck
 ROUNDING = 4  # times the original's own error that a value may be off by (as gate B has it)
@@ -97,13 +99,14 @@ def divergences(
     for _ in range(ROUNDS):
         errors, slices = {}, {}
         for name, x, z in lockstep(before, after, inputs, alignment, given):
-            errors[name] = alignment.error(name, x, z)
+            if alignment.comparable(name, x, z):
+                errors[name] = alignment.error(name, x, z)
             if name in outputs:
                 slices[name] = max(_worst_slice(x, z), peak_error(x, z))
         wrong = [name for name in outputs if errors.get(name, 0.0) > limit]
         wrong = wrong or [name for name in outputs if slices.get(name, 0.0) > limit]
         known = found.keys() | rounded.keys()
-        new = [name for name in suspects(view, wrong, errors, limit) if name not in known]
+        new = [name for name in suspects(view, wrong, errors, unit) if name not in known]
         if not new:
             break
         usual = own_errors(original, before, new, inputs, alignment)
@@ -166,11 +169,12 @@ def _worst_slice(x: Any, z: Any) -> float:
 
 
 def suspects(
-    view: View, wrong: Sequence[str], errors: Mapping[str, float], limit: float
+    view: View, wrong: Sequence[str], errors: Mapping[str, float], unit: float
 ) -> list[str]:
     """Back from wrong outputs through wrong values to those whose sources are right.
 
     So a value that a fold carries otherwise, with right values behind it, is not taken for a fault.
+    An error just above what is suspected is followed to where it is just below.
     """
     pending = list(wrong)
     seen: set[str] = set()
@@ -180,17 +184,23 @@ def suspects(
         if name in seen:
             continue
         seen.add(name)
-        error = errors[name]
         inherited = [
             source
             for source in compared_sources(view, name, errors)
-            if errors[source] > limit and not error > JUMP * errors[source]
+            if _inherits(errors[name], errors[source], unit)
         ]
         pending.extend(inherited)
         if not inherited:
             found.append(name)
     order = {name: index for index, name in enumerate(errors)}
     return sorted(found, key=order.__getitem__)
+
+
+def _inherits(error: float, behind: float, unit: float) -> bool:
+    """Whether an error may come from that of a source."""
+    if behind > NOISE * unit:
+        return not error > JUMP * behind
+    return behind > SLIGHT * unit and error <= GROWN * behind
 
 
 def compared_sources(view: View, name: str, compared: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from bnfold.proof.reference import Float64Reference
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+PASSED = 6  # operators between a wrong value and its batch norm
 TOGETHER = 32  # channels pushed in one run, as rows of a batch
 
 
@@ -44,20 +45,36 @@ class Place:
 def places(view: View, norms: Mapping[str, Norm], alignment: Alignment, wrong: str) -> list[Place]:
     """The batch norms whose fold may have spoiled a value: its own first, then those behind.
 
-    norms: by their result. A norm belongs to the value where the value is its result, or its input
-    and the folded graph carries both as one tensor; behind, where at most one linear operator lies
-    between.
+    norms: by their result. A norm belongs to the value where the value is its result, or leads to
+    its input and the folded graph carries input and result as one tensor; behind, where at most one
+    linear operator lies between.
     """
     value = wrong
     for norm in norms.values():
-        same = alignment.there.get(norm.output) == alignment.there.get(wrong)
-        if norm.input == wrong and same:
+        here, there = (alignment.there.get(name) for name in (norm.input, norm.output))
+        if here == there is not None and _leads(view, norms, wrong, norm.input):
             value = norm.output
+            break
     behind, frontier = _behind(view, norms, value)
     found = [norms[value]] if value in norms else []
     # a result that the folded network holds as it is was compared by itself, and is right
     found += [norm for norm in behind if not alignment.holds(norm.output)]
     return [Place(n, value, n.output == value, frontier) for n in found if n.parameters is not None]
+
+
+def _leads(view: View, norms: Mapping[str, Norm], first: str, last: str) -> bool:
+    """Whether `last` is computed from `first`, and by operators that pass a fold on only."""
+    for _ in range(PASSED):
+        if last == first:
+            return True
+        node = view.producers.get(last)
+        if node is None or node.op_type in LINEAR or last in norms:
+            return False
+        sources = view.sources(node)
+        if len(sources) != 1:
+            return False
+        last = sources[0]
+    return False
 
 
 def _behind(
