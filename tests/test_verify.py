@@ -481,6 +481,22 @@ def test_draws_have_the_size_that_the_first_normalization_expects() -> None:
     assert 0.5 < np.median(ratio) < 2
 
 
+def test_exact_zeros_and_constants_come_with_neighbours() -> None:
+    """On one number for all positions an error is a single draw, and a ratio to it is luck."""
+    for dims, batches, rows in (("N", 1, 4), (2, 4, 2)):
+        model = replace(network(), x=(dims, 3, 12, 12)).models()[0]
+        sets = {group.name: group for group in drawn_inputs(model, None, seed=0)}
+        for name, level, spread in (("zeros", 0.0, 1e-3), ("constant", 1.0, 1.0)):
+            given = [batch["x"] for batch in sets[name].batches]
+            assert [len(x) for x in given] == [rows] * batches
+            assert (given[0][0] == level).all()
+            others = np.concatenate(given)[1:]
+            assert all((x == x[:, :1, :1]).all() for x in others)
+            assert 0.1 * spread < others.std() < 3 * spread
+    large = drawn_inputs(replace(network(), x=("N", 3, 96, 96)).models()[0], None, seed=0)
+    assert {group.name: group.samples for group in large}["zeros"] == 2
+
+
 def test_indices_stay_inside_their_table() -> None:
     fold = small([node("Gather", "table x", "out")], weights={"table": draw(0, 7, 3)})
     original, folded = fold.models()

@@ -1,8 +1,8 @@
 """The inputs that a verification compares on: the caller's, or drawn ones.
 
 Drawn inputs are normal with the size that the network was trained for, read off its first batch
-normalization; then zeros, a constant, ten times the size, a batch of one, and another size of every
-dynamic axis. The seed fixes them.
+normalization; then zeros and constants, ten times the size, a batch of one, and another size of
+every dynamic axis. The seed fixes them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ BATCH_ELEMENTS = 1 << 18  # elements of an input that are run at a time: activat
 BATCH_ROWS = 4  # but never fewer rows than this
 IMPLIED_SCALES = (1e-3, 1e3)  # outside: the first normalization says nothing about the input
 PIXELS = 256
+FLAT_ROWS = 4  # of zeros and constants, half of them for large inputs
+NEAR_ZERO = 1e-3  # of the input's size: beside exact zeros
 SMALL_INPUT = 1 << 14  # elements of a row, up to which many rows cost little
 
 
@@ -244,8 +246,15 @@ def drawn_inputs(
     sets = [InputSet("normal", normal)]
     if any_batch and count > 1:
         sets.append(InputSet("one row", ({n: a[:1].copy() for n, a in normal[0].items()},)))
-    sets.append(InputSet("zeros", (draw(1, "constant", 0.0),)))
-    sets.append(InputSet("constant", (draw(1, "constant", scale),)))
+    rows = FLAT_ROWS if largest <= SMALL_INPUT else FLAT_ROWS // 2
+    flat = _Flat(specs, shapes, bounds, np.random.default_rng([seed, 1]))
+    for name, level, spread in (("zeros", 0.0, NEAR_ZERO * scale), ("constant", scale, scale)):
+        batches = (
+            [flat.batch(rows, level, spread)]
+            if any_batch
+            else [flat.batch(0, None if at else level, spread) for at in range(rows)]
+        )
+        sets.append(InputSet(name, tuple(batches)))
     again = max(1, count // 2) if largest <= SMALL_INPUT else 1
     large = draw(again, "normal", 10 * scale) if any_batch else None
     tens = [large] if large else [draw(1, "normal", 10 * scale) for _ in range(again)]
@@ -256,6 +265,40 @@ def drawn_inputs(
                  for s in specs}  # fmt: skip
         sets.append(InputSet(f"{symbol} = {size}", (feeds,), optional=True))
     return sets
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """Inputs that are one number on each channel.
+
+    There every position rounds alike, nothing averages out, and a network's error is a single draw:
+    on zeros alone it can come out ten times better or worse than beside them. So an exact level
+    comes with neighbours.
+    """
+
+    specs: Sequence[InputSpec]
+    shapes: Mapping[str, tuple[int, ...]]
+    bounds: Mapping[str, int]
+    rng: np.random.Generator
+
+    def batch(self, rows: int, level: float | None, spread: float) -> dict[str, Array]:
+        """Rows of normal numbers times `spread`, the first one the level itself, if any.
+
+        rows: 0 for as many as the model's fixed batch has.
+        """
+        return {spec.name: self._draw(spec, rows, level, spread) for spec in self.specs}
+
+    def _draw(self, spec: InputSpec, rows: int, level: float | None, spread: float) -> Array:
+        shape = self.shapes[spec.name]
+        shape = (rows, *shape[1:]) if rows else shape
+        if spec.dtype.kind in "biu":
+            scale = 0.0 if not level else 1.0
+            return _draw(spec, shape, "constant", scale, self.bounds[spec.name], self.rng)
+        heads = shape[:2] + (1,) * (len(shape) - 2)
+        values = np.broadcast_to(spread * self.rng.standard_normal(heads), shape).copy()
+        if level is not None:
+            values[:1] = level
+        return values.astype(spec.dtype)
 
 
 def _other_sizes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
