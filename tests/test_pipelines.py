@@ -405,7 +405,7 @@ def test_the_job_fails_at_the_step_that_finds_the_fault(job):
 @pytest.mark.slow
 def test_the_job_fails_on_a_batch_norm_that_stays(job):
     bnfold.export(with_statistics(STAYS), DIGIT, job.folder / "models" / "net.onnx")
-    failed, said = job.run("Fold")
+    failed, said = job.run()
     assert failed == "Fold"
     assert "All batch norms must fold, and 0 of 1 did." in said
     assert not any(job.kept("model"))
