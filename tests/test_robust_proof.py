@@ -161,6 +161,15 @@ DIFFERENT = {
         hidden(W[ORDER], V),
         "times the original's",
     ),
+    "a saturated output": (
+        network("t = Conv(x, W); u = Mul(t, s); y = Sigmoid(u)", W=W, s=np.float32(1e4)),
+        network(
+            "t = Conv(x, W); u = Mul(t, s); y = Sigmoid(u)",
+            W=W * np.float32(1.01),
+            s=np.float32(1e4),
+        ),
+        "times the original's",
+    ),
     "NaN weights": (PLAIN, network(CONV, W=np.full_like(W, np.nan)), "NaN or infinite"),
     "NaN in the original": (network(CONV, W=np.full_like(W, np.nan)), PLAIN, "NaN or infinite"),
     "weights of float16": (
@@ -234,8 +243,18 @@ def test_an_input_that_is_no_longer_taken_is_told():
     assert "no longer takes 'W' as an input" in report.notes[0]
 
 
-@pytest.mark.xfail(strict=True, reason="the outputs themselves are not held against each other")
-@pytest.mark.parametrize("name", ["outputs under each other's names"])
+LATER = {
+    "doubles",
+    "other integers",
+    "a batch size that is fixed",
+    "an image size that is fixed",
+}
+ROUNDING = pytest.mark.xfail(strict=True, reason="said to be a runtime's rounding; it is not")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=ROUNDING) if name in LATER else name for name in DIFFERENT]
+)
 def test_networks_that_differ_are_not_said_to_agree(name):
     original, other, _ = DIFFERENT[name]
     assert not any("agree" in note for note in bnfold.verify(original, other).notes)
@@ -488,10 +507,7 @@ def test_a_reader_that_goes_away_changes_nothing(net):
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param(
-            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-            marks=pytest.mark.xfail(strict=True, reason="stdout cannot show the name"),
-        ),
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         {"PYTHONWARNINGS": "error"},
         {"PYTHONOPTIMIZE": "1"},
         {"HOME": "/nonexistent", "TMPDIR": "/tmp"},

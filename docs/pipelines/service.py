@@ -9,8 +9,8 @@ POST /swap {"domain": "night"}            another pack; {"domain": null}: the ba
 
 A request is answered by one domain from beginning to end. A pack that is not signed by the key, is
 damaged, or is for another base is refused, and what was served goes on. Who may reach /swap decides
-what is predicted: keep it on an inner address, or behind your own authentication. How large a request may
-be is for the server in front to say.
+what is predicted: keep it on an inner address, or behind your own authentication. The server in front
+says how large a request may be.
 """
 
 import os
