@@ -1,4 +1,4 @@
-"""A release: one folder that holds a proved model and its papers, or no folder at all.
+r"""A release: one folder that holds a proved model and its papers, or no folder at all.
 
     python release.py net.onnx --data inputs.npy --domain night=night.npy --domain rain=rain.npy \
         --key release.pem -o release/

@@ -1,4 +1,4 @@
-"""A service that runs one network and swaps domain packs while it serves.
+r"""A service that runs one network and swaps domain packs while it serves.
 
     BASE=net.folded.onnx PACKS=packs/ PUBLIC_KEY=release.pub.pem \
         uvicorn --factory service:from_environment
@@ -9,8 +9,8 @@ POST /swap {"domain": "night"}            another pack; {"domain": null}: the ba
 
 A request is answered by one domain from beginning to end. A pack that is not signed by the key, is
 damaged, or is for another base is refused, and what was served goes on. Who may reach /swap decides
-what is predicted: keep it on an inner address, or behind your own authentication. The server in front
-says how large a request may be.
+what is predicted: keep it on an inner address, or behind your own authentication. How large a
+request may be, the server in front says.
 """
 
 import os
