@@ -16,6 +16,7 @@ import bnfold
 from bnfold import api
 from bnfold.bisecting import FILES, only, write
 from bnfold.cli import main
+from bnfold.errors import UsageError
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
@@ -90,7 +91,7 @@ def test_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bisecting, "_write_arrays", fail)
     proto = NETS["dense"]()
     pair = bisecting.MinimalPair(proto, proto, {}, None, "", None)  # type: ignore[arg-type]
-    with pytest.raises(bnfold.errors.UsageError, match="No space left"):
+    with pytest.raises(UsageError, match="No space left"):
         write(pair, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

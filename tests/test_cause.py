@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import cache
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import onnx
 import onnxsim
 import onnxslim
 import pytest
+import realdata
 import torch
 from fault_nets import (
     FAULTS,
@@ -32,6 +34,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import bnfold
+from bnfold.api import FoldResult
+from bnfold.graph import to_proto
 from bnfold.proof.cause import Cause, find_cause
 from bnfold.proof.counterpart import View
 from bnfold.proof.divergence import Divergence, divergences, suspects
@@ -42,13 +46,13 @@ BARE: Plan = {"gauges": None, "aliases": None}
 
 
 @cache
-def right(kind: str) -> tuple[onnx.ModelProto, bnfold.api.FoldResult]:
+def right(kind: str) -> tuple[onnx.ModelProto, FoldResult]:
     """A network and its fold; neither is changed by anybody."""
     model = NETS[kind]()
     return model, bnfold.fold(model)
 
 
-def plan_of(fold: bnfold.api.FoldResult) -> Plan:
+def plan_of(fold: FoldResult) -> Plan:
     return {"gauges": fold.record.gauges, "aliases": fold.record.aliases}
 
 
@@ -185,10 +189,10 @@ def block() -> tuple[nn.Module, onnx.ModelProto]:
     return module, exported(module)
 
 
-def exported(module: nn.Module) -> onnx.ModelProto:
+def exported(module: nn.Module, shape: tuple[int, ...] = (3, 8, 8)) -> onnx.ModelProto:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return bnfold.graph.to_proto(bnfold.export(module, torch.zeros(2, 3, 8, 8)))
+        return to_proto(bnfold.export(module, torch.zeros(2, *shape)))
 
 
 def fused(module: nn.Module) -> onnx.ModelProto:
@@ -355,7 +359,7 @@ def test_small_head_beside_a_large_one_is_found() -> None:
     assert [part.node for part in parted] == ["node_conv_3"]
 
 
-def two_heads() -> tuple[onnx.ModelProto, bnfold.api.FoldResult]:
+def two_heads() -> tuple[onnx.ModelProto, FoldResult]:
     net = Net(3, 10, 10)
     x = net.op("Relu", net.norm(net.conv("x", "stem", 3, 6), "bn0", 6))
     small = net.conv(x, "small", 6, 2, 1)
@@ -364,3 +368,14 @@ def two_heads() -> tuple[onnx.ModelProto, bnfold.api.FoldResult]:
     net.weights["large.weight"] *= np.float32(1e5)
     model = net.model(net.op("Concat", large, small, axis=1))
     return model, bnfold.fold(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eps dropped", "one gamma off by 1e-3"])
+def test_fault_of_a_real_network_is_named(name: str, shared_data: Path) -> None:
+    original = exported(realdata.load_model(shared_data, "resnet20"), (3, 32, 32))
+    spoil, fault, _ = FAULTS[name]
+    wrong = bnfold.fold(spoil(original, "layer2.1.bn1")).model
+    for plan in (plan_of(bnfold.fold(original)), BARE):
+        cause = told(original, wrong, plan)
+        assert (cause.norm, cause.fault, cause.others) == ("layer2.1.bn1", fault, ())

@@ -12,6 +12,7 @@ from fault_nets import FAULTS, NETS, SPOILED, TAKES, Net, changed, in_training, 
 from handmade import Gauge
 
 import bnfold
+from bnfold.api import FoldResult
 from bnfold.proof.draws import InputSet
 from bnfold.proof.finding import Finding, find_fault
 from bnfold.proof.minimal import MinimalPair, fewest, minimal_pair
@@ -23,12 +24,12 @@ BARE: Plan = {"gauges": None, "aliases": None}
 
 
 @cache
-def right(kind: str) -> tuple[onnx.ModelProto, bnfold.api.FoldResult]:
+def right(kind: str) -> tuple[onnx.ModelProto, FoldResult]:
     model = NETS[kind]()
     return model, bnfold.fold(model)
 
 
-def plan_of(fold: bnfold.api.FoldResult) -> Plan:
+def plan_of(fold: FoldResult) -> Plan:
     return {"gauges": fold.record.gauges, "aliases": fold.record.aliases}
 
 

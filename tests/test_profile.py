@@ -14,7 +14,8 @@ from fault_nets import FAULTS, NETS, Net, inputs, narrowed, residual
 from folding import run
 
 import bnfold
-from bnfold.errors import NothingComparedError
+from bnfold.api import FoldResult
+from bnfold.errors import InputError, NothingComparedError
 from bnfold.proof.alignment import Alignment, relative_error
 from bnfold.proof.counterpart import View
 from bnfold.proof.divergence import divergences
@@ -25,7 +26,7 @@ UNIT = 2.0**-24
 
 
 @cache
-def right(kind: str) -> tuple[onnx.ModelProto, bnfold.api.FoldResult]:
+def right(kind: str) -> tuple[onnx.ModelProto, FoldResult]:
     model = NETS[kind]()
     return model, bnfold.fold(model)
 
@@ -242,7 +243,7 @@ def test_values_may_be_given_and_what_only_they_need_is_not_run() -> None:
     again = reference.run({"relu_5": values["relu_5"], "relu_2": np.zeros((8, 8, 10, 10))},
                           ["conv_6"])  # no x  # fmt: skip
     assert again["conv_6"].shape == (8, 8, 10, 10)
-    with pytest.raises(bnfold.errors.InputError, match="input 'x' was not given"):
+    with pytest.raises(InputError, match="input 'x' was not given"):
         reference.run({"relu_5": values["relu_5"]}, ["gemm_12"])
 
 
