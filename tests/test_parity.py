@@ -188,7 +188,7 @@ def test_an_archive_holds_an_array_for_each_input(tmp_path: Path, capsys: Any) -
     assert code == 0
     proof = json.loads(out)["proof"]
     assert proof["inputs"] == ["given", "one row"]
-    assert proof["samples"] == 91
+    assert proof["samples"] == 94
     assert run(capsys, "verify", model, wrong, "--data", tmp_path / "data.npz")[0] == 1
     np.savez(tmp_path / "other.npz", a=a, c=b)
     code, _, err = run(capsys, "verify", model, model, "--data", tmp_path / "other.npz")
@@ -212,7 +212,7 @@ def test_a_factory_gives_mappings_or_lists(tmp_path: Path, capsys: Any) -> None:
         spec = f"{tmp_path / 'data.py'}:{name}"
         code, out, _ = run(capsys, "parity", model, "--data", spec, "--json")
         assert code == 0
-        assert json.loads(out)["proof"]["samples"] == 81
+        assert json.loads(out)["proof"]["samples"] == 84
     code, _, err = run(capsys, "parity", model, "--data", f"{tmp_path / 'data.py'}:short")
     assert (code, "'b' is not among them" in err) == (3, True)
 
@@ -224,4 +224,4 @@ def test_images_are_prepared_and_compared(net: Path, tmp_path: Path, capsys: Any
         capsys, "verify", *pair, "--data", tmp_path / "images.npz", "--samples", "66", "--json"
     )
     assert code == 0
-    assert json.loads(out)["proof"]["samples"] == 67
+    assert json.loads(out)["proof"]["samples"] == 70

@@ -413,7 +413,7 @@ def test_given_rows_are_all_compared() -> None:
     report = proved(network(), inputs={"x": x})
     assert report.passed
     assert report.sets == ("given", "one row")
-    assert report.samples == 71
+    assert report.samples == 74
 
 
 def test_few_given_numbers_are_joined_by_draws() -> None:

@@ -25,6 +25,7 @@ BATCH_ELEMENTS = 1 << 18  # elements of an input that are run at a time: activat
 BATCH_ROWS = 4  # but never fewer rows than this
 IMPLIED_SCALES = (1e-3, 1e3)  # outside: the first normalization says nothing about the input
 PIXELS = 256
+SINGLE_ROWS = 4  # of given inputs, run one by one besides
 FLAT_ROWS = 4  # of zeros and constants, half of them for large inputs
 NEAR_ZERO = 1e-3  # of the input's size: beside exact zeros
 SMALL_INPUT = 1 << 14  # elements of a row, up to which many rows cost little
@@ -111,7 +112,7 @@ def input_sets(
 
 
 def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[InputSet]:
-    """The caller's arrays in batches that the model takes, and their first row alone.
+    """The caller's arrays in batches that the model takes, and their first rows one by one.
 
     Raises InputError for names, ranks or sizes that do not fit, NothingComparedError for no rows.
     """
@@ -135,7 +136,7 @@ def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[In
         size = max(BATCH_ROWS, BATCH_ELEMENTS // max(largest, 1))
         sets = [InputSet("given", _split(arrays, size, total))]
         if total > 1:
-            sets.append(InputSet("one row", _split(arrays, 1, 1)))
+            sets.append(InputSet("one row", _split(arrays, 1, min(total, SINGLE_ROWS))))
         return sets
     size = max(sizes)
     if len(sizes) > 1 or size > total:
