@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,9 +17,10 @@ from onnx import TensorProto, numpy_helper
 from test_verify import modules, network
 
 from bnfold.errors import RuntimeUnavailableError
+from bnfold.proof.in_torch import run_torch
 from bnfold.proof.precision import effective, rounded, stored_class
 from bnfold.proof.reference import Float64Reference
-from bnfold.proof.runtime import open_session, run_torch
+from bnfold.proof.runtime import open_session
 from bnfold.proof.runtimes import Runtime
 from bnfold.proof.verify import VerifyReport, verify
 
@@ -154,25 +158,54 @@ class Settings(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[bool] = []
+        self.seen: list[Any] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen = settings()
         return x
 
 
-def settings() -> list[bool]:
-    cudnn = torch.backends.cudnn
-    return [cudnn.enabled, cudnn.deterministic, cudnn.benchmark,
-            torch._C._get_cudnn_allow_tf32(), torch._C._get_cublas_allow_tf32()]  # fmt: skip
+def settings() -> list[Any]:
+    cudnn: Any = torch.backends.cudnn
+    places = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    return [cudnn.deterministic, cudnn.benchmark, *(place.fp32_precision for place in places)]
 
 
-def test_cuda_is_set_for_the_run_alone_and_cudnn_stays_on() -> None:
+def test_tf32_is_set_for_the_run_alone() -> None:
     module, before = Settings(), settings()
-    for precision, tf32 in (("fp32", False), ("tf32", True)):
+    for precision, wanted in (("fp32", "ieee"), ("tf32", "tf32")):
         run_torch(module, [np.zeros((1, 1), np.float32)], precision)
-        assert module.seen == [True, True, False, tf32, tf32]
+        assert module.seen == [True, False, wanted, wanted, wanted]
         assert settings() == before
+
+
+OWN_SETTINGS = {
+    "the old way": "torch.set_float32_matmul_precision('medium')",
+    "the new way": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "the new way, convolutions": "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "the new way, all": "torch.backends.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", OWN_SETTINGS)
+def test_a_users_own_settings_stay_and_can_be_read(way: str) -> None:
+    """torch refuses to read the older settings where the newer are set, and the other way round."""
+    read = "torch.get_float32_matmul_precision()" if "old" in way else "places()"
+    program = (
+        "import numpy as np, torch\n"
+        "from bnfold.proof.in_torch import run_torch\n"
+        "b = torch.backends\n"
+        "def places():\n"
+        "    found = (b, b.cudnn, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn)\n"
+        "    return [place.fp32_precision for place in found]\n"
+        f"{OWN_SETTINGS[way]}\n"
+        f"before = {read}\n"
+        "run_torch(torch.nn.Linear(1, 1), [np.zeros((1, 1), np.float32)])\n"
+        f"assert {read} == before, {read}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_a_module_that_computes_elsewhere_is_no_run_there() -> None:

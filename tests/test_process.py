@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import onnx
 import pytest
 from test_verify import network, proved
 
-from bnfold.errors import InputError, LimitError, RuntimeUnavailableError
+from bnfold.errors import InputError, LimitError, RuntimeUnavailableError, UsageError
 from bnfold.proof import process
 from bnfold.proof.installation import runs
 from bnfold.proof.process import Worker, environment_of, receive, send
@@ -258,3 +262,71 @@ def test_real_gpu_that_is_not_there_names_a_library(name: str) -> None:
         pytest.skip(f"{name} runs here")
     with pytest.raises(RuntimeUnavailableError, match=r"was asked for.*(lib\w+\.so|built without)"):
         proved(network(), runtimes=[name])
+
+
+# ------------------------------------------------------------------------------------ no survivors
+
+
+def endless() -> onnx.ModelProto:
+    """A loop that computes for hours."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[N, 4] x) => (float[N, 4] y) <int64 n = {4611686018427387904}> {
+      yes = Constant <value = bool {1}> ()
+      y = Loop (n, yes, x) <body = b (int64 i, bool c, float[N, 4] s) => (bool o, float[N, 4] r)
+        { o = Identity(c)  r = Sin(s) }>
+    }"""
+    return onnx.parser.parse_model(text)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs, and is no corpse."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+CHILD = """
+import sys, numpy as np
+from test_process import CPU, Worker, endless
+with Worker(CPU) as worker:
+    session = worker.open(endless(), optimize=False)
+    print(worker._process.pid, flush=True)
+    session.run({"x": np.zeros((1, 4), np.float32)})
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_process_ends_with_the_one_that_started_it(how: signal.Signals) -> None:
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    with parent.stdout:
+        pid = int(parent.stdout.readline())
+    assert alive(pid)
+    parent.send_signal(how)
+    begun = time.monotonic()
+    parent.wait(30)
+    while alive(pid) and time.monotonic() - begun < 5:
+        time.sleep(0.05)
+    survived = alive(pid)
+    if survived:
+        os.kill(pid, signal.SIGKILL)
+    assert not survived
+    assert time.monotonic() - begun < 8, "nobody waits for what nobody reads"
+
+
+def test_a_limit_that_passes_after_the_answer_changes_nothing() -> None:
+    with Worker(CPU, 100) as worker:
+        session = worker.open(network().models()[0], optimize=False)
+        answered = threading.Event()
+        answered.set()
+        worker._too_late(answered)
+        assert session.run(inputs())["out"].shape == (3, 5)
+    with pytest.raises(UsageError, match="must be above 0"):
+        Worker(CPU, 0)

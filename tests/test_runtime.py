@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bnfold.errors import InputError, RuntimeUnavailableError
 from bnfold.proof import runtime
+from bnfold.proof.in_torch import run_torch
 from bnfold.proof.installation import runs
-from bnfold.proof.runtime import open_session, run_torch
+from bnfold.proof.runtime import open_session
 
 BN = ("gamma", "beta", "mean", "var")
 
@@ -145,6 +146,10 @@ CUDA = "CUDAExecutionProvider"
         ({CUDA: {"Relu": 3}, "CPUExecutionProvider": {"Conv": 1}}, "1 Conv on CPU"),
         ({CUDA: {"Relu": 3}, "CPUExecutionProvider": {"FusedConv": 2}}, "2 FusedConv on CPU"),
         ({CUDA: {"Relu": 3}, "CPUExecutionProvider": {"ConvTranspose": 1}}, "ConvTranspose"),
+        ({CUDA: {"Relu": 3}, "CPUExecutionProvider": {"LSTM": 1}}, "LSTM"),
+        ({CUDA: {"Conv": 3}, "CPUExecutionProvider": {"InstanceNormalization": 1}}, "Instance"),
+        ({CUDA: {"Conv": 3}, "CPUExecutionProvider": {"Softmax": 1, "Shape": 2}}, "1 Softmax"),
+        ({CUDA: {"Conv": 3}, "CPUExecutionProvider": {"Einsum": 1}}, "Einsum"),
         ({"CPUExecutionProvider": {"Shape": 1}}, "no node"),
     ],
 )

@@ -41,7 +41,7 @@ from bnfold.proof import verdicts
 from bnfold.proof.divergence import first_divergence
 from bnfold.proof.draws import drawn_inputs, given_inputs, input_specs
 from bnfold.proof.installation import runs
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.reference import Float64Reference, NoReferenceError
 from bnfold.proof.runtimes import R_LIMIT, Runtime
 from bnfold.proof.verify import VerifyReport, verify
 
@@ -438,7 +438,7 @@ def test_unfit_inputs_are_refused(inputs: dict[str, Array], complaint: str) -> N
 def test_fixed_batch_is_fed_whole() -> None:
     fold = replace(network(), x=(2, 3, 12, 12))
     assert proved(fold).passed
-    assert proved(fold, inputs={"x": draw(5, 5, 3, 12, 12)}).samples == 4 + 16 * 2
+    assert proved(fold, inputs={"x": draw(5, 5, 3, 12, 12)}).samples == 6 + 16 * 2
     with pytest.raises(InputError, match="batches of"):
         proved(fold, inputs={"x": draw(5, 1, 3, 12, 12)})
 
@@ -792,3 +792,27 @@ def test_halves_are_no_integers() -> None:
 def test_a_seed_below_zero_is_refused() -> None:
     with pytest.raises(UsageError, match="seed is -1"):
         proved(network(), seed=-1)
+
+
+def test_the_last_rows_of_a_fixed_batch_are_compared() -> None:
+    fold = replace(network(), x=(2, 3, 12, 12))
+    sets = given_inputs(fold.models()[0], {"x": draw(5, 5, 3, 12, 12)})
+    assert np.array_equal(sets[0].batches[-1]["x"], draw(5, 5, 3, 12, 12)[-2:])
+
+
+def test_an_input_without_axes_is_one_row() -> None:
+    models = small([node("Relu", "x", "out")], x=()).models()
+    assert verify(*models, inputs={"x": np.float32(3)}, threads=1).passed
+
+
+def test_a_size_that_only_the_reference_refuses_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Float64Reference.run
+
+    def narrow(self: Float64Reference, inputs: dict[str, Array], outputs: object = None) -> object:
+        if inputs["x"].shape[-1] == 32:
+            raise NoReferenceError("Relu cannot be evaluated")
+        return run(self, inputs, outputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Float64Reference, "run", narrow)
+    report = checked(small([node("Relu", "x", "out")], x=("N", 4, "T")))
+    assert "Not compared: T = 32, which its float64 evaluation does not take." in report.notes

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError, InputError, UsageError, one_line
+from bnfold.proof.in_torch import require_torch, run_torch
 from bnfold.proof.precision import effective
 from bnfold.proof.process import Worker
 from bnfold.proof.runtime import (
@@ -24,8 +25,6 @@ from bnfold.proof.runtime import (
     Session,
     mapped_libraries,
     open_session,
-    require_torch,
-    run_torch,
 )
 from bnfold.proof.runtimes import DEFAULT, Runtime
 
@@ -217,7 +216,7 @@ class Places:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
-        self._ending.close()
+        self._ending.__exit__(kind, error, trace)
 
     def plain(self, model: Any, name: str, role: str, runtime: Runtime = PLAIN) -> Backend:
         """onnxruntime's CPU with its graph optimization off, for gate B."""
@@ -261,8 +260,9 @@ class Places:
         assert like.session is not None
         require_torch(runtime.place.device)
         cuda = runtime.place.device == "cuda"
-        if cuda:
-            module = copy.deepcopy(module).to("cuda")
+        away = {tensor.device.type for tensor in module.parameters()} - {runtime.place.device}
+        if away or cuda:
+            module = copy.deepcopy(module).to(runtime.place.device)
         names = (like.session.input_names, like.session.output_names)
         run = _torch_runner(module, *names, name, runtime)
         return Backend(name, "C", role, runtime, run, libraries=mapped_libraries if cuda else tuple)
@@ -302,12 +302,10 @@ def _torch_runner(
     name: str,
     runtime: Runtime,
 ) -> Run:
-    device = "cuda" if runtime.place.device == "cuda" else None
-
     def run(feeds: Mapping[str, Array]) -> Values:
         try:
             given = [feeds[key] for key in inputs]
-            values = run_torch(module, given, runtime.precision, device)
+            values = run_torch(module, given, runtime.precision, runtime.place.device)
         except BnfoldError:
             raise
         except Exception as error:

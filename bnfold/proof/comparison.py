@@ -14,7 +14,7 @@ import numpy as np
 
 from bnfold.errors import InputError, NothingComparedError
 from bnfold.proof.backends import Backend, Backends, Values, beyond
-from bnfold.proof.draws import InputSet
+from bnfold.proof.draws import InputSet, rows_of
 from bnfold.proof.reference import Float64Reference, NoReferenceError
 from bnfold.proof.tally import Tally, relative_difference
 from bnfold.proof.verdicts import Decisions, GateResult, Measures, not_run
@@ -94,9 +94,10 @@ class Comparison:
         except InputError as error:
             if not group.optional:
                 raise
+            unread = isinstance(error, NoReferenceError)
+            who = "its float64 evaluation" if unread else "the original"
             self.sets.remove(group)
-            self.notes.append(f"Not compared: {group.name}, which the original does not take.")
-            del error
+            self.notes.append(f"Not compared: {group.name}, which {who} does not take.")
             return
         for name in self.outputs:
             self._watch(name, exact[name])
@@ -160,10 +161,10 @@ def noise_of(backend: Backend, feeds: Mapping[str, Array], values: Values, exact
 def few(sets: Sequence[InputSet], original: Backend, least: int) -> bool:
     """True when the given inputs lead to so few numbers that their errors may all be luck."""
     batch = sets[0].batches[0]
-    rows = sets[0].samples / max(len(next(iter(batch.values()), [0])), 1) if batch else 1
     values = original.run(batch).values()
     smallest = min((v.size for v in values if isinstance(v, np.ndarray)), default=0)
-    return smallest * rows < least
+    rows = rows_of(next(iter(batch.values()))) if batch else 1
+    return smallest * sets[0].samples < least * max(rows, 1)
 
 
 def other_names(original: Sequence[str], folded: Sequence[str], what: str) -> str:

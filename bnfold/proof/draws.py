@@ -45,10 +45,11 @@ class InputSet:
     @property
     def samples(self) -> int:
         """Rows of the first input over all batches (1 for an input without axes)."""
-        return sum(_rows(next(iter(batch.values()))) for batch in self.batches)
+        return sum(rows_of(next(iter(batch.values()))) for batch in self.batches)
 
 
-def _rows(array: Array) -> int:
+def rows_of(array: Array) -> int:
+    """How many rows an array has; 1 where it has no axes."""
     return int(array.shape[0]) if array.ndim else 1
 
 
@@ -124,7 +125,7 @@ def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[In
             f"{', '.join(inputs) or 'none'}."
         )
     arrays = {spec.name: _fitting(spec, inputs[spec.name]) for spec in specs}
-    rows = {_rows(array) for array in arrays.values()}
+    rows = {rows_of(array) for array in arrays.values()}
     if len(rows) != 1:
         raise InputError(f"the inputs have different numbers of rows: {sorted(rows)}.")
     total = rows.pop()
@@ -141,7 +142,11 @@ def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[In
     size = max(sizes)
     if len(sizes) > 1 or size > total:
         raise InputError(f"the model takes batches of {sorted(sizes)}; {total} rows were given.")
-    return [InputSet("given", _split(arrays, size, total - total % size))]
+    batches = _split(arrays, size, total - total % size)
+    if total % size:  # the last rows, some of them once more
+        rest = {name: np.ascontiguousarray(array[-size:]) for name, array in arrays.items()}
+        batches = (*batches, rest)
+    return [InputSet("given", batches)]
 
 
 def _fitting(spec: InputSpec, value: Array) -> Array:
@@ -298,7 +303,7 @@ class _Flat:
         heads = shape[:2] + (1,) * (len(shape) - 2)
         values = np.broadcast_to(spread * self.rng.standard_normal(heads), shape).copy()
         if level is not None:
-            values[:1] = level
+            np.atleast_1d(values)[:1] = level
         return values.astype(spec.dtype)
 
 

@@ -9,6 +9,7 @@ JSON and the arrays' bytes, nothing that could run code; what libraries print go
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ import ml_dtypes  # noqa: F401  numpy learns the name bfloat16
 import numpy as np
 
 import bnfold
-from bnfold.errors import BnfoldError, InputError, LimitError, RuntimeUnavailableError
+from bnfold.errors import BnfoldError, InputError, LimitError, RuntimeUnavailableError, UsageError
 from bnfold.proof.runtime import Model, Session, loadable, mapped_libraries, open_session
 from bnfold.proof.runtimes import Runtime
 
@@ -36,6 +37,7 @@ Head = dict[str, Any]
 LENGTHS = struct.Struct("<QQ")  # bytes of the JSON, bytes of the arrays
 LARGEST = 1 << 40  # no message is longer: lengths beyond are not ours
 KINDS = {kind.__name__: kind for kind in (InputError, RuntimeUnavailableError)}
+PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl
 GRACE = 10.0  # seconds that a process may take to end
 START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from bnfold.proof.process import serve; serve()"
@@ -134,9 +136,12 @@ class Worker:
     """
 
     def __init__(self, runtime: Runtime, time_limit: float | None = None):
+        if time_limit is not None and time_limit <= 0:
+            raise UsageError(f"the time limit is {time_limit:g} s; it must be above 0.")
         self.runtime = runtime
         self._limit = time_limit
         self._late = False
+        self._waiting = threading.Lock()  # held by whoever settles whether an answer was late
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         home = str(Path(bnfold.__file__).resolve().parent.parent)
         try:
@@ -146,7 +151,6 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 env=environment_of(runtime.precision),
-                start_new_session=True,  # an interrupt at the terminal is the parent's
             )
         except OSError as error:
             self._stderr.close()
@@ -159,10 +163,12 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
-        self.close()
+        self.close(at_once=kind is not None)
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         """End the process, by force if it does not go; may be called again."""
+        if at_once:  # in the middle of something, which nobody waits for now
+            self._process.kill()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             with contextlib.suppress(OSError):
@@ -208,12 +214,15 @@ class Worker:
     ) -> tuple[Head, dict[str, Any]]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        watch = threading.Timer(self._limit or 0.0, self._too_late)
+        answered = threading.Event()
+        watch = threading.Timer(self._limit or 0.0, self._too_late, [answered])
         if self._limit is not None:
             watch.start()
         try:
             send(self._process.stdin, head, arrays)
             answer, values = receive(self._process.stdout)
+            with self._waiting:
+                answered.set()
         except (_BrokenError, OSError, ValueError) as error:
             sentence = self._obituary(doing)  # tells whether it was too late
             code = "E_TIMEOUT" if self._late else "E_CRASH"
@@ -225,9 +234,11 @@ class Worker:
             raise kind(answer["sentence"], code=answer["code"], hint=answer["hint"])
         return answer, values
 
-    def _too_late(self) -> None:
-        self._late = True
-        self._process.kill()
+    def _too_late(self, answered: threading.Event) -> None:
+        with self._waiting:
+            if not answered.is_set():
+                self._late = True
+                self._process.kill()
 
     def _obituary(self, doing: str) -> str:
         """How the process ended, and what it last said."""
@@ -275,7 +286,9 @@ class _Remote:
 
 
 def serve() -> None:
-    """Answer requests until the parent closes the pipe."""
+    """Answer requests until the parent closes the pipe, or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt at the terminal is the parent's
+    _end_with_parent()
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
@@ -297,6 +310,12 @@ def serve() -> None:
             send(answers, answer, values)
         except BrokenPipeError:
             return
+
+
+def _end_with_parent() -> None:
+    """A computation that nobody reads any more ends, too (Linux; else with the next answer)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
 
 
 def _answer(

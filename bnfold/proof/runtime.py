@@ -18,18 +18,15 @@ import struct
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 
-from bnfold.errors import BnfoldError, InputError, RuntimeUnavailableError, one_line
-
-if TYPE_CHECKING:
-    import torch
+from bnfold.errors import BnfoldError, InputError, RuntimeUnavailableError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Model: TypeAlias = onnx.ModelProto | bytes | str | Path
@@ -41,7 +38,18 @@ PROVIDERS: dict[str, str] = {
 }
 FALLBACK = "E_CUDA_FALLBACK"
 PROTOBUF_LIMIT = 2**31 - 1
-COMPUTE_OPS = ("Conv", "Gemm", "MatMul", "BatchNormalization")
+# what onnxruntime may leave on the CPU: the arithmetic of shapes and indices, and control flow
+MAY_STAY = frozenset({
+    "Shape", "Size", "Constant", "ConstantOfShape", "Identity", "Cast", "Gather",
+    "GatherElements", "GatherND", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze",
+    "Reshape", "Flatten", "Transpose", "Expand", "Tile", "Range", "Add", "Sub", "Mul",
+    "Div", "Mod", "Neg", "Abs", "Floor", "Ceil", "Min", "Max", "ReduceProd", "ReduceMax",
+    "ReduceMin", "ReduceSum", "CumSum", "Equal", "Greater", "Less", "GreaterOrEqual",
+    "LessOrEqual", "And", "Or", "Not", "Where", "NonZero", "OneHot", "TopK",
+    "NonMaxSuppression", "Scatter", "ScatterElements", "ScatterND", "If", "Loop", "Scan",
+    "SequenceConstruct", "SequenceAt", "SequenceInsert", "SequenceEmpty",
+    "ConcatFromSequence", "SplitToSequence", "MemcpyFromHost", "MemcpyToHost",
+})  # fmt: skip
 CUDNN = "libcudnn.so.9"  # the major version that onnxruntime-gpu 1.19 and later opens
 GPU_LIBRARIES = re.compile(r"lib(cuda|cudart|cudnn|cublas|cufft|curand|nvrtc|nvinfer)\w*[.]so")
 
@@ -372,7 +380,7 @@ def _assignment(session: Any) -> dict[str, dict[str, int]]:
 def _require_placement(
     assignment: Mapping[str, Mapping[str, int]], wanted: str, part: bool = False
 ) -> None:
-    """Shape arithmetic may stay on the CPU; a convolution or a product may not.
+    """Shape arithmetic may stay on the CPU; whatever computes features may not.
 
     Raises RuntimeUnavailableError naming what was placed elsewhere, or that nothing is known.
     """
@@ -386,7 +394,7 @@ def _require_placement(
         for provider, placed in assignment.items()
         if provider != wanted
         for op_type, count in placed.items()
-        if any(op in op_type for op in COMPUTE_OPS)
+        if op_type not in MAY_STAY
     ]
     if strays:
         raise RuntimeUnavailableError(
@@ -558,99 +566,3 @@ def _gpu_failure(text: str, provider: str = "cuda") -> str:
         f"{gpu.title} was asked for, but onnxruntime fell back to another provider: {reason}{also}."
         f" Ask for the CPU, or repair the installation (bnfold doctor)."
     )
-
-
-# --------------------------------------------------------------------------------------- torch
-
-
-def run_torch(
-    module: torch.nn.Module,
-    inputs: Sequence[Array],
-    precision: str = "fp32",
-    device: str | None = None,
-) -> list[Array]:
-    """The module's outputs in evaluation mode as numpy arrays.
-
-    inputs: the positional arguments of forward. precision: fp32 is float32 without TF32, tf32
-    allows it, fp16 and bf16 are torch's autocast. device: where the inputs go and the outputs must
-    come from (default: where the module's parameters are), else it is a RuntimeUnavailableError.
-    Tuples, lists and dictionaries of outputs come
-    back flat, in order. The module's training flags and torch's settings are put back.
-    """
-    import torch
-
-    modes = [(part, part.training) for part in module.modules()]
-    held = next((p.device for p in module.parameters()), torch.device("cpu"))
-    there = held if device is None else torch.device(device)
-    cuda, tf32 = torch.backends.cuda.matmul, precision == "tf32"
-    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-    allowed = cuda.allow_tf32
-    module.eval()
-    try:
-        cuda.allow_tf32 = tf32
-        with (
-            torch.no_grad(),
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32),
-            torch.autocast(there.type, narrow) if narrow else contextlib.nullcontext(),
-        ):
-            given = [_as_tensor(x).to(there) for x in inputs]
-            result = list(_flat(module(*given)))
-    finally:
-        cuda.allow_tf32 = allowed
-        for part, training in modes:
-            part.training = training
-    strays = {tensor.device.type for tensor in result} - {there.type}
-    if device is not None and strays:
-        raise RuntimeUnavailableError(
-            f"torch was asked for {there.type}, but the module computed its outputs on "
-            f"{', '.join(sorted(strays))}; the result proves nothing about {there.type}.",
-            code=FALLBACK,
-        )
-    return [_as_array(tensor.detach().cpu()) for tensor in result]
-
-
-def require_torch(device: str) -> None:
-    """Raises RuntimeUnavailableError, with torch's own reason, where torch cannot run there."""
-    if importlib.util.find_spec("torch") is None:
-        raise RuntimeUnavailableError("torch was asked for and is not installed.")
-    if device == "cpu":
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:
-        reason = one_line(error)
-    else:
-        reason = "it finds no device"
-    raise RuntimeUnavailableError(
-        f"CUDA was asked for, but torch {torch.__version__} cannot use it: {reason}. Install a "
-        f"torch that is built for CUDA and NVIDIA's driver, or ask for torch on the CPU."
-    )
-
-
-def _as_tensor(array: Array) -> torch.Tensor:
-    import torch
-
-    if array.dtype.name == "bfloat16":  # torch has it, numpy only through another package
-        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _as_array(tensor: torch.Tensor) -> Array:
-    import torch
-
-    array: Array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    return array
-
-
-def _flat(result: Any) -> Iterator[torch.Tensor]:
-    if isinstance(result, Mapping):
-        result = list(result.values())
-    if isinstance(result, list | tuple):
-        for item in result:
-            yield from _flat(item)
-    elif result is not None:
-        yield result
