@@ -11,31 +11,20 @@ from pathlib import Path
 
 import limited_work
 import pytest
-import torch
-from nets import with_statistics
+from small_onnx import digits_onnx
 
-import bnfold
 from bnfold import errors, limits
 from bnfold.cli import main
 from bnfold.commands import folding
 from bnfold.errors import LimitError
-from models.digits import digits_cnn
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "pipelines" / "README.md"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    network = with_statistics(digits_cnn(), positive=True)
-    bnfold.export(network, torch.zeros(1, 1, 8, 8), folder / "net.onnx")
-    return folder / "net.onnx"
-
-
 @pytest.fixture
-def net(made, tmp_path):
-    (tmp_path / "net.onnx").write_bytes(made.read_bytes())
+def net(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(digits_onnx())
     return tmp_path / "net.onnx"
 
 
@@ -101,8 +90,7 @@ def test_strict_takes_a_warning_for_a_failure_and_writes_nothing(net, capsys, mo
 def test_a_failed_gate_has_its_code_in_the_report(net, capsys):
     assert main(["fold", str(net), "-q"]) == 0
     capsys.readouterr()
-    other = with_statistics(digits_cnn(), seed=3)
-    bnfold.export(other, torch.zeros(1, 1, 8, 8), net.with_name("other.onnx"))
+    net.with_name("other.onnx").write_bytes(digits_onnx(seed=7))
     code, done = run(
         capsys, "verify", net.with_name("other.onnx"), net.with_name("net.folded.onnx")
     )

@@ -5,21 +5,18 @@ import json
 import numpy as np
 import onnx
 import pytest
-import torch
-from nets import with_statistics
+from small_onnx import digits_onnx
 
 import bnfold
 from bnfold.cli import main
 from bnfold.errors import DemandError, UsageError
 from bnfold.report.schema import read_runs
-from models.digits import digits_cnn
 
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "net.onnx"
-    network = with_statistics(digits_cnn(), positive=True)
-    bnfold.export(network, torch.zeros(1, 1, 8, 8), path)
+    path.write_bytes(digits_onnx())
     return path
 
 
@@ -53,7 +50,7 @@ def test_a_proof_that_failed_is_a_run_that_failed(net, tmp_path):
 
 def test_a_bench_of_another_function_is_a_run_that_failed(net, tmp_path):
     other = tmp_path / "other.onnx"
-    bnfold.export(with_statistics(digits_cnn(), seed=3), torch.zeros(1, 1, 8, 8), other)
+    other.write_bytes(digits_onnx(seed=7))
     bench = bnfold.bench(net, {"other": other}, rounds=2, seconds=0.1)
     run = bnfold.report_of("bench", bench=bench)
     assert (bench.passed, run["exit_code"]) == (False, 1)
