@@ -8,7 +8,8 @@ models/. Each network is folded by bnfold (float64, rounded once) and by tools t
 float32; then the faults of tests/planted.py are planted at its first, middle and last batch norm,
 in the channel whose gamma is the median one, and for a single gamma in one of the weakest tenth as
 well. Of every pair gates A and B are asked, with the record where there is one, and what the
-weights alone say (`bnfold.proof.plain`). --right: right folds only.
+weights alone say (`bnfold.proof.plain`). A right fold with R beyond SUSPECT is evaluated in float64
+as well: what is left of R then is the weights' rounding. --right: right folds only.
 
 Each network is a process of its own with a time limit; a result is a line of
 build/thresholds/results.jsonl, so that a run that was stopped goes on where it stopped. The page
@@ -41,13 +42,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
 from bnfold.proof.counterpart import View  # noqa: E402
+from bnfold.proof.draws import drawn_inputs  # noqa: E402
 from bnfold.proof.plain import read_plain_fold  # noqa: E402
+from bnfold.proof.reference import Float64Reference  # noqa: E402
+from bnfold.proof.runtime import open_session  # noqa: E402
 
 ZOO = ROOT / "build" / "zoo"
 RESULTS = ROOT / "build" / "thresholds" / "results.jsonl"
 PAGE = ROOT / "docs" / "results" / "thresholds.md"
 SECONDS = 900  # for one network, on a busy machine
 SAMPLES = 4
+SUSPECT = 2.0
 LIMITS = (2.0, 4.0, 10.0, 30.0)
 
 # small ones of many families: a network takes a minute
@@ -162,7 +167,10 @@ def measure(name: str, done: Mapping[str, Result], *, only_right: bool) -> Itera
             folded, record = make()
             if title in done:
                 return done[title] | held.weights(folded)
-            return line | held.against(folded, record)
+            line |= held.against(folded, record)
+            if line["kind"] != "fault" and line["R"] > SUSPECT:
+                line["exact"] = exact_ratio(original, folded)
+            return line
         except Exception as error:
             return line | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
@@ -247,6 +255,25 @@ class Pair:
             "weights": None if found is None else "FAIL" if found.wrong else "pass",
             "weights, roundings": math.nan if found is None else found.roundings,
         }
+
+
+def exact_ratio(original: onnx.ModelProto, folded: onnx.ModelProto) -> float:
+    """R with the folded network in float64: its error over the original's in float32."""
+    before, after = Float64Reference(original), Float64Reference(folded)
+    session = open_session(original, "cpu", optimize=False, threads=1)
+    worst = usual = 0.0
+    for group in drawn_inputs(original, before, seed=0, samples=SAMPLES):
+        errors = np.zeros(2)
+        size = 0.0
+        for feeds in group.batches:
+            exact, runs = before.run(feeds), (session.run(feeds), after.run(feeds))
+            size += sum(float(np.sum(y**2)) for y in exact.values())
+            errors += [sum(float(np.sum((run[k] - y) ** 2)) for k, y in exact.items())
+                       for run in runs]  # fmt: skip
+        own, kept = np.sqrt(errors / size)
+        usual = usual or own  # normal draws come first
+        worst = max(worst, kept / max(own, usual, 4 * 2.0**-24))
+    return worst
 
 
 def by_tool(tool: str, original: onnx.ModelProto) -> onnx.ModelProto:
@@ -442,15 +469,17 @@ def limit_table(lines: Sequence[Result]) -> str:
 
 def odd_ones(lines: Sequence[Result]) -> str:
     """The pairs that R alone would judge wrongly."""
-    rows = ["| network | case | channels | R | element | gate A | gate B | weights |"]
-    rows.append("|" + " --- |" * 8)
+    columns = ["network", "case", "channels", "R", "element", "gate A", "gate B", "weights",
+               "R in float64"]  # fmt: skip
+    rows = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     for line in lines:
         is_fault = line["kind"] == "fault"
         if (is_fault and line["R"] <= 4) or (not is_fault and not line["R"] <= 4):
             told = {True: "pass", False: "FAIL", None: ""}
             cells = [line["network"], line["case"], str(line.get("channels", "")),
                      f"{line['R']:.3g}", f"{line['element']:.3g}", told[line["A"]],
-                     told[line["B"]], line.get("weights") or ""]  # fmt: skip
+                     told[line["B"]], line.get("weights") or "",
+                     f"{line['exact']:.2f}" if "exact" in line else ""]  # fmt: skip
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

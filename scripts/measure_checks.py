@@ -309,7 +309,7 @@ def results() -> list[Result]:
 
 
 def measure(wanted: list[str], again: str | None) -> None:
-    """Whatever is missing, a line for each case as it comes; and one tool again, where it passed."""
+    """What is missing, a line for each case as it comes; one tool again, where it passed."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     done = {(line["network"], line["profile"], line["case"]): line for line in results()}
     known = {key for key, line in done.items() if again is None or not passed(line, again)}

@@ -211,6 +211,25 @@ def test_scale_that_moved_to_another_layer_is_no_fault() -> None:
     assert [deviation.norm for deviation in found.unsure] == ["bn1", "bn2"]
 
 
+def test_channels_in_another_order_are_no_fault() -> None:
+    """Hidden channels 3 and 7 trade places in the layer that makes them and in those that read."""
+    start = bed(ORDINARY)
+    moved = onnx.ModelProto()
+    moved.CopyFrom(start.folded)
+    tensors = {tensor.name: tensor for tensor in moved.graph.initializer}
+    convs = [node for node in moved.graph.node if node.op_type == "Conv"]
+    for name, axis in ((convs[1].input[1], 0), (convs[1].input[2], 0), (convs[2].input[1], 1)):
+        value = onnx.numpy_helper.to_array(tensors[name]).copy()
+        order = np.arange(value.shape[axis])
+        order[[3, 7]] = [7, 3]
+        value = np.take(value, order, axis)
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array(value, name))
+    found = plain.read_plain_fold(View.of(start.original), View.of(moved))
+    assert found is not None
+    assert not found.wrong
+    assert [deviation.norm for deviation in found.unsure] == ["bn2", "bn3"]
+
+
 def test_fold_of_another_kind_is_left_to_the_other_gates() -> None:
     start = bed(ORDINARY)
     left = start.plant(TRAINING, start.outputs[1]).folded
@@ -280,15 +299,26 @@ def test_fixed_tolerances_are_wrong_both_ways() -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_fails_at_every_layer_of_every_profile(profile: str, fault: str) -> None:
-    """With a record always. Of two files alone, wherever a weight or, beyond rounding, an output
-    is another one."""
+    """With a record always. Of two files alone, wherever weights differ by more than float32
+    arithmetic may leave them apart."""
     start = bed(profile)
-    kept = [t.SerializeToString() for t in start.folded.graph.initializer]
     for output in start.outputs:
         wrong = start.plant(fault, output, channel=3)
-        if fault != TRAINING and kept == [
-            t.SerializeToString() for t in wrong.folded.graph.initializer
-        ]:
+        apart = roundings_apart(start.folded, wrong.folded)
+        if apart == 0 and fault in ("eps dropped", "eps 1e-3 for 1e-5"):
             continue  # too small to change a single weight: the file is the right one
         assert not held(start, wrong, profile, by_record=True).passed
-        assert not held(start, wrong, profile, by_record=False).passed
+        if apart > 2 * plain.ROUNDINGS or fault in ("mean's sign", TRAINING):
+            assert not held(start, wrong, profile, by_record=False).passed
+
+
+def roundings_apart(a: onnx.ModelProto, b: onnx.ModelProto) -> float:
+    """The greatest relative difference of two graphs' weights, in roundings of float32."""
+    weights = [
+        {t.name: onnx.numpy_helper.to_array(t).astype(np.float64) for t in model.graph.initializer}
+        for model in (a, b)
+    ]
+    shared = [name for name in weights[0] if name in weights[1] and weights[0][name].ndim > 1]
+    with np.errstate(all="ignore"):
+        apart = [np.abs(weights[1][n] / weights[0][n] - 1) for n in shared]
+    return max(float(np.nan_to_num(x, nan=0.0, posinf=1.0).max()) for x in apart) * 2.0**24

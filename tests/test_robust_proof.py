@@ -210,18 +210,7 @@ SAME = {
 }
 
 
-FALSE_ALARM = pytest.mark.xfail(strict=True, reason="weights are held against each other in place")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=FALSE_ALARM)
-        if name == "hidden channels in another order"
-        else name
-        for name in SAME
-    ],
-)
+@pytest.mark.parametrize("name", SAME)
 def test_what_is_the_same_passes(name):
     report = bnfold.verify(*SAME[name])
     assert report.passed, report.failures

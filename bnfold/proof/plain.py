@@ -8,10 +8,11 @@ is far below what float32 itself loses on the way to the outputs, where gate B l
 What is near that product and not equal to it is a wrong fold, or a right one that carries a
 channel at another scale, which a later layer gives back. Another scale is one factor for all
 weights of a channel, above 1 in one layer and below 1 in another. So layers are wrong for certain
-where one alone deviates, where the factors of all that do lie on one side of 1, and where the
-weights between two channels, the taps of a kernel, have no common factor. Nothing is said of
-anything else: of files in which a layer is far from the product (gate B sees that) or a batch norm
-went elsewhere, and of biases, which a shift can have moved.
+where one alone deviates, where all that do are near the product and lie on one side of it, and
+where weights near it between the same two channels, the taps of a kernel, have no common factor.
+Nothing is said of anything else: of files in which a layer is far from the product (gate B sees
+that) or a batch norm went elsewhere, of channels in another order, and of biases, which a shift can
+have moved.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Deviation:
 
     norm: the batch norm that it took up, None for a layer without one. low, high: the least and the
     greatest factor beyond the exact product, minus 1; 0 where there is none below, or above.
-    torn: the channels with a kernel whose taps have none in common. roundings: the worst of all.
+    near: whether all its weights are near the product. torn: the channels with a kernel that is
+    near it and whose taps have no factor in common. roundings: the worst of all.
     """
 
     norm: str | None
@@ -53,6 +55,7 @@ class Deviation:
     channels: int
     wrong: tuple[int, ...]
     torn: tuple[int, ...]
+    near: bool
     low: float
     high: float
     roundings: float
@@ -102,7 +105,9 @@ def read_plain_fold(before: View, after: View) -> PlainFold | None:
     except (_NotPlainError, BnfoldError):
         return None
     off = [found for found in judged if isinstance(found, Deviation)]
-    one_sided = not any(d.low for d in off) or not any(d.high for d in off)
+    one_sided = all(d.near for d in off) and not (
+        any(d.low for d in off) and any(d.high for d in off)
+    )
     wrong = off if one_sided or len(off) == 1 else [d for d in off if d.torn]
     worst = max((d.roundings if isinstance(d, Deviation) else d for d in judged), default=0.0)
     unsure = tuple(d for d in off if d not in wrong)
@@ -128,8 +133,8 @@ def _judged_layers(before: View, after: View) -> Iterator[Deviation | float]:
         if theirs is None or not _alike(mine, theirs):
             raise _NotPlainError
         yield _judged(mine, theirs, norm, before.label(node), node.op_type)
-    if gone < sum(not _stays(norm, there, before, after) for norm in behind.values()):
-        raise _NotPlainError  # one behind something that is no linear layer
+    if not gone or gone < sum(not _stays(norm, there, before, after) for norm in behind.values()):
+        raise _NotPlainError  # none, or one behind something that is no linear layer
 
 
 def _alike(mine: Linear, theirs: Linear) -> bool:
@@ -169,7 +174,8 @@ def _judged(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type:
     if not wrong.size:
         return max(-below, above) / rounding.unit
     # weights of one input channel and one output channel share a factor, whatever the scales are
-    apart = np.ptp(np.where(told.all(axis=3, keepdims=True), factor, 0.0), axis=3) > 2 * allowed
+    whole = (told & (np.abs(factor) <= NEAR)).all(axis=3)
+    apart = whole & (np.ptp(factor, axis=3) > 2 * allowed)
     torn = np.flatnonzero(apart.any(axis=2))
     return Deviation(
         norm=norm.name if norm is not None else None,
@@ -178,6 +184,7 @@ def _judged(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type:
         channels=len(rows),
         wrong=tuple(int(channel) for channel in wrong),
         torn=tuple(int(channel) for channel in torn),
+        near=bool(np.all(np.abs(factor) <= NEAR)),
         low=below if below < -allowed else 0.0,
         high=above if above > allowed else 0.0,
         roundings=max(-below, above) / rounding.unit,
