@@ -17,6 +17,7 @@ have moved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
-from bnfold.proof.alignment import Alignment
+from bnfold.proof.alignment import PASSING, Alignment
 from bnfold.proof.counterpart import View, same_constant
 from bnfold.proof.equations import Linear, read_linear
 from bnfold.proof.layers import Norm, is_norm, norms_of
@@ -70,9 +71,15 @@ class Deviation:
             product += f" times gamma / sqrt(var + eps) of '{self.norm}'"
         return (
             f"{self.op_type} '{self.node}': the weights of {len(self.wrong)} of {self.channels} "
-            f"channels ({shown}{more}) are not the {product}; they are off by up to "
-            f"{max(-self.low, self.high):.2g} of themselves ({self.roundings:.3g} roundings)."
+            f"channels ({shown}{more}) are not the {product}; {self._size}."
         )
+
+    @property
+    def _size(self) -> str:
+        worst = max(-self.low, self.high)
+        if not math.isfinite(worst):
+            return "one that should be 0, or a number, is not"
+        return f"they are off by up to {worst:.2g} of themselves ({self.roundings:.3g} roundings)"
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def read_plain_fold(before: View, after: View) -> PlainFold | None:
 def _judged_layers(before: View, after: View) -> Iterator[Deviation | float]:
     """For each linear layer how many roundings its weights are off, or where they are too much."""
     there = Alignment.of(before, after, None, None).there
-    behind = {norm.input: norm for norm in norms_of(before)}
+    behind = {_source(norm.input, before): norm for norm in norms_of(before)}
     gone = 0
     for node in before.nodes:
         mine = read_linear([node], before)
@@ -128,13 +135,20 @@ def _judged_layers(before: View, after: View) -> Iterator[Deviation | float]:
             norm = None
         gone += norm is not None
         name = there.get(node.output[0] if norm is None else norm.output, "")
-        producer = after.producers.get(name)
+        producer = after.producers.get(_source(name, after))
         theirs = read_linear([producer], after) if producer is not None else None
         if theirs is None or not _alike(mine, theirs):
             raise _NotPlainError
         yield _judged(mine, theirs, norm, before.label(node), node.op_type)
     if not gone or gone < sum(not _stays(norm, there, before, after) for norm in behind.values()):
         raise _NotPlainError  # none, or one behind something that is no linear layer
+
+
+def _source(name: str, view: View) -> str:
+    """The value that only passes through to this one."""
+    while name in view.producers and view.producers[name].op_type in PASSING:
+        name = view.producers[name].input[0]
+    return name
 
 
 def _alike(mine: Linear, theirs: Linear) -> bool:
@@ -161,10 +175,14 @@ def _judged(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type:
             raise _NotPlainError
         exact = exact * norm.slope.reshape(mine.shape_out)[:, :, None, None]
     rounding = max(mine.rounding, theirs.rounding)
-    told = np.abs(exact) > rounding.tiny / rounding.unit
+    smallest = rounding.tiny / rounding.unit
+    told = np.abs(exact) > smallest
     with np.errstate(all="ignore"):
-        factor = np.where(told, theirs.weight / np.where(told, exact, 1.0) - 1.0, 0.0)
-    if np.count_nonzero(np.abs(factor) > NEAR) > factor.size / 2:
+        # what is 0, or too small for a factor, has to stay so
+        kept = np.where(np.abs(theirs.weight) <= 2 * smallest, 0.0, np.inf)
+        factor = np.where(told, theirs.weight / np.where(told, exact, 1.0) - 1.0, kept)
+    factor = np.where(np.isnan(factor), np.inf, factor)
+    if not np.isfinite(exact).all() or np.mean(np.abs(factor) > NEAR) > 0.5:
         raise _NotPlainError
     rows = factor.reshape(-1, factor.shape[2] * factor.shape[3])
     allowed = ROUNDINGS * rounding.unit
@@ -175,7 +193,7 @@ def _judged(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type:
         return max(-below, above) / rounding.unit
     # weights of one input channel and one output channel share a factor, whatever the scales are
     whole = (told & (np.abs(factor) <= NEAR)).all(axis=3)
-    apart = whole & (np.ptp(factor, axis=3) > 2 * allowed)
+    apart = whole & (np.ptp(np.where(np.expand_dims(whole, 3), factor, 0.0), axis=3) > 2 * allowed)
     torn = np.flatnonzero(apart.any(axis=2))
     return Deviation(
         norm=norm.name if norm is not None else None,
