@@ -120,8 +120,10 @@ TRAINED: Mapping[str, tuple[str, ...]] = {
     "mlp_weight-mean-only.pt": (),
     "lenet5_normprop.pt": (),
 }
+HALF = " in float16"  # behind a network's name: as .half() makes it
 TIMED: Mapping[str, tuple[int, ...]] = {
     "resnet18": (3, 224, 224),
+    f"resnet18{HALF}": (3, 224, 224),
     "mobilenet_v2": (3, 224, 224),
     "preact_resnet18": (3, 32, 32),
 }
@@ -209,7 +211,7 @@ def parity(where: Where, name: str) -> Result:
     found = [(name, fold.verify(runtimes=classes))]
     if halves is not None:
         half = bnfold.fold(halves[0].half(), halves[1])
-        found.append((f"{name}, float16", half.verify(runtimes=where.plain)))
+        found.append((f"{name}{HALF}", half.verify(runtimes=where.plain)))
     rows = [_ran(label, ran) for label, proof in found for ran in proof.runtimes if ran.gate == "C"]
     failures = [f"{label}: {f.sentence}" for label, proof in found for f in proof.failures]
     libraries = {
@@ -401,13 +403,16 @@ def latency(where: Where, name: str) -> Result:
 
     import bnfold
 
-    module, _ = network(name)
+    module, _ = network(name.removesuffix(HALF))
     shape = TIMED[name]
+    example = torch.zeros(1, *shape)
+    if name.endswith(HALF):
+        module, example = module.half(), example.half()
     quick = {"rounds": 3, "seconds": 1.0} if where.rehearse else {"rounds": 200, "seconds": 4.0}
     report = bnfold.bench(
         module,
         None,
-        torch.zeros(1, *shape),
+        example,
         runtimes=where.timed,
         batch_sizes=(1, 2) if where.rehearse else (1, 32),
         check=False,  # that is the parity of the same network
