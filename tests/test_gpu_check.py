@@ -35,7 +35,7 @@ def found(**changes):
         "tests": {**step, "passed": False, "sentence": "1 failed | 3 passed."},
     }
     given = {"rehearsal": False, "torch only": False, "date": "2026-01-02", "seconds": 9,
-             "facts": FACTS, "steps": steps, "missing": ["latency:preact_resnet18"],
+             "facts": FACTS, "steps": steps, "missing": ["latency:resnet18"],
              "whole": True}  # fmt: skip
     return {**given, **changes}
 
@@ -120,7 +120,7 @@ def test_without_onnxruntime_torch_alone_is_run():
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_kind_of_step(tmp_path):
     """Every kind on the CPU, in the processes and by the paths of the real run."""
-    only = "parity:tcn,parity:tcn_weight.pt,planted,silent CPU,adaptation,tests,latency:preact_resnet18"
+    only = "parity:tcn,parity:tcn_weight.pt,planted,silent CPU,adaptation,tests,latency:resnet18"
     output = tmp_path / "rehearsal.md"
     run = subprocess.run(
         [sys.executable, str(SCRIPT), "--rehearse", "--only", only, "--output", str(output)],
