@@ -22,7 +22,13 @@ from bnfold.benchmark.bench import CONTROL, FOLDED, ORIGINAL, UNOPTIMIZED, bench
 from bnfold.benchmark.paired import interval_of_median, margin_of, spread_of, verdict_of
 from bnfold.benchmark.timing import Effort, OnnxModel
 from bnfold.cli import main
-from bnfold.errors import InputError, RuntimeUnavailableError, UsageError, VerificationError
+from bnfold.errors import (
+    InputError,
+    LimitError,
+    RuntimeUnavailableError,
+    UsageError,
+    VerificationError,
+)
 from bnfold.proof.runtimes import Runtime
 from bnfold.report.schema import schema_text
 from models.digits import digits_cnn
@@ -85,6 +91,23 @@ def test_a_difference_is_told_beyond_the_margin_alone():
     assert verdict_of(ratios(1.1), margin_of(quiet)) == "slower"
     assert verdict_of(ratios(1.0), margin_of(quiet)) == "no difference seen"
     assert verdict_of(ratios(0.92), margin_of(noisy)) == "no difference seen"
+
+
+def test_what_one_session_shows_is_no_difference():
+    """A session that lies badly in memory is off for a whole sitting, however many its rounds."""
+    rng = np.random.default_rng(2)
+
+    def sitting(middle):
+        return (middle * np.exp(0.01 * rng.standard_normal(70))).tolist()
+
+    quiet = margin_of(spread_of(sitting(1.0), sitting(1.0), sitting(1.0)))
+    lucky = spread_of(sitting(0.9), sitting(0.9), sitting(1.0))
+    assert lucky.interval[1] < 0.95  # the rounds together would say so
+    assert verdict_of(lucky, quiet) == "no difference seen"
+    assert verdict_of(spread_of(sitting(0.9), sitting(0.9), sitting(0.9)), quiet) == "quicker"
+    shown = margin_of(spread_of(sitting(1.0), sitting(1.0), sitting(1.12)))
+    assert shown > 0.1  # the control's worst sitting
+    assert verdict_of(spread_of(*3 * [sitting(1.05)]), shown) == "no difference seen"
 
 
 def test_a_disturbance_falls_on_all(monkeypatch):
@@ -192,7 +215,9 @@ def test_another_tools_failures_are_marked(files, monkeypatch):
     assert report.row("onnxslim").verdict == "not made"
     assert report.row("onnxslim").sentence == "onnxslim wrote no file: all is well"
     assert report.row(FOLDED).median_ms is not None
-    assert not report.passed
+    assert report.passed  # theirs is not ours
+    report.raise_for_failure()
+    assert set(report.faults) == {"onnxsim", "onnxslim"}
 
 
 def test_torch_times_modules():
@@ -224,7 +249,8 @@ def test_torch_times_modules():
         ({"threads": 0}, "threads"),
         ({"rounds": 0}, "rounds"),
         ({"seconds": -1.0}, "time"),
-        ({"folded": {"original": "net.onnx"}}, "name"),
+        ({"folded": {"original": "net.onnx"}}, "'original' is the name of another model"),
+        ({"folded": {"onnxsim": "net.onnx"}, "compare": ["onnxsim"]}, "'onnxsim' is the name"),
     ],
 )
 def test_what_cannot_be_timed_is_a_sentence(files, options, word):
@@ -261,12 +287,20 @@ def test_the_process_tells_how_it_ended(files, monkeypatch):
         timing.time_onnx({"a": OnnxModel(str(files / "none.onnx"))}, feeds, CPU, 1, Effort(1))
     for code, word in (("import os; os.abort()", "SIGABRT"), ("exit(3)", "exit code 3")):
         monkeypatch.setattr(timing, "START", code)
-        with pytest.raises(RuntimeUnavailableError, match=word):
+        with pytest.raises(LimitError, match=word) as crash:
             timing.time_onnx(one, feeds, CPU, 1, Effort(1))
+        assert crash.value.code == "E_CRASH"
+    fallen = RuntimeUnavailableError("It fell back.", code="E_CUDA_FALLBACK", hint="a GPU")
+    said = json.dumps({"error": fallen.to_dict()})
+    monkeypatch.setattr(timing, "START", f"print({said!r})")
+    with pytest.raises(RuntimeUnavailableError, match="It fell back") as fallback:
+        timing.time_onnx(one, feeds, CPU, 1, Effort(1))
+    assert (fallback.value.code, fallback.value.hint) == ("E_CUDA_FALLBACK", "a GPU")
     monkeypatch.setattr(timing, "START", "import time; time.sleep(60)")
     monkeypatch.setattr(timing, "TO_START", 0.2)
-    with pytest.raises(RuntimeUnavailableError, match="did not end within"):
+    with pytest.raises(LimitError, match="did not end within") as late:
         timing.time_onnx(one, feeds, CPU, 1, Effort(1, 1e-3))
+    assert late.value.code == "E_TIMEOUT"
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -7,9 +7,12 @@ the count of rounds in which one was ahead is binomial, whatever the noise looks
 test. Its counterpart, an interval of the median ratio between two order statistics, says how large
 a difference is as well, and is what a verdict is made of.
 
-A difference is told only beyond a margin, since two sessions of one and the same file differ a
-little all the time (where their memory lies). The control, which is the measure once more, shows by
-how much; MARGIN is the least.
+The interval is of the rounds as they were: two sessions of one and the same file differ a little
+all the time (where their memory lies), and no number of rounds makes that less. So everything is
+opened anew for each of several sittings, a difference is told only beyond a margin, and only where
+every sitting by itself shows it. The control, which is the measure once more, says how wide the
+margin is; MARGIN is the least. Each verdict stands by itself: none is made stricter because there
+are many.
 """
 
 from __future__ import annotations
@@ -82,17 +85,22 @@ def timed_rounds(
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, its quartiles, and an interval that holds the true median with CONFIDENCE."""
+    """Values of several sittings: median, quartiles, and an interval that holds the median of all
+    rounds that these sittings could have had with CONFIDENCE. sittings: the median of each.
+    """
 
     median: float
     quartiles: tuple[float, float]
     interval: tuple[float, float]
+    sittings: tuple[float, ...]
 
 
-def spread_of(values: Sequence[float]) -> Spread:
-    """The spread of at least two values."""
+def spread_of(*sittings: Sequence[float]) -> Spread:
+    """The spread of at least two values, by sitting."""
+    values = [value for sitting in sittings for value in sitting]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(middle, (low, high), interval_of_median(values))
+    medians = tuple(statistics.median(sitting) for sitting in sittings)
+    return Spread(middle, (low, high), interval_of_median(values), medians)
 
 
 def interval_of_median(
@@ -115,17 +123,19 @@ def interval_of_median(
 
 
 def margin_of(control: Spread) -> float:
-    """How far a ratio must be from 1 to be told: what the control shows, and at least MARGIN."""
-    low, high = control.interval
-    shown = max(high - 1, 1 / low - 1 if low > 0 else math.inf)
-    return max(MARGIN, shown)
+    """How far a ratio must be from 1 to be told: what the control shows, and at least MARGIN.
+
+    The control shows the ends of its interval, and the sitting that was furthest off.
+    """
+    shown = [*control.interval, *control.sittings]
+    return max(MARGIN, max(shown) - 1, 1 / min(shown) - 1 if min(shown) > 0 else math.inf)
 
 
 def verdict_of(ratios: Spread, margin: float) -> Verdict:
-    """Whether the whole interval of the median ratio lies beyond the margin, on either side."""
-    low, high = ratios.interval
-    if high * (1 + margin) < 1:
+    """Whether the median ratio's interval and every sitting lie beyond the margin, on one side."""
+    seen = [*ratios.interval, *ratios.sittings]
+    if max(seen) * (1 + margin) < 1:
         return "quicker"
-    if low > 1 + margin:
+    if min(seen) > 1 + margin:
         return "slower"
     return "no difference seen"

@@ -23,7 +23,7 @@ import numpy as np
 
 from bnfold import errors
 from bnfold.benchmark.paired import Clock, Run, repeats_of, timed_rounds
-from bnfold.errors import BnfoldError, RuntimeUnavailableError
+from bnfold.errors import BnfoldError, LimitError, RuntimeUnavailableError
 from bnfold.proof.process import environment_of
 from bnfold.proof.runtimes import Runtime, parse_runtime
 
@@ -43,7 +43,10 @@ TO_START = 300.0  # seconds that a process has to load its libraries and models,
 
 @dataclass(frozen=True)
 class Effort:
-    """How long is measured: rounds over all sittings, or wall seconds, whichever end first."""
+    """How long is measured: rounds over all sittings, or wall seconds, whichever end first.
+
+    Each sitting has one round at least.
+    """
 
     rounds: int = 200
     seconds: float = 10.0
@@ -60,14 +63,19 @@ class OnnxModel:
 
 @dataclass(frozen=True)
 class Timed:
-    """What came of a place: the rounds, the clock, and where the nodes ran.
+    """What came of a place: the rounds of each sitting, the clock, and where the nodes ran.
 
     placed: model -> provider -> operator -> nodes, as onnxruntime tells; empty for torch.
     """
 
-    rounds: Rounds
+    sittings: list[Rounds]
     clock: Clock
     placed: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> Rounds:
+        """Those of all sittings."""
+        return [taken for sitting in self.sittings for taken in sitting]
 
 
 def clock_for(runtime: Runtime, threads: int) -> Clock:
@@ -79,15 +87,15 @@ def in_sittings(
     opened: Callable[[], contextlib.AbstractContextManager[Mapping[str, Run]]],
     clock: Clock,
     effort: Effort,
-) -> Rounds:
-    """Rounds over several sittings, each of which opens what is timed anew."""
-    draw, rounds, repeats = random.Random(effort.seed), Rounds(), 0
+) -> list[Rounds]:
+    """The rounds of several sittings, each of which opens what is timed anew."""
+    draw, sittings, repeats = random.Random(effort.seed), list[Rounds](), 0
     for sitting in range(SITTINGS):
         with opened() as runs:
             warmed = repeats_of(list(runs.values()))
             repeats = repeats or warmed
             share = (effort.rounds + sitting) // SITTINGS
-            rounds += timed_rounds(
+            rounds = timed_rounds(
                 runs,
                 clock=clock,
                 rounds=max(share, 1),
@@ -95,7 +103,8 @@ def in_sittings(
                 repeats=repeats,
                 draw=draw,
             )
-    return rounds
+            sittings.append(rounds)
+    return sittings
 
 
 # --- onnxruntime ---------------------------------------------------------------------------------
@@ -111,8 +120,8 @@ def time_onnx(
     """The models on a runtime of onnxruntime, in a process of its own.
 
     Inputs and outputs lie where the provider computes: no copy is measured, and a run ends when the
-    device has ended. Raises RuntimeUnavailableError where the provider cannot run here or the
-    process does not end well, InputError for a model that onnxruntime refuses.
+    device has ended. Raises RuntimeUnavailableError where the provider cannot run here, LimitError
+    where the process does not end well, InputError for a model that onnxruntime refuses.
     """
     job = {
         "models": {name: asdict(model) for name, model in models.items()},
@@ -125,8 +134,11 @@ def time_onnx(
         job["feeds"] = str(Path(folder) / "feeds.npz")
         answer = _in_process(job, runtime, TO_START + 4 * effort.seconds)
     if "error" in answer:
-        raise getattr(errors, answer["error"])(answer["message"])
-    return Timed(answer["rounds"], answer["clock"], answer["placed"])
+        error = answer["error"]
+        raise getattr(errors, error["type"])(
+            error["message"], code=error["code"], hint=error["hint"]
+        )
+    return Timed(answer["sittings"], answer["clock"], answer["placed"])
 
 
 def _in_process(job: Mapping[str, Any], runtime: Runtime, limit: float) -> dict[str, Any]:
@@ -142,14 +154,16 @@ def _in_process(job: Mapping[str, Any], runtime: Runtime, limit: float) -> dict[
             env=environment_of(runtime.precision),
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeUnavailableError(
-            f"timing on {runtime} did not end within {limit:.0f} s and was given up."
+        raise LimitError(
+            f"timing on {runtime} did not end within {limit:.0f} s and was given up.",
+            code="E_TIMEOUT",
         ) from None
     lines = run.stdout.strip().splitlines()
     if run.returncode or not lines:
         said = (run.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
-        raise RuntimeUnavailableError(
-            f"the process that timed on {runtime} {_ended(run.returncode)}: {said}"
+        raise LimitError(
+            f"the process that timed on {runtime} {_ended(run.returncode)}: {said}",
+            code="E_CRASH",
         )
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
@@ -192,10 +206,10 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         yield {name: session.bound(feeds) for name, session in sessions.items()}
 
     try:
-        rounds = in_sittings(opened, clock, Effort(**job["effort"]))
+        sittings = in_sittings(opened, clock, Effort(**job["effort"]))
     except BnfoldError as error:
-        return {"error": type(error).__name__, "message": str(error)}
-    return {"rounds": rounds, "clock": clock, "placed": placed}
+        return {"error": error.to_dict()}
+    return {"sittings": sittings, "clock": clock, "placed": placed}
 
 
 # --- torch ---------------------------------------------------------------------------------------
