@@ -117,8 +117,8 @@ def main() -> int:
                 if verdict not in ("layer and fault", "gate A alone", "passed"):
                     missed.append(f"{way}: {planted} at {norm}: {verdict}")
         for way, tally in tallies.items():
-            cells = ("layer and fault", "layer alone", "among others", "another layer", "gate A alone",
-                     "passed")  # fmt: skip
+            cells = (*("layer and fault", "layer alone", "among others", "another layer"),
+                     *("gate A alone", "passed"))  # fmt: skip
             row = " | ".join(str(tally[cell]) for cell in cells)
             print(f"| {name} | {way} | {row} | {time.perf_counter() - begun:.0f} |", flush=True)
         for line in missed:
