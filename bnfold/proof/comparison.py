@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
 
 from bnfold.errors import InputError, NothingComparedError
 from bnfold.proof.backends import Backend, Backends, Values, beyond
 from bnfold.proof.draws import InputSet, rows_of
 from bnfold.proof.reference import Float64Reference, NoReferenceError
-from bnfold.proof.tally import Tally, relative_difference
+from bnfold.proof.tally import Tally, relative_differences
 from bnfold.proof.verdicts import Decisions, GateResult, Measures, not_run
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -29,7 +30,8 @@ class Comparison:
 
     question: the gate that has to be answered, B of two networks and C of one. unit: the rounding
     of the original's type. stored: the class that the folded weights are numbers of, if narrower.
-    noise: by backend, the relative difference of its runs. notes: what was not compared, and why.
+    folded: the other network, of two. noise: by backend and output, the relative difference of its
+    runs. notes: what was not compared, and why.
     """
 
     backends: Backends
@@ -39,7 +41,8 @@ class Comparison:
     unit: float
     question: str = "B"
     stored: str = ""
-    noise: dict[str, float] = field(default_factory=dict)
+    folded: onnx.ModelProto | None = None
+    noise: dict[str, dict[str, float]] = field(default_factory=dict)
     tallies: dict[tuple[str, str, str], Tally] = field(default_factory=dict)
     trouble: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -78,9 +81,32 @@ class Comparison:
         if not any(tally.elements or tally.trouble for tally in self.tallies.values()):
             raise NothingComparedError(self._nothing())
         self.measures = Measures(
-            self.sets, self.outputs, self.unit, self.tallies, self.noise, self.backends.compared
+            self.sets,
+            self.outputs,
+            self.unit,
+            self.tallies,
+            self.noise,
+            self.backends.compared,
+            None if self.folded is None else self._in_float64,
         )
-        return list(self.measures.results(self.question, self.trouble, self.stored))
+        results = list(self.measures.results(self.question, self.trouble, self.stored))
+        self.notes += self.measures.notes
+        return results
+
+    def _in_float64(self, group: str) -> dict[str, Tally]:
+        """The folded network in float64 on an input set, by output."""
+        tallies = {name: Tally() for name in self.outputs}
+        batches = next(s.batches for s in self.sets if s.name == group)
+        try:
+            folded = Float64Reference(self.folded)
+            for feeds in batches:
+                exact = self.reference.run(feeds, self.outputs)
+                values = folded.run(feeds, self.outputs)
+                for name, tally in tallies.items():
+                    tally.add(values[name], exact[name])
+        except InputError as error:
+            return {name: Tally(trouble=str(error)) for name in self.outputs}
+        return tallies
 
     def _nothing(self) -> str:
         if any(value.size for value in self._first.values()):
@@ -150,12 +176,15 @@ def _kind_of(value: Any, backend: Backend) -> np.dtype[Any] | None:
     return kind
 
 
-def noise_of(backend: Backend, feeds: Mapping[str, Array], values: Values, exact: Values) -> float:
-    """Worst relative difference of a run from another of its session, and from a new session's."""
-    noise = relative_difference(values, backend.run(feeds), exact)
+def noise_of(
+    backend: Backend, feeds: Mapping[str, Array], values: Values, exact: Values
+) -> dict[str, float]:
+    """By output, the relative difference of a run from its session's next and a new session's."""
+    found = relative_differences(values, backend.run(feeds), exact)
     if backend.again is None:
-        return noise
-    return max(noise, relative_difference(values, backend.again(feeds), exact))
+        return found
+    other = relative_differences(values, backend.again(feeds), exact)
+    return {name: max(noise, other[name]) for name, noise in found.items()}
 
 
 def few(sets: Sequence[InputSet], original: Backend, least: int) -> bool:

@@ -372,7 +372,7 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], kind: str, scale: float, boun
         raise InputError(f"the input '{spec.name}' holds {spec.dtype}; it cannot be drawn.")
     if kind == "constant":
         return np.full(shape, scale).astype(spec.dtype)
-    return (scale * rng.standard_normal(shape)).astype(spec.dtype)
+    return np.asarray(scale * rng.standard_normal(shape)).astype(spec.dtype)
 
 
 def _bound(model: onnx.ModelProto, spec: InputSpec) -> int:

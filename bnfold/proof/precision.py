@@ -6,6 +6,8 @@ the user declared that, it is held against the original with its products in flo
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ NARROW = {  # the coarser first: its numbers are mostly float16 numbers as well
     "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
 }
 TITLES = {"fp16": "float16", "bf16": "bfloat16"}
+VIEWS = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -30,9 +33,34 @@ def types_of(model: onnx.ModelProto) -> set[int]:
 
 
 def unit_of(model: onnx.ModelProto) -> float:
-    """Rounding of the type that the model computes in: the coarsest of its float tensors."""
-    units = [ROUNDINGS[kind].unit for kind in types_of(model) if kind in ROUNDINGS]
+    """Rounding of the type that its convolutions and products compute in, or store weights in.
+
+    The coarsest of those; where there are none, that of its outputs. A table or a constant in a
+    narrower type beside them says nothing about how exact the network is.
+    """
+    held = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    made = {name: node for node in model.graph.node for name in node.output}
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
+    types = {
+        kind for node in products for name in node.input for kind in _held_types(name, held, made)
+    }
+    if not types & ROUNDINGS.keys():
+        types = {value.type.tensor_type.elem_type for value in model.graph.output}
+    units = [ROUNDINGS[kind].unit for kind in types if kind in ROUNDINGS]
     return max(units, default=ROUNDINGS[TensorProto.FLOAT].unit)
+
+
+def _held_types(
+    name: str, held: Mapping[str, int], made: Mapping[str, onnx.NodeProto]
+) -> Iterator[int]:
+    """The types that a stored operand has on its way to a product; none for what is computed."""
+    while name in made and made[name].op_type in VIEWS and made[name].input:
+        yield from (a.i for a in made[name].attribute if a.name == "to")
+        name = made[name].input[0]
+    if name in held:
+        yield held[name]
+    elif name in made and made[name].op_type == "Constant":
+        yield from (a.t.data_type for a in made[name].attribute if a.name == "value")
 
 
 def stored_class(original: onnx.ModelProto, folded: onnx.ModelProto) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from bnfold.proof.backends import Backend, beyond
 from bnfold.proof.draws import InputSet
 from bnfold.proof.precision import TITLES
 from bnfold.proof.runtimes import R_LIMIT, Runtime, ceiling
-from bnfold.proof.tally import Tally, peak_share
+from bnfold.proof.tally import Slices, Tally, peak_share
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -28,6 +29,9 @@ FLOOR = 4.0  # roundings below which an error of the original is luck
 ORDINARY = ("given", "normal")  # input sets whose error shows what is usual
 FEW = 64  # elements below which errors may all be luck
 FEW_OF_SLICE = 8  # the same for one channel, whose errors are held against the usual one too
+SETTLED = 8.0  # times a limit, up to which the folded network in float64 settles whether it fails
+FLOAT64_LIMIT = 2.0  # what it may be off by there: a right fold has the rounding of its weights
+FLOAT64, TOGETHER = "the folded network in float64", "all inputs together"
 FLIPS = 1e-3  # share of a discrete output that may differ where the original's does not
 UNRELIABLE = 2.0**17  # roundings: an original further off than this (0.8 % in float32)
 TENSOR_CORE = (2.0**8, 2.0**15)  # ratios that TF32 and float16 products leave
@@ -73,15 +77,24 @@ def not_run(gate: str, reason: str) -> GateResult:
 
 @dataclass
 class Measures:
-    """The tallies of a comparison, by backend, input set and output, and what follows from them."""
+    """The tallies of a comparison, by backend, input set and output, and what follows from them.
+
+    noise: by backend and output. in_float64: the folded network's outputs in float64 on an input
+    set, None where there is none. warnings: what passed by those. notes: what was not judged.
+    """
 
     sets: Sequence[InputSet]
     outputs: Sequence[str]
     unit: float
-    tallies: Mapping[tuple[str, str, str], Tally]
-    noise: Mapping[str, float]
+    tallies: dict[tuple[str, str, str], Tally]
+    noise: Mapping[str, Mapping[str, float]]
     backends: Sequence[Backend]
+    in_float64: Callable[[str], Mapping[str, Tally]] | None = None
     ratios: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _where: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    _worst_channel: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def results(
         self, question: str, trouble: Mapping[str, str], stored: str
@@ -160,24 +173,81 @@ class Measures:
                 return
         ratio, where = self._worst(lambda group: self._ratio(backend, group, output))
         self.ratios[backend.name] = max(ratio, self.ratios.get(backend.name, 0.0))
+        most = self._allowed(backend, limit, output, "R", self._ratio)
         declared = f" in {backend.runtime.precision}" if beyond(backend.runtime) else ""
-        noise = f"; noise {self.noise[backend.name]:.2g}" if backend.name in self.noise else ""
+        own = self.noise.get(backend.name, {}).get(output)
+        noise = "" if own is None else f"; noise {own:.2g}"
         sentence = (
             f"{backend.name}: the error of '{output}' is {ratio:.3g} times the original's "
-            f"(worst on '{where}' inputs; at most {limit:g} passes{declared}{noise})."
+            f"(worst on '{where}' inputs; at most {most:g} passes{declared}{noise})."
         )
-        if ratio > limit:
+        if ratio > most:
             sentence += _undeclared(stored, backend) or _diagnosis(backend.runtime, ratio)
-        yield GateResult(backend.gate, name, subject, ratio, limit, ratio <= limit, sentence)
+        yield GateResult(backend.gate, name, subject, ratio, most, ratio <= most, sentence)
+        if own is not None:
+            yield from self._repeatable(backend, output, limit, own)
         if backend.original:
             yield self._within_class(backend, output)
         if whole:
             yield from self._of_parts(backend, output, ELEMENT_LIMIT * limit / R_LIMIT)
 
+    def _repeatable(
+        self, backend: Backend, output: str, limit: float, noise: float
+    ) -> Iterator[GateResult]:
+        """A failure where runs differ among themselves by more than they may from the original."""
+        usual = self._usual(lambda tally: self._relative(tally, output), output)
+        discrete = self.tallies[backend.name, self.sets[0].name, output].discrete
+        share = noise / max(usual, FLIPS if discrete else FLOOR * self.unit)
+        if share > limit:
+            sentence = (
+                f"{backend.name}: two runs on the same input differ by {noise:.2g} of the size of "
+                f"'{output}', {share:.3g} times the original's error: what cannot be repeated "
+                f"proves nothing."
+            )
+            subject = f"{output}, {backend.name}"
+            yield GateResult(backend.gate, "noise", subject, share, limit, False, sentence)
+
+    def _allowed(
+        self,
+        backend: Backend,
+        limit: float,
+        output: str,
+        title: str,
+        measure: Callable[[Backend, str, str], float],
+    ) -> float:
+        """The limit, or SETTLED times it where float64 shows that the folded weights are right.
+
+        There is no rounding at run time in float64; a fold that is wrong is as wrong there.
+        """
+        found = {group.name: measure(backend, group.name, output) for group in self.sets}
+        over = {name: value for name, value in found.items() if value > limit}
+        may = backend.role == "folded" and backend.runtime.place.device == "cpu"
+        if not over or not may or beyond(backend.runtime) or self.in_float64 is None:
+            return limit
+        if max(over.values()) > SETTLED * limit:
+            return limit
+        exact = replace(backend, name=FLOAT64)
+        for name in over:
+            if (FLOAT64, name, output) not in self.tallies:
+                for key, tally in self.in_float64(name).items():
+                    self.tallies[FLOAT64, name, key] = tally
+        if any(self.tallies[FLOAT64, name, output].trouble for name in over):
+            return limit
+        worst = max(measure(exact, name, output) for name in over)
+        if not worst <= FLOAT64_LIMIT:
+            return limit
+        self.warnings.append(
+            f"{backend.name}: {title} of '{output}' is {max(over.values()):.3g}. In float64 the "
+            f"folded network is off by {worst:.2g} times the original's error, so this is rounding "
+            f"at run time, not the fold."
+        )
+        return SETTLED * limit
+
     def _of_parts(self, backend: Backend, output: str, limit: float) -> Iterator[GateResult]:
         """The worst element of a sample, and the worst channel."""
         peak, where = self._worst(lambda group: self._peak(backend, group, output))
-        subject = f"{output}, {backend.name}"
+        subject, limit_of_one = f"{output}, {backend.name}", limit
+        limit = self._allowed(backend, limit_of_one, output, "the largest element", self._peak)
         sentence = (
             f"{backend.name}: the largest error of an element of '{output}' is {peak:.3g} "
             f"times the original's (worst on '{where}' inputs; at most {limit:g} passes)."
@@ -185,22 +255,23 @@ class Measures:
         yield GateResult(
             backend.gate, "largest element", subject, peak, limit, peak <= limit, sentence
         )
-        found = [
-            (*self._slice(backend, group.name, output, axis), axis, group.name)
-            for group in self.sets
-            for axis, own in self.tallies["original", group.name, output].slices.items()
-            if own.count >= FEW_OF_SLICE
-        ]
-        if found:
-            worst, index, axis, where = max(found)
-            sentence = (
-                f"{backend.name}: the error of '{output}' at index {index} of axis {axis} is "
-                f"{worst:.3g} times the original's (worst on '{where}' inputs; at most {limit:g} "
-                f"passes)."
+        if not self.tallies["original", self.sets[0].name, output].slices:
+            return
+        if not self._groups_of_slices(output):
+            self.notes.append(
+                f"The channels of '{output}' were not judged one by one: there are too few numbers "
+                f"of each."
             )
-            yield GateResult(
-                backend.gate, "channel", subject, worst, limit, worst <= limit, sentence
-            )
+            return
+        limit = self._allowed(backend, limit_of_one, output, "a channel", self._channel)
+        worst, where = self._worst(lambda group: self._channel(backend, group, output))
+        axis, index = self._where[backend.name, output]
+        sentence = (
+            f"{backend.name}: the error of '{output}' at index {index} of axis {axis} is "
+            f"{worst:.3g} times the original's (worst on '{where}' inputs; at most {limit:g} "
+            f"passes)."
+        )
+        yield GateResult(backend.gate, "channel", subject, worst, limit, worst <= limit, sentence)
 
     def _within_class(self, backend: Backend, output: str) -> GateResult:
         """The folded network's error over the original's, both in the same place and class."""
@@ -248,7 +319,8 @@ class Measures:
         return self._beyond_noise(backend, tally, output) / least
 
     def _beyond_noise(self, backend: Backend, tally: Tally, output: str) -> float:
-        return max(self._relative(tally, output) - self.noise.get(backend.name, 0.0), 0.0)
+        noise = self.noise.get(backend.name, {}).get(output, 0.0)
+        return max(self._relative(tally, output) - noise, 0.0)
 
     def _peak(self, backend: Backend, group: str, output: str) -> float:
         """Worst over samples: largest error of an element over the original's largest."""
@@ -265,20 +337,55 @@ class Measures:
         allowed = np.maximum(np.maximum(own, alike), sizes * max(usual, FLOOR * self.unit))
         return float(np.max(_shares(peaks, allowed), initial=0.0))
 
-    def _slice(self, backend: Backend, group: str, output: str, axis: int) -> tuple[float, int]:
-        """Worst index of an axis: its error over the original's there, and the index.
+    def _groups_of_slices(self, output: str) -> list[str]:
+        """The input sets with enough numbers of each channel; all together, if they have."""
+        counts = {
+            group.name: min(
+                (own.count for own in self.tallies["original", group.name, output].slices.values()),
+                default=0,
+            )
+            for group in self.sets
+        }
+        enough = [name for name, count in counts.items() if count >= FEW_OF_SLICE]
+        return enough or [TOGETHER] * (sum(counts.values()) >= FEW_OF_SLICE)
 
-        Those that are exactly zero are left out.
+    def _channel(self, backend: Backend, group: str, output: str) -> float:
+        """Worst index of the axes that may hold channels: its error over the original's there.
+
+        Those that are exactly zero are left out. Where no input set has enough numbers of each,
+        all sets are taken together, and told as the first one's.
         """
-        found = self.tallies[backend.name, group, output].slices.get(axis)
-        own = self.tallies["original", group, output].slices[axis]
-        if found is None or found.error.shape != own.error.shape:
-            return 0.0, 0
-        usual = self._usual(lambda other: self._relative(other, output), output)
-        size = np.sqrt(own.size)
-        allowed = np.maximum(np.sqrt(own.error), size * max(usual, FLOOR * self.unit))
-        shares = np.where(size > 0, _shares(np.sqrt(found.error), allowed), 0.0)
-        return (float(shares.max()), int(shares.argmax())) if shares.size else (0.0, 0)
+        groups = self._groups_of_slices(output)
+        if groups == [TOGETHER]:
+            names = [s.name for s in self.sets] if group == self.sets[0].name else []
+        else:
+            names = [group] if group in groups else []
+        worst = 0.0
+        for axis in self._axes(output) if names else ():
+            found, own = (
+                self._pooled(name, names, output, axis) for name in (backend.name, "original")
+            )
+            if found is None or own is None or found.error.shape != own.error.shape:
+                continue
+            usual = self._usual(lambda other: self._relative(other, output), output)
+            size = np.sqrt(own.size)
+            allowed = np.maximum(np.sqrt(own.error), size * max(usual, FLOOR * self.unit))
+            shares = np.where(size > 0, _shares(np.sqrt(found.error), allowed), 0.0)
+            if shares.size and shares.max() >= worst:
+                worst = float(shares.max())
+                if worst >= self._worst_channel.get((backend.name, output), 0.0):
+                    self._worst_channel[backend.name, output] = worst
+                    self._where[backend.name, output] = axis, int(shares.argmax())
+        return worst
+
+    def _axes(self, output: str) -> list[int]:
+        return sorted(self.tallies["original", self.sets[0].name, output].slices)
+
+    def _pooled(self, backend: str, groups: Sequence[str], output: str, axis: int) -> Slices | None:
+        parts = [self.tallies[backend, name, output].slices.get(axis) for name in groups
+                 if (backend, name, output) in self.tallies]  # fmt: skip
+        known = [part for part in parts if part is not None]
+        return reduce(Slices.plus, known) if known else None
 
     def _usual(self, measure: Callable[[Tally], float], output: str, of: str = "original") -> float:
         """What an error comes to on ordinary inputs, or on half of all input sets.

@@ -41,7 +41,7 @@ from bnfold.proof.profile import Profile
 from bnfold.proof.profile import profile as profile_of
 from bnfold.proof.reference import Float64Reference, NoReferenceError
 from bnfold.proof.runtimes import DEFAULT, R_LIMIT, Runtime, as_runtimes
-from bnfold.proof.tally import relative_difference, unlike
+from bnfold.proof.tally import relative_differences, unlike
 from bnfold.proof.verdicts import FEW, Decisions, GateResult, not_run
 
 if TYPE_CHECKING:
@@ -212,7 +212,8 @@ def verify(
     original and the folded module, compared in gate C; their forward takes the model's inputs in
     order. profile: measure the error at every former batch norm, as is done where a gate fails.
     own_process: onnxruntime's CPU runs in a process of its own too, as a GPU's always does;
-    time_limit: seconds for each of its answers.
+    time_limit: seconds for each answer of a process of its own. Why a gate failed is looked for in
+    this process.
 
     Raises RuntimeUnavailableError when a runtime cannot run here (never a pass),
     NothingComparedError when there is no output or no sample, InputError for unreadable models or
@@ -242,18 +243,21 @@ def verify(
         declared = stored if any(runtime.precision == stored for runtime in asked) else ""
         gates, certificate = _gate_a(before, after, declared, known, input_shapes or given, notes)
         ask = Asked(seed, samples, input_shapes, inputs, progress)
-        compared = _compare(before, backends, ask, "B", stored, refusal=_refusal(before, after))
+        refusal = _refusal(before, after)
+        compared = _compare(before, backends, ask, "B", stored, refusal, after)
     gates += compared.gates
     comparison, finding, drawn = compared.comparison, None, None
     if not all(result.passed for result in gates) and comparison is not None:
         finding = _find(before, after, comparison, known)
-        if finding.first is not None or _agree(after, comparison):
+        # where nothing was measured to be off, as with another type, rounding is no explanation
+        measured = any(math.isfinite(r.value) and r.gate != "A" and not r.passed for r in gates)
+        if finding.first is not None or (measured and _agree(after, comparison)):
             notes.append(finding.sentence)
     if comparison is not None and (profile or finding is not None):
         kind = finding.kind if finding is not None else ""
         drawn, why = _profile(before, after, comparison, known, kind, threads)
-        notes = [*why, *notes]
-    warnings = () if gauges is not None else _constant(compared)
+        notes = [*why, *notes] if profile else notes
+    warnings = _warnings(compared) + (() if gauges is not None else _constant(compared))
     return VerifyReport(
         gates=tuple(gates),
         seed=seed,
@@ -306,7 +310,7 @@ def parity(
         question="C",
         profile=drawn,
         notes=(*why, *compared.notes),
-        warnings=_constant(compared),
+        warnings=(*_warnings(compared), *_constant(compared)),
         seconds=time.perf_counter() - begun,
         **compared.fields,
     )
@@ -369,7 +373,8 @@ def _agree(after: onnx.ModelProto, comparison: Comparison) -> bool:
     except BnfoldError:
         return False
     unlike_ones = [name for name in names if unlike(other[name], exact[name])]
-    return not unlike_ones and relative_difference(other, exact, exact) <= NEAR * comparison.unit
+    apart = relative_differences(other, exact, exact)
+    return not unlike_ones and max(apart.values(), default=0.0) <= NEAR * comparison.unit
 
 
 def _profile(
@@ -429,6 +434,7 @@ def _compare(
     question: str,
     stored: str = "",
     refusal: str = "",
+    folded: onnx.ModelProto | None = None,
 ) -> Compared:
     """Gates B and C, and the evidence, read while the processes still run."""
     reference = None
@@ -449,7 +455,9 @@ def _compare(
         fields = {"samples": 0, "sets": (), "runtimes": _evidence(backends, None)}
         return Compared([not_run(question, refusal)], None, fields)
     outputs = [value.name for value in model.graph.output]
-    comparison = Comparison(backends, reference, sets, outputs, unit_of(model), question, stored)
+    comparison = Comparison(
+        backends, reference, sets, outputs, unit_of(model), question, stored, folded
+    )
     gates = comparison.judge(ask.progress)
     fields = {
         "samples": comparison.samples,
@@ -476,6 +484,14 @@ def _other_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> list[st
     gone = sorted((names[0] & held) - names[1])
     listed = ", ".join(f"'{name}'" for name in gone[:4]) + (", ..." if len(gone) > 4 else "")
     return [f"The folded model no longer takes {listed} as an input."] if gone else []
+
+
+def _warnings(compared: Compared) -> tuple[str, ...]:
+    """What passed because float64 says that it is no fault of the fold."""
+    comparison = compared.comparison
+    if comparison is None or comparison.measures is None:
+        return ()
+    return tuple(comparison.measures.warnings)
 
 
 def _constant(compared: Compared) -> tuple[str, ...]:
@@ -507,7 +523,7 @@ def _evidence(backends: Backends, comparison: Comparison | None) -> tuple[Ran, .
             providers=backend.placement,
             libraries=backend.libraries(),
             own_process=backend.own_process,
-            noise=noise.get(backend.name),
+            noise=max(noise[backend.name].values(), default=0.0) if backend.name in noise else None,
             ratio=ratios.get(backend.name),
         )
         for backend in backends.compared
