@@ -9,18 +9,21 @@ first one that the system ends where memory runs out, so that no neighbour is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from bnfold.errors import LimitError
 
 _ENDED = (128 + signal.SIGTERM, -signal.SIGTERM, -9)  # exit codes of a process that was ended
+_PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl
 GRACE = 2.0  # seconds to leave no temporary file behind, between the request to end and the end
 
 
@@ -33,15 +36,17 @@ def within(seconds: float, work: Callable[[], int]) -> int:
     with tempfile.TemporaryDirectory(prefix="bnfold-") as folder:
         process = context.Process(target=_inside, args=(work, folder))
         process.start()
+        request: signal.Signals | None = signal.SIGTERM
         try:
-            process.join(seconds)
-            late = process.exitcode is None
+            if _ends(process, seconds):
+                request = None
         except KeyboardInterrupt:
-            _end(process, signal.SIGINT)
+            request = signal.SIGINT
             raise
         finally:
-            _end(process, signal.SIGTERM)
-    if late and process.exitcode in _ENDED:  # it may have come to its end while it was asked to
+            _end(process, request)
+    # it may have come to its end while it was asked to
+    if request is not None and process.exitcode in _ENDED:
         raise LimitError(
             f"It was not done within {seconds:g} seconds (--timeout) and was ended; nothing was"
             " proved.",
@@ -54,6 +59,8 @@ def _inside(work: Callable[[], int], folder: str) -> None:
     """The other process: a group of its own, temporary files in the folder, first to be ended."""
     if hasattr(os, "setsid"):
         os.setsid()
+    with contextlib.suppress(OSError, AttributeError):  # of Linux: nobody waits for it then
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     os.environ["TMPDIR"] = folder
@@ -61,11 +68,16 @@ def _inside(work: Callable[[], int], folder: str) -> None:
     sys.exit(work())
 
 
-def _end(process: BaseProcess, request: signal.Signals) -> None:
-    """Ask the group to end, and end it; what it started must not go on either."""
-    if process.exitcode is None:
+def _ends(process: BaseProcess, seconds: float) -> bool:
+    """Whether it ends by itself; its number stays its own until it is joined."""
+    return bool(wait([process.sentinel], seconds))
+
+
+def _end(process: BaseProcess, request: signal.Signals | None) -> None:
+    """Ask the group to end, unless it has, and end it; what it started must not go on either."""
+    if request is not None:
         _signal(process, request)
-        process.join(GRACE)
+        _ends(process, GRACE)
     _signal(process, getattr(signal, "SIGKILL", signal.SIGTERM))
     process.join()
 
@@ -74,9 +86,9 @@ def _signal(process: BaseProcess, which: signal.Signals) -> None:
     assert process.pid is not None
     try:
         os.killpg(process.pid, which)
-    except (AttributeError, OSError):  # no group yet, or any more; Windows has none
-        if process.exitcode is None:
-            process.terminate()
+    except (AttributeError, OSError):  # no group yet; Windows has none
+        with contextlib.suppress(OSError):
+            os.kill(process.pid, which)
 
 
 def _judged(code: int | None) -> int:

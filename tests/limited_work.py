@@ -1,11 +1,15 @@
 """Work for a process of its own, in a module that such a process imports quickly."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+from bnfold import limits
 
 
 def endless(folder):
@@ -14,6 +18,7 @@ def endless(folder):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (folder / "child").write_text(str(child.pid))
     (folder / "temporary").write_text(tempfile.gettempdir())
+    (folder / "parent").write_text(str(os.getpid()))
     time.sleep(60)
 
 
@@ -24,3 +29,31 @@ def ended_by(which):
 
 def code_of(code):
     return code
+
+
+def computing(folder, model):
+    """A runtime's own process that computes for ever."""
+    import numpy as np
+
+    from bnfold.proof.process import Worker
+    from bnfold.proof.runtimes import Runtime
+
+    with Worker(Runtime("ort-cpu")) as worker:
+        (folder / "child").write_text(str(worker._process.pid))
+        session = worker.open(model, optimize=False)
+        session.run({"x": np.zeros((1, 4, 8, 8), np.float32)})
+
+
+def alive(process):
+    """Whether a process of this number is there and computes."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().split()[2] != "Z"  # nobody waited for it yet
+
+
+def waiting(folder):
+    """A process that waits for one that computes, as the command line does."""
+    limits.within(60, functools.partial(endless, folder))

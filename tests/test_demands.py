@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -123,22 +124,33 @@ def test_the_page_lists_every_code_that_there_is():
 # ------------------------------------------------------------------------------- the time limit
 
 
-def alive(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{process}/stat")
-    return not state.exists() or state.read_text().split()[2] != "Z"  # nobody waited for it yet
-
-
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "GRACE", 0.1)
     with pytest.raises(LimitError, match="within 5 seconds") as caught:
         limits.within(5, partial(limited_work.endless, tmp_path))
     assert (caught.value.code, caught.value.exit_code) == ("E_TIMEOUT", 4)
-    assert not alive(int((tmp_path / "child").read_text()))
+    assert not limited_work.alive(int((tmp_path / "child").read_text()))
     assert not Path((tmp_path / "temporary").read_text()).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_nothing_goes_on_where_the_waiting_process_is_killed(tmp_path):
+    code = "import sys, pathlib, limited_work; limited_work.waiting(pathlib.Path(sys.argv[1]))"
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}
+    )
+    told = tmp_path / "parent"
+    until = time.monotonic() + 30
+    while not (told.exists() and told.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    waiting.kill()
+    waiting.wait()
+    process = int(told.read_text())
+    while limited_work.alive(process) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not limited_work.alive(process)
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)  # not bnfold's own
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_the_service_refuses_a_pack_in_a_sentence_and_goes_on(client, domain, wo
         ({"inputs": {"x": [[1.0, 2.0], [3.0]]}}, "is not an array"),
         ({"inputs": {"x": [["a"]]}}, "is not an array"),
         ({"inputs": {"x": [[1e300]]}}, "not finite"),
+        ({"inputs": {"x": [[10**400]]}}, "is not an array"),
         ({"inputs": {"x": [[[[0.0] * 8] * 8]] * 65}}, "at most 64"),
         ({"inputs": {"x": [[[[0.0] * 7] * 8]]}}, "onnxruntime could not run the model"),
         ({"inputs": {"y": [[[[0.0] * 8] * 8]]}}, "onnxruntime could not run the model"),

@@ -15,14 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+import limited_work
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import bnfold
+from bnfold import limits
 from bnfold.cli import main
-from bnfold.errors import InputError, NothingComparedError, UsageError
+from bnfold.errors import InputError, LimitError, NothingComparedError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT = TensorProto.FLOAT
@@ -408,6 +410,14 @@ def test_a_model_that_computes_for_ever_is_ended_in_every_verb(net, verb):
     assert ran.returncode == 4
     assert json.loads(ran.stdout)["error"]["code"] == "E_TIMEOUT"
     assert sorted(p.name for p in net.iterdir()) == ["a.onnx", "b.onnx", "endless.onnx"]
+
+
+@pytest.mark.slow
+def test_a_runtimes_own_process_ends_with_the_time_limit(net):
+    path = str(endless(net / "endless.onnx"))
+    with pytest.raises(LimitError, match="within 10 seconds"):
+        limits.within(10, functools.partial(limited_work.computing, net, path))
+    assert not limited_work.alive(int((net / "child").read_text()))
 
 
 def test_data_files_that_are_none(net, capsys):

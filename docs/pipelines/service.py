@@ -89,7 +89,7 @@ def array_of(name: str, rows: list[Any]) -> np.ndarray[Any, np.dtype[np.float32]
     try:
         with np.errstate(over="ignore"):
             array = np.asarray(rows, np.float32)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise bnfold.UsageError(f"'{name}' is not an array of numbers.") from None
     if not np.isfinite(array).all():
         raise bnfold.UsageError(f"'{name}' holds numbers that are not finite in float32.")
