@@ -98,7 +98,7 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
-def add_proof(done: Run, proof: Any, *, is_fold: bool = True) -> None:
+def add_proof(done: Run, proof: VerifyReport, *, is_fold: bool = True) -> None:
     """The gates in a report, its verdict and its exit code."""
     found = proof.to_dict()
     done["gates"] = found.pop("gates")
@@ -125,9 +125,15 @@ def add_proof(done: Run, proof: Any, *, is_fold: bool = True) -> None:
     elif _undecided(done["gates"]):
         done["summary"] += " NOT proved: the original's own float32 error leaves no room to judge."
     else:
-        where = f" {proof.notes[-1]}" if proof.first_divergence else ""
-        done["summary"] += f" NOT the same function.{where}"
+        done["summary"] += f" NOT the same function. {_why(proof)}"
     done["summary"] = done["summary"].strip()
+
+
+def _why(proof: VerifyReport) -> str:
+    """Where the two part, as far as that was found; else the first check that failed."""
+    if proof.fault is not None and (proof.fault.first is not None or proof.fault.cause is not None):
+        return proof.fault.sentence
+    return proof.failures[0].sentence if proof.failures else ""
 
 
 def _undecided(gates: list[Run]) -> bool:

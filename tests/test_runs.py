@@ -48,6 +48,17 @@ def test_a_proof_that_failed_is_a_run_that_failed(net, tmp_path):
         bnfold.write_report(tmp_path / "run.pdf", run)
 
 
+def test_a_failure_that_has_no_place_says_which_check_failed(net):
+    model = onnx.load(net)
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "other"
+    proof = bnfold.verify(net, model)
+    assert proof.first_divergence is None
+    run = bnfold.report_of("verify", proof=proof)
+    assert run["summary"].startswith("NOT the same function. ")
+    assert "the folded model has the outputs other" in run["summary"]
+
+
+@pytest.mark.slow
 def test_a_bench_of_another_function_is_a_run_that_failed(net, tmp_path):
     other = tmp_path / "other.onnx"
     other.write_bytes(digits_onnx(seed=7))
