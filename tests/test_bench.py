@@ -236,6 +236,21 @@ def test_torch_times_modules():
     assert not report.placed
 
 
+@pytest.mark.parametrize(
+    "place", [torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul]
+)
+def test_torchs_settings_are_put_back_whichever_its_user_took(place):
+    before = place.fp32_precision
+    place.fp32_precision = "tf32"
+    try:
+        timing.time_torch(
+            {"a": nn.Identity()}, [np.zeros(1, np.float32)], Runtime("torch"), 1, Effort(1)
+        )
+        assert place.fp32_precision == "tf32"
+    finally:
+        place.fp32_precision = before
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

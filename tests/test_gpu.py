@@ -19,6 +19,7 @@ from onnx import numpy_helper
 
 import bnfold
 from bnfold.graph import to_proto
+from bnfold.proof.in_torch import rounding
 from models.resnet_cifar import ResNetCifar
 
 pytestmark = pytest.mark.gpu
@@ -111,7 +112,7 @@ def test_statistics_measured_on_the_gpu_are_the_cpus(network, holder):
         copy.deepcopy(network).double(), moved_images(torch.float64), diagnose=False
     ).statistics
     if holder == "module":
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with rounding("fp32"):
             given = copy.deepcopy(network), images
             found = bnfold.adapt(*given, device="cuda", diagnose=False).statistics
     else:

@@ -95,10 +95,12 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was timed. machine: facts about it, without names or paths. faults: models that were
-    not timed, and why. proofs: of those that were compared with the original, by name. others: the
-    other optimisers, whose faults are not ours. placed: runtime and batch -> model -> provider ->
-    operator -> nodes, as onnxruntime tells.
+    """What was timed.
+
+    machine: facts about it, without names or paths. faults: models that were not timed, and why.
+    proofs: of those that were compared with the original, by name. others: the other optimisers,
+    whose faults are not ours. placed: runtime and batch -> model -> provider -> operator -> nodes,
+    as onnxruntime tells.
     """
 
     rows: tuple[BenchRow, ...]

@@ -24,6 +24,7 @@ import numpy as np
 from bnfold import errors
 from bnfold.benchmark.paired import Clock, Run, repeats_of, timed_rounds
 from bnfold.errors import BnfoldError, LimitError, RuntimeUnavailableError
+from bnfold.proof.in_torch import rounding
 from bnfold.proof.process import environment_of
 from bnfold.proof.runtimes import Runtime, parse_runtime
 
@@ -252,21 +253,19 @@ def time_torch(
 
     clock = clock_for(runtime, threads)
     cast = torch.autocast(device, dtype=half, enabled=half is not None)
-    with _torch_set(threads, runtime.precision == "tf32"), torch.inference_mode(), cast:
+    settings = rounding(runtime.precision, repeatable=False)
+    with _in_threads(threads), settings, torch.inference_mode(), cast:
         return Timed(in_sittings(opened, clock, effort), clock)
 
 
 @contextlib.contextmanager
-def _torch_set(threads: int, tf32: bool) -> Iterator[None]:
-    """torch's number of threads and TF32, put back afterwards."""
+def _in_threads(threads: int) -> Iterator[None]:
+    """torch's number of threads, put back afterwards."""
     import torch
 
-    before, products = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
-        with torch.backends.cudnn.flags(allow_tf32=tf32):
-            yield
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = products
         torch.set_num_threads(before)
