@@ -110,17 +110,18 @@ def add_proof(done: Run, proof: VerifyReport, *, is_fold: bool = True) -> None:
             del found[part]
     done["proof"] = found
     done["exit_code"] = 0 if proof.passed else 1
-    names = sorted({gate["gate"] for gate in done["gates"]})
-    gates = f"gate{'s' * (len(names) > 1)} {', '.join(names)}"
-    if is_fold and "A" not in names:
+    algebra = proof.certificate is not None  # else gate A holds what it sees without the plan
+    if is_fold and not algebra:
         done.setdefault("warnings", []).append(
-            "Gate A, the algebra, was not checked: it needs the record that `bnfold fold` wrote."
+            "Gate A, the algebra, was not checked node by node: that needs the record that `bnfold"
+            " fold` wrote, and weights of the original's type."
         )
     done.setdefault("warnings", []).extend(found.pop("warnings"))
     if proof.passed:
+        names = sorted({gate["gate"] for gate in done["gates"]} - ({"A"} if not algebra else set()))
         done["summary"] += (
-            f" Proved by {gates}: R = {proof.r:.2f} (limit {proof.limit:g}; {proof.samples}"
-            f" samples, seed {proof.seed})."
+            f" Proved by gate{'s' * (len(names) > 1)} {', '.join(names)}: R = {proof.r:.2f} (limit"
+            f" {proof.limit:g}; {proof.samples} samples, seed {proof.seed})."
         )
     elif _undecided(done["gates"]):
         done["summary"] += " NOT proved: the original's own float32 error leaves no room to judge."

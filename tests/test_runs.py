@@ -48,6 +48,19 @@ def test_a_proof_that_failed_is_a_run_that_failed(net, tmp_path):
         bnfold.write_report(tmp_path / "run.pdf", run)
 
 
+def test_gate_a_is_said_to_prove_a_fold_only_by_its_plan(net, tmp_path, capsys):
+    fold = bnfold.fold(net)
+    record = fold.save(tmp_path / "folded.onnx")
+    arguments = ["verify", str(net), str(tmp_path / "folded.onnx"), "-q"]
+    assert main([*arguments, "--strict"]) == 0
+    assert "Proved by gates A, B, C" in capsys.readouterr().out
+    record.unlink()
+    assert main([*arguments, "--strict"]) == 1  # the weights alone were looked at
+    out = capsys.readouterr().out
+    assert "Proved by gates B, C" in out
+    assert "Gate A, the algebra, was not checked" in out
+
+
 def test_a_failure_that_has_no_place_says_which_check_failed(net):
     model = onnx.load(net)
     model.graph.output[0].name = model.graph.node[-1].output[0] = "other"
