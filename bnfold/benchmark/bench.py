@@ -73,8 +73,9 @@ class BenchRow:
 
     median_ms, quartiles_ms: of a run. throughput: rows of the batch in a second. ratio,
     ratio_quartiles: of its time over the original's in the same round; ratio_interval holds the
-    median of the sittings' rounds with 99 %. All are None for a model that was not timed. clock: "processor", where
-    one thread of a processor computes (what others do to the machine is left out), else "wall".
+    median of the sittings' rounds with 99 %. All are None for a model that was not timed. clock:
+    "processor", where one thread of a processor computes (what others do to the machine is left
+    out), else "wall".
     """
 
     model: str
