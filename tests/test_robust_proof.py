@@ -216,7 +216,7 @@ SAME = {
 def test_what_is_the_same_passes(name):
     report = bnfold.verify(*SAME[name])
     assert report.passed, report.failures
-    assert report.warnings == ()
+    assert report.warnings == () or "NaN" in name  # that both have it may be told
 
 
 @pytest.mark.parametrize(
@@ -240,18 +240,7 @@ def test_an_input_that_is_no_longer_taken_is_told():
     assert "no longer takes 'W' as an input" in report.notes[0]
 
 
-LATER = {
-    "doubles",
-    "other integers",
-    "a batch size that is fixed",
-    "an image size that is fixed",
-}
-ROUNDING = pytest.mark.xfail(strict=True, reason="said to be a runtime's rounding; it is not")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=ROUNDING) if name in LATER else name for name in DIFFERENT]
-)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_networks_that_differ_are_not_said_to_agree(name):
     assert not any("agree" in note for note in verified(name).notes)
 
