@@ -44,14 +44,19 @@ def computing(folder, model):
         session.run({"x": np.zeros((1, 4, 8, 8), np.float32)})
 
 
-def alive(process):
-    """Whether a process of this number is there and computes."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{process}/stat")
-    return not state.exists() or state.read_text().split()[2] != "Z"  # nobody waited for it yet
+def ends(process, seconds=10):
+    """Whether a process of this number is gone, or is on the way; one that is killed takes time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        state = Path(f"/proc/{process}/stat")
+        if state.exists() and state.read_text().split()[2] == "Z":  # nobody waited for it yet
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def waiting(folder):

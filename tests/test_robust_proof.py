@@ -406,7 +406,7 @@ def test_a_runtimes_own_process_ends_with_the_time_limit(net):
     path = str(endless(net / "endless.onnx"))
     with pytest.raises(LimitError, match="within 10 seconds"):
         limits.within(10, functools.partial(limited_work.computing, net, path))
-    assert not limited_work.alive(int((net / "child").read_text()))
+    assert limited_work.ends(int((net / "child").read_text()))
 
 
 def test_data_files_that_are_none(net, capsys):
