@@ -7,7 +7,8 @@
 Needs torch, onnx, onnx-ir, onnxscript, onnxruntime-gpu and an NVIDIA GPU; no network and no
 environment of its own. Each step is a process of its own with a time limit, so that one that fails
 or crashes leaves the others; the page and a JSON file beside it are written after each. Exit code
-0: all holds; 1: something does not; 4: CUDA cannot run here, and then no page is written.
+0: all that was judged holds (what could not be run or is only told is named); 1: something does
+not; 4: CUDA cannot run here, and then no page is written.
 
 The steps: parity of every network, folded against unfolded, in float32 without TF32, in TF32 and in
 float16, on onnxruntime's CUDA provider and on torch's; planted faults, which must be found; the
@@ -42,7 +43,6 @@ UNIT = 2.0**-24
 # the statistics of adaptation: their error over the CPU's own, both against float64; nobody has
 # calibrated that ratio, so the line is where the design calls a fold failed
 STATISTICS_LIMIT = 10.0
-TF32_LIMIT = 2.0**13
 FAULT = 1.001
 PATIENCE = 4  # a rehearsal may be on a small machine
 
@@ -133,7 +133,8 @@ TIMED: Mapping[str, tuple[int, ...]] = {
 class Result:
     """What a step came to: its verdict, its sentences, and rows of its table.
 
-    passed: None where the step could not be run here, for the reason that the sentence gives.
+    passed: None where nothing is judged: the step could not be run here, or only tells figures, as
+    the sentence says.
     """
 
     passed: bool | None
@@ -340,17 +341,13 @@ def adaptation(where: Where, about: str) -> Result:
         there = bnfold.adapt(
             copy.deepcopy(module), batches, device=where.device, diagnose=False
         ).statistics
-    limit = TF32_LIMIT if about == "torch as it comes" else STATISTICS_LIMIT
     own, error = _away(here, exact), _away(there, exact)
     ratio = error / max(own, 4 * UNIT)
     row = {"by": about, "layers": len(exact), "cpu": own, "there": error, "ratio": ratio}
-    said = "agree with" if ratio <= limit else "are NOT"
-    return Result(
-        ratio <= limit,
-        f"The statistics of {len(exact)} batch norms measured there {said} the CPU's: {ratio:.2f}"
-        f" times the CPU's error (limit {limit:g}).",
-        [row],
-    )
+    said = f"The statistics of {len(exact)} batch norms are {ratio:.2f} times the CPU's error off"
+    if about == "torch as it comes":  # on a GPU it may round convolutions to TF32
+        return Result(None, f"{said}: told, not judged, as torch may round to TF32.", [row])
+    return Result(ratio <= STATISTICS_LIMIT, f"{said} (limit {STATISTICS_LIMIT:g}).", [row])
 
 
 def _away(statistics: Mapping[str, Any], exact: Mapping[str, Any]) -> float:
@@ -423,7 +420,7 @@ def latency(where: Where, name: str) -> Result:
         "ratio_quartiles", "verdict",
     )  # fmt: skip
     rows = [{"network": name, **{key: getattr(row, key) for key in keys}} for row in report.rows]
-    return Result(True, f"{name}, {'x'.join(map(str, shape))}, timed.", rows)
+    return Result(None, f"{'x'.join(map(str, shape))}: told, not judged.", rows)
 
 
 KINDS: Mapping[str, Callable[[Where, str], Result]] = {
@@ -470,7 +467,7 @@ def run_all(
 
     def finished(step: Step, result: Result) -> None:
         results[step.name] = result
-        verdict = {True: "holds", False: "FAILS", None: "not run"}[result.passed]
+        verdict = {True: "holds", False: "FAILS", None: "no verdict"}[result.passed]
         print(f"{step.name}: {verdict} ({result.seconds:.0f} s). {result.sentence}", flush=True)
         told({step.name: results[step.name] for step in chosen if step.name in results})
 
@@ -562,7 +559,7 @@ def check(where: Where, chosen: Sequence[Step], output: Path) -> int:
     )
     told = [f"{len(holds)} of {len(last)} steps hold."]
     told += [f"Failed: {', '.join(failed)}."] if failed else []
-    print(*told, *([f"Not run: {', '.join(left)}."] if left else []))
+    print(*told, *([f"No verdict: {', '.join(left)}."] if left else []))
     return 1 if failed else 0
 
 

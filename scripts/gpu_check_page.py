@@ -51,7 +51,7 @@ def _about(found: Found) -> list[str]:
 
 
 def _verdicts(steps: Mapping[str, Found], missing: Sequence[str]) -> list[str]:
-    words = {True: "holds", False: "**FAILS**", None: "not run"}
+    words = {True: "holds", False: "**FAILS**", None: "no verdict"}
     rows = [
         [name, words[step["passed"]], f"{step['seconds']:.0f}", step["sentence"]]
         for name, step in steps.items()

@@ -1,6 +1,7 @@
 """What a GPU computes: parity in every class, faults that must be seen there, adaptation, timing.
 
-The same as `scripts/gpu_check.py` in small; skipped, with the reason, where there is no GPU.
+The same as `scripts/gpu_check.py` in small; skipped, with the reason, where there is no GPU. No GPU
+was at hand when they were written: what they expect of one is read off documents, not seen.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def test_a_fold_holds_in_every_class(fold, runtime):
     assert mine.gate == "C"
     if runtime.startswith("ort"):
         assert mine.own_process
-        assert mine.providers[CUDA]["Conv"] + mine.providers[CUDA].get("FusedConv", 0) > 0
+        assert sum(mine.providers[CUDA].get(op, 0) for op in ("Conv", "FusedConv")) > 0
         assert any(name.startswith("libcudart") for name in mine.libraries)
 
 
@@ -67,7 +68,10 @@ def test_float16_weights_hold(network):
 
 @pytest.mark.parametrize("library", ["ort-cuda", "torch-cuda"])
 def test_float32_is_float32_and_tf32_is_not(fold, library):
-    """Of the same network: the class switches the rounding on, and nothing else does."""
+    """Of the same network: the class switches the rounding on, and nothing else does.
+
+    Emulated, TF32 came to ratios of 1500; 16 is far from both. No GPU has said so yet.
+    """
     if torch.cuda.get_device_capability() < AMPERE:
         pytest.skip("this GPU has no TF32")
     proof = fold.verify(runtimes=[library, f"{library}:tf32"])

@@ -130,5 +130,10 @@ def test_the_rehearsal_runs_every_kind_of_step(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     told = json.loads(output.with_suffix(".json").read_text())
     assert {name.split(":")[0] for name in told["steps"]} == set(gpu_check.KINDS)
-    assert all(step["passed"] for step in told["steps"].values())
+    verdicts = {name: step["passed"] for name, step in told["steps"].items()}
+    assert False not in verdicts.values()
+    assert {name for name, passed in verdicts.items() if passed is None} == {
+        "adaptation:torch as it comes",
+        "latency:resnet18",
+    }
     assert str(ROOT) not in output.read_text()

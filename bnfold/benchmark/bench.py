@@ -32,7 +32,7 @@ from bnfold.benchmark.timing import Effort, OnnxModel, Timed
 from bnfold.errors import InputError, UsageError, VerificationError
 from bnfold.proof.draws import drawn_inputs, input_specs
 from bnfold.proof.installation import machine, require
-from bnfold.proof.runtimes import Runtime, as_runtimes
+from bnfold.proof.runtimes import DEFAULT, Runtime, as_runtimes
 from bnfold.proof.verify import VerifyReport, verify
 from bnfold.reading.computed import held
 from bnfold.reading.sniff import Kind
@@ -159,7 +159,7 @@ def bench(
     example_inputs: Examples | None = None,
     *,
     compare: Sequence[str] = (),
-    runtimes: Sequence[str | Runtime] = ("ort-cpu",),
+    runtimes: Sequence[str | Runtime] = (DEFAULT,),
     batch_sizes: Sequence[int] | None = None,
     threads: int = 1,
     rounds: int = 200,
@@ -209,7 +209,7 @@ def bench_sources(
     given: Mapping[str, Source],
     *,
     compare: Sequence[str] = (),
-    runtimes: Sequence[str | Runtime] = ("ort-cpu",),
+    runtimes: Sequence[str | Runtime] = (DEFAULT,),
     batch_sizes: Sequence[int] | None = None,
     threads: int = 1,
     effort: Effort | None = None,

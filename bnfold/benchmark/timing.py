@@ -23,8 +23,8 @@ import numpy as np
 
 from bnfold import errors
 from bnfold.benchmark.paired import Clock, Run, repeats_of, timed_rounds
-from bnfold.errors import BnfoldError, LimitError, RuntimeUnavailableError
-from bnfold.proof.in_torch import rounding
+from bnfold.errors import BnfoldError, LimitError
+from bnfold.proof.in_torch import require_torch, rounding
 from bnfold.proof.process import environment_of
 from bnfold.proof.runtimes import Runtime, parse_runtime
 
@@ -233,8 +233,7 @@ def time_torch(
 
     device, types = runtime.place.device, {"fp16": torch.float16, "bf16": torch.bfloat16}
     half = types.get(runtime.precision)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeUnavailableError("torch finds no CUDA device here (bnfold doctor).")
+    require_torch(device)
     tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in inputs]
 
     def runner(module: nn.Module) -> Run:

@@ -16,6 +16,7 @@ def bench(args: argparse.Namespace) -> Report:
     """`bnfold bench ORIGINAL [FOLDED ...]`: what is quicker, where that is told from noise."""
     from bnfold.benchmark.bench import bench_sources
     from bnfold.benchmark.timing import Effort
+    from bnfold.proof.runtimes import DEFAULT
     from bnfold.reading.computed import held
 
     if args.seed < 0:
@@ -31,7 +32,7 @@ def bench(args: argparse.Namespace) -> Report:
             source,
             given,
             compare=args.compare,
-            runtimes=args.runtimes or ("ort-cpu",),
+            runtimes=args.runtimes or (DEFAULT,),
             batch_sizes=args.batch_sizes,
             threads=args.threads,
             effort=Effort(args.rounds, args.seconds, args.seed),

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from bnfold.parser.demands import add_demands
-from bnfold.parser.shared import Verbs, add_model, add_report, add_source
+from bnfold.parser.shared import Verbs, add_model, add_report, add_source, runtime
+from bnfold.proof.runtimes import DEFAULT, RUNTIMES
 
 
 def bench(verbs: Verbs) -> None:
@@ -34,9 +35,9 @@ def bench(verbs: Verbs) -> None:
         "--runtime",
         dest="runtimes",
         action="append",
+        type=runtime,
         metavar="NAME[:CLASS]",
-        help="torch, torch-cuda, ort-cpu, ort-cuda or ort-tensorrt (default ort-cpu); repeat for"
-        " several",
+        help=f"{', '.join(RUNTIMES)} (default {DEFAULT}); repeat for several",
     )
     group.add_argument(
         "--batch-size", dest="batch_sizes", type=_counts, metavar="N[,N]", help="default 1"
@@ -73,6 +74,7 @@ def doctor(verbs: Verbs) -> None:
         "--runtime",
         dest="runtimes",
         action="append",
+        type=runtime,
         metavar="NAME",
         help="exit with 4 where this one cannot run; repeat for several",
     )

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.errors import BnfoldError, RuntimeUnavailableError
+from bnfold.errors import BnfoldError, RuntimeUnavailableError, one_line
 from bnfold.proof import runtime
+from bnfold.proof.in_torch import require_torch
 from bnfold.proof.process import Worker
 from bnfold.proof.runtimes import RUNTIMES, Runtime
 
@@ -89,20 +90,14 @@ def runs(name: str) -> bool | str:
 
 
 def _torch_runs(device: str) -> bool | str:
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed; pip install torch."
+    require_torch(device)
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        built = torch.version.cuda
-        if built is None:
-            return "this torch was built without CUDA; install one that was built with it."
-        return f"torch was built for CUDA {built} and finds no device: no GPU, or no driver for it."
     try:
         one = torch.ones(1, 1, 1, 1, device=device)
         torch.nn.functional.conv2d(one, one)
     except RuntimeError as error:
-        return f"torch cannot compute on {device}: {str(error).splitlines()[0]}"
+        return f"torch cannot compute on {device}: {one_line(error)}."
     return True
 
 
