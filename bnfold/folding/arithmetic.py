@@ -108,7 +108,8 @@ def _fill(node: ir.Node, operands: list[Any]) -> Elements:
     value = node.attributes.get("value")
     number = np.zeros(1) if value is None else value.as_tensor().numpy()
     number = number if number.dtype.kind in "iub" else number.astype(np.float64)
-    return np.full(tuple(int(n) for n in operands[0]), number.reshape(-1)[0], number.dtype)
+    # one number seen everywhere: a file of 200 bytes may ask for terabytes of it
+    return np.broadcast_to(number.reshape(-1)[0], tuple(int(n) for n in operands[0]))
 
 
 def _attribute(node: ir.Node, name: str, default: Any) -> Any:
