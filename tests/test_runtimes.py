@@ -32,6 +32,7 @@ def test_what_is_written_comes_back():
     [
         ("ort-cude", "did you mean ort-cuda"),
         ("trch", "did you mean torch"),
+        ("gpu", "did you mean ort-cuda"),
         ("ort-cuda:fp23", "did you mean fp32"),
         ("ort-cuda:", "no precision class ''"),
         ("", "no runtime ''"),
@@ -60,7 +61,7 @@ def test_each_place_once_and_never_none():
 
 
 def test_ceilings_are_ratios_of_roundings():
-    assert [ceiling(name, FLOAT32) for name in PRECISIONS] == [4, 2**15, 2**15, 2**18]
+    assert [ceiling(name, FLOAT32) for name in PRECISIONS] == [4, 2**13, 2**15, 2**18]
     assert ceiling("fp16", 2.0**-11) == 4  # of a model that is float16 itself
     assert ceiling("bf16", 2.0**-11) == 4 * 8
 

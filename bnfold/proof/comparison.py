@@ -158,7 +158,7 @@ class Comparison:
         if name in self._varied or not isinstance(exact, np.ndarray):
             return
         rows = exact if exact.ndim else exact[None]
-        first = self._first.setdefault(name, rows[0] if len(rows) else rows)
+        first = self._first.setdefault(name, np.asarray(rows[0] if len(rows) else rows))
         if first.shape != rows.shape[1:] or not all(
             np.array_equal(row, first, equal_nan=first.dtype.kind == "f") for row in rows
         ):

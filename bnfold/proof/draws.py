@@ -35,17 +35,19 @@ SMALL_INPUT = 1 << 14  # elements of a row, up to which many rows cost little
 class InputSet:
     """Batches of one kind of input: each maps the model's input names to arrays.
 
-    optional: of sizes that the original may refuse, which is then no failure.
+    optional: of sizes that the original may refuse, which is then no failure. repeated: rows of
+    the last batch that an earlier one has, too.
     """
 
     name: str
     batches: tuple[Mapping[str, Array], ...]
     optional: bool = False
+    repeated: int = 0
 
     @property
     def samples(self) -> int:
         """Rows of the first input over all batches (1 for an input without axes)."""
-        return sum(rows_of(next(iter(batch.values()))) for batch in self.batches)
+        return sum(rows_of(next(iter(batch.values()))) for batch in self.batches) - self.repeated
 
 
 def rows_of(array: Array) -> int:
@@ -146,7 +148,7 @@ def given_inputs(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[In
     if total % size:  # the last rows, some of them once more
         rest = {name: np.ascontiguousarray(array[-size:]) for name, array in arrays.items()}
         batches = (*batches, rest)
-    return [InputSet("given", batches)]
+    return [InputSet("given", batches, repeated=-total % size)]
 
 
 def _fitting(spec: InputSpec, value: Array) -> Array:

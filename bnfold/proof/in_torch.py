@@ -26,17 +26,20 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def rounding(precision: str = "fp32", *, repeatable: bool = True) -> Iterator[None]:
     """TF32 in products, convolutions and recurrences for "tf32", for any other class float32.
 
-    repeatable: cuDNN takes one algorithm, and one that gives the same numbers again. Only the
-    newer settings (`fp32_precision`) are read and written: torch refuses to read the older ones
-    where a user has set the newer.
+    repeatable: cuDNN takes one algorithm, and one that gives the same numbers again. torch has
+    older and newer settings for the same, and refuses to read the older where they disagree: both
+    are set, the older only where they can be read. A forward that enters `cudnn.flags` has what
+    that sets, whatever was asked for here.
     """
     import torch
 
     cudnn: Any = torch.backends.cudnn
     wanted = "tf32" if precision == "tf32" else "ieee"
+    matmul = torch.backends.cuda.matmul
+    older = [place for place in (matmul, cudnn) if _readable(place, "allow_tf32")]
     places: list[tuple[Any, str, Any]] = [
-        (place, "fp32_precision", wanted)
-        for place in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+        *((place, "allow_tf32", wanted == "tf32") for place in older),
+        *((place, "fp32_precision", wanted) for place in (matmul, cudnn.conv, cudnn.rnn)),
     ]
     if repeatable:
         places += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
@@ -48,6 +51,14 @@ def rounding(precision: str = "fp32", *, repeatable: bool = True) -> Iterator[No
     finally:
         for place, name, value in before:
             setattr(place, name, value)
+
+
+def _readable(place: Any, name: str) -> bool:
+    try:
+        getattr(place, name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def run_torch(

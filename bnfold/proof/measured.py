@@ -56,7 +56,7 @@ def own_errors(
     errors = {}
     for name, x in reference.stream(inputs, names):
         z = got[name]
-        if isinstance(z, np.ndarray) and z.dtype.kind not in "biu":
+        if isinstance(z, np.ndarray) and z.dtype.kind not in "biuOUS":
             z = alignment.written(name, z.astype(np.float64))
         errors[name] = alignment.error(name, x, z)
     return errors

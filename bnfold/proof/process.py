@@ -130,13 +130,15 @@ def environment_of(precision: str) -> dict[str, str]:
 class Worker:
     """A process with the sessions of one runtime; a context manager that ends it.
 
+    It belongs to the thread that made it, and ends with that.
+
     time_limit: seconds that it may take for an answer, None for any time. Raises
     RuntimeUnavailableError where it cannot start; a process that crashes or does not answer in time
     is a LimitError of what was asked of it.
     """
 
     def __init__(self, runtime: Runtime, time_limit: float | None = None):
-        if time_limit is not None and time_limit <= 0:
+        if time_limit is not None and not time_limit > 0:
             raise UsageError(f"the time limit is {time_limit:g} s; it must be above 0.")
         self.runtime = runtime
         self._limit = time_limit

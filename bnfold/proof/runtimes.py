@@ -113,13 +113,19 @@ def as_runtimes(given: Iterable[str | Runtime], precision: str = "fp32") -> tupl
 def ceiling(precision: str, unit: float) -> float:
     """The largest error ratio that a class lets pass, for a model of this rounding.
 
-    What passes in the model's own precision, times the ratio of the roundings: 4 * 2^13 for tf32
-    and fp16 and 4 * 2^16 for bf16 where the model is float32, 4 where it is of the class itself.
+    What passes in the model's own precision, times the ratio of the roundings: 4 * 2^13 for fp16
+    and 4 * 2^16 for bf16 where the model is float32, 4 where it is of the class itself. For tf32,
+    which rounds the operands of products and nothing else, the ratio alone: 2^13.
     """
     rounding = PRECISIONS[precision]
-    return R_LIMIT if rounding is None else R_LIMIT * max(1.0, rounding / unit)
+    if rounding is None:
+        return R_LIMIT
+    ratio = rounding / unit
+    return max(R_LIMIT, ratio if precision == "tf32" else R_LIMIT * ratio)
 
 
 def _near(name: str, known: Iterable[str]) -> str:
+    if "gpu" in name.lower() or "nvidia" in name.lower():
+        return " (did you mean ort-cuda, or torch-cuda?)"
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""

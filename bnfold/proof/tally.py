@@ -13,6 +13,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Values = Mapping[str, Any]
+TEXTS = "OUS"  # numpy's kinds of strings, and of objects, as onnxruntime gives them
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Tally:
 
     error: float = 0.0  # sum of squares
     size: float = 0.0  # sum of squares of the reference
-    elements: int = 0
+    elements: int = 0  # finite ones
+    not_finite: int = 0
     flips: int = 0
     discrete: bool = False
     peaks: list[Array] = field(default_factory=list)
@@ -60,7 +62,13 @@ class Tally:
         if problem:
             return
         # a NaN that both agree on says nothing about two networks
+        if exact.dtype.kind in TEXTS:
+            self.elements += exact.size
+            self.discrete = True
+            self.flips += int(np.count_nonzero(value.astype(str) != exact.astype(str)))
+            return
         self.elements += int(np.count_nonzero(np.isfinite(exact)))
+        self.not_finite += int(np.count_nonzero(~np.isfinite(exact)))
         if exact.dtype.kind not in "fc":
             self.discrete = True
             self.flips += int(np.count_nonzero(value != exact))
@@ -154,6 +162,8 @@ def _size(exact: Array) -> float:
 def _apart(a: Any, b: Any) -> float:
     if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.shape != b.shape:
         return np.inf
+    if a.dtype.kind in TEXTS or b.dtype.kind in TEXTS:
+        return float(np.count_nonzero(a.astype(str) != b.astype(str)))
     if a.dtype.kind in "biu" or b.dtype.kind in "biu":
         return float(np.count_nonzero(a != b))
     first, second = a.astype(np.float64), b.astype(np.float64)

@@ -102,6 +102,7 @@ class Measures:
         """Every gate result, the original's own failures first."""
         for output in self.outputs:
             yield from self._reliable(output, question)
+            yield from self._seen(output, question)
         for backend in self.backends:
             if backend.role == "measure":
                 continue
@@ -113,7 +114,8 @@ class Measures:
                 )  # fmt: skip
                 continue
             for output in self.outputs:
-                whole = backend.gate == question and backend.role != "original"
+                own = backend.gate == question or not beyond(backend.runtime)
+                whole = own and backend.role != "original"
                 yield from self._judge_output(backend, output, limit, whole, stored)
 
     def decisions(self) -> tuple[Decisions, ...]:
@@ -154,6 +156,25 @@ class Measures:
                 yield GateResult(gate, "original", output, error, limit, False, sentence)
                 return
 
+    def _seen(self, output: str, gate: str) -> Iterator[GateResult]:
+        """A failure where an output had no number at all; a warning about NaN and infinities."""
+        tallies = [self.tallies["original", group.name, output] for group in self.sets]
+        if any(tally.trouble for tally in tallies):
+            return
+        absent = sum(tally.not_finite for tally in tallies)
+        if not any(tally.elements for tally in tallies):
+            why = "is NaN or infinite" if absent else "is empty"
+            sentence = (
+                f"the original's output '{output}' {why} on every input, so it was not compared: "
+                f"give data for which it is not."
+            )
+            yield GateResult(gate, "not compared", output, math.inf, R_LIMIT, False, sentence)
+        elif absent:
+            self.warnings.append(
+                f"The original's own output '{output}' has {absent} elements that are NaN or "
+                f"infinite."
+            )
+
     def _judge_output(
         self, backend: Backend, output: str, limit: float, whole: bool, stored: str
     ) -> Iterator[GateResult]:
@@ -187,7 +208,7 @@ class Measures:
         if own is not None:
             yield from self._repeatable(backend, output, limit, own)
         if backend.original:
-            yield self._within_class(backend, output)
+            yield from self._within_class(backend, output)
         if whole:
             yield from self._of_parts(backend, output, ELEMENT_LIMIT * limit / R_LIMIT)
 
@@ -273,7 +294,7 @@ class Measures:
         )
         yield GateResult(backend.gate, "channel", subject, worst, limit, worst <= limit, sentence)
 
-    def _within_class(self, backend: Backend, output: str) -> GateResult:
+    def _within_class(self, backend: Backend, output: str) -> Iterator[GateResult]:
         """The folded network's error over the original's, both in the same place and class."""
         share, where = self._worst(lambda group: self._class_ratio(backend, group, output))
         sentence = (
@@ -282,8 +303,19 @@ class Measures:
         )
         subject = f"{output}, {backend.name}"
         passed = share <= CLASS_LIMIT
-        return GateResult(
-            backend.gate, "class ratio", subject, share, CLASS_LIMIT, passed, sentence
+        yield GateResult(backend.gate, "class ratio", subject, share, CLASS_LIMIT, passed, sentence)
+        if not math.isfinite(share) or not self._groups_of_slices(output):
+            return
+        limit = CLASS_LIMIT * ELEMENT_LIMIT / R_LIMIT
+        worst, where = self._worst(
+            lambda group: self._channel(backend, group, output, backend.original)
+        )
+        sentence = (
+            f"{backend.name}: the error of a channel of '{output}' is up to {worst:.3g} times the "
+            f"one of {backend.original} (worst on '{where}' inputs; at most {limit:g} passes)."
+        )
+        yield GateResult(
+            backend.gate, "class channel", subject, worst, limit, worst <= limit, sentence
         )
 
     # ------------------------------------------------------------------------------- figures
@@ -349,7 +381,7 @@ class Measures:
         enough = [name for name, count in counts.items() if count >= FEW_OF_SLICE]
         return enough or [TOGETHER] * (sum(counts.values()) >= FEW_OF_SLICE)
 
-    def _channel(self, backend: Backend, group: str, output: str) -> float:
+    def _channel(self, backend: Backend, group: str, output: str, of: str = "original") -> float:
         """Worst index of the axes that may hold channels: its error over the original's there.
 
         Those that are exactly zero are left out. Where no input set has enough numbers of each,
@@ -362,12 +394,11 @@ class Measures:
             names = [group] if group in groups else []
         worst = 0.0
         for axis in self._axes(output) if names else ():
-            found, own = (
-                self._pooled(name, names, output, axis) for name in (backend.name, "original")
-            )
+            found = self._pooled(backend.name, names, output, axis)
+            own = self._pooled(of, names, output, axis)
             if found is None or own is None or found.error.shape != own.error.shape:
                 continue
-            usual = self._usual(lambda other: self._relative(other, output), output)
+            usual = self._usual(lambda other: self._relative(other, output), output, of)
             size = np.sqrt(own.size)
             allowed = np.maximum(np.sqrt(own.error), size * max(usual, FLOOR * self.unit))
             shares = np.where(size > 0, _shares(np.sqrt(found.error), allowed), 0.0)
@@ -392,9 +423,8 @@ class Measures:
 
         A single number can come out right by luck; a ratio to luck says nothing.
         """
-        measured = {
-            group.name: measure(self.tallies[of, group.name, output]) for group in self.sets
-        }
+        tallies = {group.name: self.tallies.get((of, group.name, output)) for group in self.sets}
+        measured = {name: measure(tally) for name, tally in tallies.items() if tally is not None}
         ordinary = [error for name, error in measured.items() if name in ORDINARY]
         return max([*ordinary, float(np.median(list(measured.values())))])
 
@@ -415,7 +445,8 @@ class Measures:
                 if name == output
             )
             size = typical * tally.elements
-        return math.sqrt(tally.error / size) if size else math.inf
+        share = math.sqrt(tally.error / size) if size else math.inf
+        return math.inf if math.isnan(share) else share
 
 
 def _shares(errors: Array, allowed: Array) -> Array:

@@ -135,7 +135,7 @@ class VerifyReport:
         if self.failures:
             first = self.failures[0]
             more = f" ({len(self.failures)} checks failed.)" if len(self.failures) > 1 else ""
-            where = f" {self.notes[-1]}" if self.notes else ""
+            where = f" {self.fault.sentence}" if self.fault and self.cause else ""
             raise VerificationError(f"Gate {first.gate}: {first.sentence}{more}{where}")
         if not self.passed:
             raise NothingComparedError("no output of the two networks was compared.")
@@ -250,7 +250,7 @@ def verify(
     if not all(result.passed for result in gates) and comparison is not None:
         finding = _find(before, after, comparison, known)
         # where nothing was measured to be off, as with another type, rounding is no explanation
-        measured = any(math.isfinite(r.value) and r.gate != "A" and not r.passed for r in gates)
+        measured = any(math.isfinite(r.value) for r in gates if not r.passed)
         if finding.first is not None or (measured and _agree(after, comparison)):
             notes.append(finding.sentence)
     if comparison is not None and (profile or finding is not None):
