@@ -131,6 +131,7 @@ class FoldResult:
         runtimes: Sequence[str | Runtime] = (DEFAULT,),
         seed: int = 0,
         profile: bool = False,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> VerifyReport:
         """Gates A, B and C of this fold; see `bnfold.verify`. profile: each layer's error too."""
         from bnfold.proof.verify import verify
@@ -145,6 +146,7 @@ class FoldResult:
             seed=seed,
             torch_modules=self.modules,
             profile=profile,
+            input_shapes=input_shapes,
         )
 
     def require_folded(self, count: int | Literal["all"] = "all") -> None:
@@ -241,11 +243,16 @@ def verify(
     record: FoldRecord | None = None,
     runtimes: Sequence[str | Runtime] = (DEFAULT,),
     seed: int = 0,
+    samples: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    profile: bool = False,
 ) -> VerifyReport:
     """Compare two ONNX models: gates B and C, and gate A where the record of the fold is given.
 
     inputs: arrays by input name; drawn from `seed` if there are none. runtimes: where gate C runs
     the folded one, such as "ort-cpu", "ort-cuda" or "ort-cuda:tf32", which declares that precision.
+    samples: rows that are drawn; input_shapes: sizes of dynamic axes, by input name. profile: the
+    error at every former batch norm too.
     A failed gate is no exception: see `VerifyReport.passed` and `raise_for_failure`.
     Raises RuntimeUnavailableError when a runtime cannot run here (never a pass),
     NothingComparedError when there is no output, InputError for models that cannot be read,
@@ -261,6 +268,9 @@ def verify(
         inputs=inputs,
         runtimes=runtimes,
         seed=seed,
+        samples=samples,
+        input_shapes=input_shapes,
+        profile=profile,
     )
 
 
@@ -272,6 +282,8 @@ def parity(
     factory: str | None = None,
     runtimes: Sequence[str | Runtime] = (DEFAULT,),
     seed: int = 0,
+    samples: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> VerifyReport:
     """Compare one model on several runtimes with its float64 evaluation: gate C.
 
@@ -287,6 +299,8 @@ def parity(
         runtimes=runtimes,
         inputs=inputs,
         seed=seed,
+        samples=samples,
+        input_shapes=input_shapes,
         torch_module=source.module,
     )
 

@@ -225,3 +225,27 @@ def test_images_are_prepared_and_compared(net: Path, tmp_path: Path, capsys: Any
     )
     assert code == 0
     assert json.loads(out)["proof"]["samples"] == 70
+
+
+def test_an_input_shape_is_the_proofs_too(tmp_path: Path, capsys: Any) -> None:
+    """A network of dynamic axes that does not take the size that is drawn by default."""
+    weight = np.random.default_rng(0).standard_normal((5, 3 * 16 * 16)).astype(np.float32)
+    made = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["x"], ["f"]),
+            helper.make_node("Gemm", ["f", "w"], ["y"], transB=1),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, "H", "W"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 5])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    path = tmp_path / "m.onnx"
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(made, opset_imports=opset, ir_version=8), str(path))
+    shape = ["--input-shape", "1,3,16,16"]
+    for verb, *models in (("verify", path, path), ("parity", path), ("fold", path)):
+        assert run(capsys, verb, *models)[0] == 3
+        code, _, err = run(capsys, verb, *models, *shape)
+        assert code == 0, err
+    assert parity(path, input_shapes={"x": (1, 3, 16, 16)}, samples=2).samples < 20

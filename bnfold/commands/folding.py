@@ -16,6 +16,7 @@ from bnfold.commands.shared import (
     new_report,
     open_model,
     runtimes_of,
+    shapes_of,
     timed,
 )
 from bnfold.errors import UsageError
@@ -75,7 +76,11 @@ def fold(args: argparse.Namespace) -> Report:
         done["summary"] += f" Nothing was written{' (--dry-run)' * args.dry_run}."
         return timed(done, started)
     if not args.no_verify:
-        proof = result.verify(runtimes=runtimes_of(args), profile=report.pictured(args))
+        proof = result.verify(
+            runtimes=runtimes_of(args),
+            profile=report.pictured(args),
+            input_shapes=shapes_of(args, source),
+        )
         add_proof(done, proof)
         if not proof.passed or unmet(done, args):
             done["summary"] += " No file was written."

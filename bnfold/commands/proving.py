@@ -10,6 +10,7 @@ from bnfold.commands.shared import (
     new_report,
     open_model,
     runtimes_of,
+    shapes_of,
 )
 from bnfold.errors import UsageError
 from bnfold.outputs import (
@@ -88,6 +89,7 @@ def verify(args: argparse.Namespace) -> Report:
         gauges=gauges,
         aliases=aliases,
         inputs=given_inputs(args, original),
+        input_shapes=shapes_of(args, original),
         runtimes=runtimes_of(args),
         torch_modules=modules,
         seed=args.seed,
@@ -119,6 +121,7 @@ def parity(args: argparse.Namespace) -> Report:
         to_proto(source.graph),
         runtimes=runtimes_of(args),
         inputs=given_inputs(args, source),
+        input_shapes=shapes_of(args, source),
         torch_module=source.module,
         seed=args.seed,
         samples=args.samples,

@@ -132,6 +132,13 @@ def provider_of(args: argparse.Namespace) -> str:
     return "cuda" if runtimes_of(args)[0].place.device == "cuda" else "cpu"
 
 
+def shapes_of(args: argparse.Namespace, source: Any) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of --input-shape by input, for the proof; a nameless one is the first input's."""
+    names = list(inputs_of(source))
+    given = {name or names[0]: shape for name, shape in args.shapes or () if name or names}
+    return {name: shape for name, shape in given.items() if name in names} or None
+
+
 def inputs_of(source: Any) -> dict[str, Any]:
     """The inputs of a source by name."""
     from bnfold.graph import graph_inputs
