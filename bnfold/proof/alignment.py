@@ -27,6 +27,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 CHANNEL_MAPS = ("Mul", "Add", "Sub", "Div")  # where one operand is constant
 PASSING = ("Identity", "Dropout", "Cast")
+SAME = ("Identity", "Dropout")  # what they give is what they are given, to the bit
 PRODUCTS = ("Gemm", "MatMul")
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 MOVES = (*VIEWS, "Slice", "Pad", "Expand", "Resize", "Tile")  # of their first input
@@ -70,6 +71,9 @@ class Alignment:
             free = name not in left_out and name not in taken and name not in found
             if free and _same_operator(name, before, after):
                 found[name] = name
+        for node in reversed(before.nodes):
+            if node.op_type in SAME and node.output[0] in found:
+                found.setdefault(node.input[0], found[node.output[0]])
         there = {name: found[name] for name in names if name in found}
         return Alignment(there, {}, frozenset(ends))
 

@@ -114,7 +114,8 @@ def find_cause(
     opened = (Site.of(place, before, after, inputs, alignment, view) for place in near)
     sites: list[Site] = []
     found = (
-        _by_the_batch(first, own, other, alignment, near)
+        _by_shape(first, before, after, inputs, alignment)
+        or _by_the_batch(first, own, other, alignment, near)
         or _by_parameters(first, _kept(sites, opened), view, limit)
         or _by_type(first, own or _taken_up(near, view, other, alignment), view, other, alignment)
         or _by_other_rows(first, own, before, after, inputs, alignment, limit)
@@ -144,6 +145,23 @@ def _taken_up(near: Sequence[Place], view: View, folded: View, alignment: Alignm
 
 
 # ------------------------------------------------------------------- what the graph itself tells
+
+
+def _by_shape(first: Divergence, before: Float64Reference, after: Float64Reference,
+              inputs: Mapping[str, Array], alignment: Alignment) -> Cause | None:  # fmt: skip
+    """A value of another shape: no number of a batch norm makes that."""
+    there = alignment.there[first.value]
+    shapes = [
+        list(np.shape(reference.run(inputs, [name])[name]))
+        for reference, name in ((before, first.value), (after, there))
+    ]
+    if shapes[0] == shapes[1]:
+        return None
+    sentence = (
+        f"what {first.op_type} '{first.node}' gives has the shape {shapes[1]} and should have"
+        f" {shapes[0]}."
+    )
+    return _cause(first, None, "shape", sentence)
 
 
 def _by_the_batch(first: Divergence, own: Norm | None, folded: View, alignment: Alignment,
@@ -228,7 +246,7 @@ def _by_other_rows(first: Divergence, own: Norm | None, before: Float64Reference
         except BnfoldError:
             return None
         changes.append(relative_error(many[:1], one))
-    if not (changes[0] <= limit < changes[1]):
+    if not (changes[0] <= limit < changes[1] < np.inf):
         return None
     layer = own.name if own else None
     sentence = (

@@ -9,13 +9,15 @@ on onnxruntime is rounding of an ill-conditioned layer, and is told where there 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 
+from bnfold.errors import BnfoldError
 from bnfold.proof.alignment import Alignment, relative_error
 from bnfold.proof.certificate import Gauge
 from bnfold.proof.counterpart import View
@@ -96,6 +98,7 @@ def divergences(
     found: dict[str, float] = {}
     rounded: dict[str, float] = {}
     given: dict[str, Array] = {}
+    explained = partial(_right_with, before, after, inputs, alignment, given, limit)
     for _ in range(ROUNDS):
         errors, slices = {}, {}
         for name, x, z in lockstep(before, after, inputs, alignment, given):
@@ -106,7 +109,7 @@ def divergences(
         wrong = [name for name in outputs if errors.get(name, 0.0) > limit]
         wrong = wrong or [name for name in outputs if slices.get(name, 0.0) > limit]
         known = found.keys() | rounded.keys()
-        new = [name for name in suspects(view, wrong, errors, unit) if name not in known]
+        new = [n for n in suspects(view, wrong, errors, unit, explained) if n not in known]
         if not new:
             break
         usual = own_errors(original, before, new, inputs, alignment)
@@ -152,6 +155,29 @@ def lockstep(
             del held[there[name]]
 
 
+def _right_with(
+    before: Float64Reference,
+    after: Float64Reference,
+    inputs: Mapping[str, Array],
+    alignment: Alignment,
+    given: Mapping[str, Array],
+    limit: float,
+    name: str,
+    sources: Sequence[str],
+) -> bool:
+    """Whether the folded network computes a value rightly from right sources."""
+    right = before.run(inputs, [*sources, name])
+    put = {alignment.there[s]: alignment.written(s, right[s]) for s in sources}
+    there = alignment.there[name]
+    if there in put:
+        return False
+    try:
+        z = after.run({**inputs, **given, **put}, [there])[there]
+    except BnfoldError:
+        return False
+    return alignment.error(name, right[name], z) <= limit
+
+
 def _worst_slice(x: Any, z: Any) -> float:
     """The largest error among the channels of an output, and among the elements of its last axis.
 
@@ -169,12 +195,17 @@ def _worst_slice(x: Any, z: Any) -> float:
 
 
 def suspects(
-    view: View, wrong: Sequence[str], errors: Mapping[str, float], unit: float
+    view: View,
+    wrong: Sequence[str],
+    errors: Mapping[str, float],
+    unit: float,
+    explained: Callable[[str, Sequence[str]], bool] | None = None,
 ) -> list[str]:
     """Back from wrong outputs through wrong values to those whose sources are right.
 
     So a value that a fold carries otherwise, with right values behind it, is not taken for a fault.
-    An error just above what is suspected is followed to where it is just below.
+    An error just above what is suspected is followed to where it is just below. explained: whether
+    a value is right once its sources are, asked where its error jumps.
     """
     pending = list(wrong)
     seen: set[str] = set()
@@ -184,11 +215,13 @@ def suspects(
         if name in seen:
             continue
         seen.add(name)
-        inherited = [
-            source
-            for source in compared_sources(view, name, errors)
-            if _inherits(errors[name], errors[source], unit)
-        ]
+        sources = compared_sources(view, name, errors)
+        inherited = [s for s in sources if _inherits(errors[name], errors[s], unit)]
+        off = any(errors[source] for source in sources)
+        if not inherited and off and explained is not None and explained(name, sources):
+            # a threshold, a logarithm: no error of its own, however large
+            pending.extend(s for s in sources if errors[s] > NOISE * unit)
+            continue
         pending.extend(inherited)
         if not inherited:
             found.append(name)
