@@ -1,23 +1,31 @@
 """What is wrong with a fold that failed: where the networks part, and why.
 
-The kinds of input are gone through until one shows a difference in float64; on that one the first
-wrong values are found, and what spoiled them.
+Where gate A holds written numbers of a layer for wrong, that layer is the one: no search by values
+may name another, and what they tell counts where it is of the same layer. Else the kinds of input
+are gone through until one shows a difference in float64; on that one the first wrong values are
+found, and what spoiled them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
+from bnfold.proof.alignment import Alignment
 from bnfold.proof.cause import Cause, find_cause
 from bnfold.proof.certificate import Gauge
-from bnfold.proof.divergence import NOISE, Divergence, divergences, output_errors
+from bnfold.proof.counterpart import View
+from bnfold.proof.divergence import NOISE, Divergence, divergences, lockstep, output_errors
 from bnfold.proof.draws import InputSet
+from bnfold.proof.layers import Norm, norms_of
+from bnfold.proof.reference import Float64Reference
+from bnfold.proof.sites import folded_into
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,13 +59,17 @@ def find_fault(
     gauges: Mapping[str, Gauge] | None,
     aliases: Mapping[str, str] | None,
     unit: float,
+    certain: Mapping[str, str] | None = None,
 ) -> Finding:
     """Where and why two networks part, on the first kind of input that shows it.
 
-    gauges, aliases: the plan's, if it is known. unit: rounding of the weights' type. Never raises
-    for what cannot be found: the sentence says so.
+    gauges, aliases: the plan's, if it is known. unit: rounding of the weights' type. certain: the
+    original's nodes whose written numbers are wrong, in order of execution, and gate A's sentences.
+    Never raises for what cannot be found: the sentence says so.
     """
     plan: dict[str, Any] = {"gauges": gauges, "aliases": aliases, "unit": unit}
+    if certain and (blamed := _blamed(original, folded, certain, gauges, aliases)):
+        return _by_the_algebra(original, folded, sets, blamed, plan)
     parted: list[Divergence] = []
     kind, feeds = "", dict[str, Array]()
     try:
@@ -77,6 +89,125 @@ def find_fault(
         return Finding(tuple(parted), None, kind, feeds, sentence)
     sentence = f"{_capital(parted[0].sentence)} {cause.sentence}"
     return Finding(tuple(parted), cause, kind, feeds, sentence)
+
+
+# ------------------------------------------------------------------------ what gate A has named
+
+
+@dataclass(frozen=True, eq=False)
+class _Blamed:
+    """A layer that gate A holds for wrong: its sentence, the batch norms that went into it.
+
+    value: of the original, where it shows: the result of the batch norm behind it, or its own.
+    """
+
+    node: str
+    op_type: str
+    sentence: str
+    norms: tuple[Norm, ...]
+    value: str
+
+
+def _blamed(
+    original: onnx.ModelProto,
+    folded: onnx.ModelProto,
+    certain: Mapping[str, str],
+    gauges: Mapping[str, Gauge] | None,
+    aliases: Mapping[str, str] | None,
+) -> list[_Blamed]:
+    """The layers of the main graph that gate A has named, in order of execution."""
+    view, other = View.of(original), View.of(folded)
+    alignment = Alignment.of(view, other, gauges, aliases)
+    norms = norms_of(view)
+    found = []
+    for node in view.nodes:
+        label = view.label(node)
+        if label not in certain:
+            continue
+        taken = folded_into(node, view, norms, other, alignment)
+        behind = [norm for norm in taken if norm.own]
+        value = behind[0].norm.output if len(behind) == 1 else node.output[0]
+        held = tuple(one.norm for one in taken)
+        found.append(_Blamed(label, node.op_type, certain[label], held, value))
+    return found
+
+
+def _by_the_algebra(
+    original: onnx.ModelProto,
+    folded: onnx.ModelProto,
+    sets: Sequence[InputSet],
+    blamed: Sequence[_Blamed],
+    plan: Mapping[str, Any],
+) -> Finding:
+    """The layers that gate A has named; why the first is wrong, as far as its values tell."""
+    first = blamed[0]
+    kind, feeds, errors = _shown(original, folded, sets, blamed, plan)
+    parted = tuple(
+        Divergence(each.value, each.node, each.op_type, errors.get(each.value, math.nan))
+        for each in blamed
+    )
+    names = [norm.name for norm in first.norms]
+    sentence = f"The fault is at {first.sentence}"
+    if unnamed := [repr(name) for name in names if repr(name) not in first.sentence]:
+        many = len(unnamed) > 1
+        sentence += f" Batch norm{'s' * many} {' and '.join(unnamed)} {'were' if many else 'was'}"
+        sentence += " folded into it."
+    others = tuple(each.norms[0].name if each.norms else each.node for each in blamed[1:])
+    name = names[0] if len(names) == 1 else None
+    cause = Cause(name, first.value, first.node, parted[0].error, "weights", sentence)
+    told = None
+    if errors.get(first.value, 0.0) > NOISE * plan["unit"]:
+        try:
+            told = find_cause(original, folded, feeds, parted[:1], **plan)
+        except BnfoldError:
+            told = None
+    if (
+        told is not None
+        and told.fault != "unknown"
+        and (told.norm in names if names else told.norm is None)
+    ):
+        cause = replace(told, node=first.node)
+        sentence += f" {told.sentence}"
+    if others := tuple(dict.fromkeys(other for other in others if other != cause.norm)):
+        further = f" Further faults lie at {', '.join(map(repr, others))}."
+        cause = replace(cause, others=others, sentence=cause.sentence + further)
+        sentence += further
+    return Finding(parted, cause, kind, feeds, sentence)
+
+
+def _shown(
+    original: onnx.ModelProto,
+    folded: onnx.ModelProto,
+    sets: Sequence[InputSet],
+    blamed: Sequence[_Blamed],
+    plan: Mapping[str, Any],
+) -> tuple[str, dict[str, Array], dict[str, float]]:
+    """The first kind of input that shows the first layer's fault, else where it shows most."""
+    view, other = View.of(original), View.of(folded)
+    alignment = Alignment.of(view, other, plan["gauges"], plan["aliases"])
+    names = [each.value for each in blamed if each.value in alignment.there]
+    best = (sets[0].name, dict(sets[0].batches[0]), dict[str, float]())
+    most = -1.0
+    for group in sets:
+        feeds = dict(group.batches[0])
+        try:
+            before, after = Float64Reference(original), Float64Reference(folded)
+            errors = {
+                name: alignment.error(name, x, z)
+                for name, x, z in lockstep(before, after, feeds, alignment, names=names)
+                if alignment.comparable(name, x, z)
+            }
+        except BnfoldError:
+            continue
+        shown = errors.get(blamed[0].value, 0.0)
+        if shown > most:
+            best, most = (group.name, feeds, errors), shown
+        if shown > NOISE * plan["unit"]:
+            break
+    return best
+
+
+# ---------------------------------------------------------------------------- what the values show
 
 
 def _tried(sets: Sequence[InputSet]) -> Iterator[tuple[bool, str, Mapping[str, Array]]]:

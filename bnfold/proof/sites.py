@@ -9,16 +9,17 @@ that it leads to, in float64, and not by the fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 
 from bnfold.errors import BnfoldError
 from bnfold.proof.alignment import Alignment, relative_error
 from bnfold.proof.counterpart import View, attributes
-from bnfold.proof.layers import Norm
+from bnfold.proof.layers import Norm, is_norm
 from bnfold.proof.reference import Float64Reference
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -60,6 +61,48 @@ def places(view: View, norms: Mapping[str, Norm], alignment: Alignment, wrong: s
     # a result that the folded network holds as it is was compared by itself, and is right
     found += [norm for norm in behind if not alignment.holds(norm.output)]
     return [Place(n, value, n.output == value, frontier) for n in found if n.parameters is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """A batch norm that went into an operator; own: it stood behind it, else in front."""
+
+    norm: Norm
+    own: bool
+
+
+def folded_into(
+    node: onnx.NodeProto, view: View, norms: Sequence[Norm], folded: View, alignment: Alignment
+) -> list[Taken]:
+    """The batch norms that were folded into an operator, by the structure of both graphs.
+
+    Those that its result leads to and that the folded graph lacks; in front of it, where the plan
+    is known, those whose result it does not hold as it is.
+    """
+    gone = [norm for norm in norms if not _kept(norm, folded, alignment)]
+    taken = [
+        Taken(norm, own=True)
+        for norm in gone
+        if node.output[0] != norm.output
+        and _leads(view, _but(norms, norm), node.output[0], norm.input)
+    ]
+    if alignment.gauges:
+        named = {norm.output: norm for norm in gone}
+        in_front, _ = _behind(view, named, node.output[0])
+        taken += [Taken(n, own=False) for n in in_front if not alignment.holds(n.output)]
+    if is_norm(node):
+        taken += [Taken(norm, own=True) for norm in norms if norm.output == node.output[0]]
+    return taken
+
+
+def _but(norms: Sequence[Norm], one: Norm) -> dict[str, Norm]:
+    return {norm.output: norm for norm in norms if norm is not one}
+
+
+def _kept(norm: Norm, folded: View, alignment: Alignment) -> bool:
+    """Whether the folded graph has the batch norm too."""
+    node = folded.producers.get(alignment.there.get(norm.output, ""))
+    return node is not None and is_norm(node)
 
 
 def _leads(view: View, norms: Mapping[str, Norm], first: str, last: str) -> bool:

@@ -248,7 +248,7 @@ def verify(
     gates += compared.gates
     comparison, finding, drawn = compared.comparison, None, None
     if not all(result.passed for result in gates) and comparison is not None:
-        finding = _find(before, after, comparison, known)
+        finding = _find(before, after, comparison, known, gates)
         # where nothing was measured to be off, as with another type, rounding is no explanation
         measured = any(math.isfinite(r.value) for r in gates if not r.passed)
         if finding.first is not None or (measured and _agree(after, comparison)):
@@ -347,8 +347,14 @@ def _gate_a(
 
 
 def _find(
-    before: onnx.ModelProto, after: onnx.ModelProto, comparison: Comparison, known: Known
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    comparison: Comparison,
+    known: Known,
+    gates: Sequence[GateResult],
 ) -> Finding:
+    """Why the gates failed; a written number that gate A measured to be off is no guess."""
+    wrong = [result for result in gates if result.gate == "A" and not result.passed]
     return find_fault(
         before,
         after,
@@ -356,6 +362,7 @@ def _find(
         gauges=known.gauges,
         aliases=known.aliases,
         unit=comparison.unit,
+        certain={r.subject: r.sentence for r in wrong if not r.value <= r.limit},
     )
 
 
