@@ -106,6 +106,7 @@ def test_a_class_that_nothing_is_stored_in_loosens_no_limit() -> None:
     report = compared(network(), lambda model: model, "ort-cpu:fp16")
     assert report.passed
     assert {result.limit for result in report.gates if result.name == "error ratio"} == {4.0}
+    assert "the limits of fp32 hold" in " ".join(report.notes)
     spoiled = compared(network(1e-3), lambda model: model, "ort-cpu:fp16")
     assert not spoiled.passed
 

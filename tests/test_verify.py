@@ -742,12 +742,29 @@ def test_every_dynamic_axis_has_a_second_size() -> None:
     fold = replace(network(), x=("N", 3, "H", "W"))
     report = proved(fold, input_shapes={"x": (1, 3, 24, 20)})
     assert report.passed
-    assert report.sets[-2:] == ("H = 16", "W = 12")
+    assert report.sets[-3:] == ("H = 16", "W = 12", "odd sizes")
     sequence = small([node("Relu", "x", "out")], x=("N", 4, "T"))
-    assert checked(sequence).sets[-1] == "T = 32"
+    assert checked(sequence).sets[-2:] == ("T = 32", "odd sizes")
     square = replace(network(), x=("N", 3, "S", "S"))
-    group = drawn_inputs(square.models()[0], None, seed=0)[-1]
-    assert (group.name, group.batches[0]["x"].shape) == ("S = 160", (1, 3, 160, 160))
+    *_, even, odd = drawn_inputs(square.models()[0], None, seed=0)
+    assert (even.name, even.batches[0]["x"].shape) == ("S = 160", (1, 3, 160, 160))
+    assert (odd.name, odd.batches[0]["x"].shape) == ("odd sizes", (1, 3, 161, 161))
+
+
+def test_windows_that_do_not_fit_are_seen_on_odd_sizes() -> None:
+    down, up = (
+        [node("MaxPool", "x", "out", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=mode)]
+        for mode in (0, 1)
+    )
+    report = checked(small(down, up, x=("N", 2, "H", "W")), input_shapes={"x": (1, 2, 16, 16)})
+    assert not report.passed
+    assert "'odd sizes' inputs" in report.failures[0].sentence
+
+
+def test_given_numbers_are_finite() -> None:
+    for bad in (np.nan, np.inf):
+        with pytest.raises(InputError, match="not all finite"):
+            checked(network(), inputs={"x": np.full((1, 3, 12, 12), bad, np.float32)})
 
 
 def test_a_folded_model_of_one_size_alone_fails() -> None:

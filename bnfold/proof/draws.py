@@ -178,6 +178,11 @@ def _typed(spec: InputSpec, array: Array) -> Array:
         raise InputError(
             f"the input '{spec.name}' holds {spec.dtype}; the given array holds {array.dtype}."
         )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError(
+            f"the values given for the input '{spec.name}' are not all finite: what a network "
+            f"makes of NaN or infinity proves nothing about it."
+        )
     with np.errstate(all="ignore"):
         typed = array.astype(spec.dtype, copy=False)
         back = typed.astype(array.dtype, copy=False)
@@ -267,11 +272,17 @@ def drawn_inputs(
     large = draw(again, "normal", 10 * scale) if any_batch else None
     tens = [large] if large else [draw(1, "normal", 10 * scale) for _ in range(again)]
     sets.append(InputSet("ten times", tuple(tens)))
-    for symbol, size in _other_sizes(specs, shapes).items():
-        other = {spec.name: _resized(spec, shapes[spec.name], symbol, size) for spec in specs}
+    others = _other_sizes(specs, shapes)
+    resized = [(f"{symbol} = {size}", {symbol: size}) for symbol, size in others.items()]
+    if others:  # where a window or a stride does not fit
+        resized.append(
+            ("odd sizes", {symbol: size + 1 - size % 2 for symbol, size in others.items()})
+        )
+    for name, sizes in resized:
+        other = {spec.name: _resized(spec, shapes[spec.name], sizes) for spec in specs}
         feeds = {s.name: _draw(s, other[s.name], "normal", scale, bounds[s.name], rng)
                  for s in specs}  # fmt: skip
-        sets.append(InputSet(f"{symbol} = {size}", (feeds,), optional=True))
+        sets.append(InputSet(name, (feeds,), optional=True))
     return sets
 
 
@@ -327,10 +338,11 @@ def _another(size: int) -> int:
     return max(size * 3 // 4 // step, 1) * step if size > step else step // 2 or 2
 
 
-def _resized(spec: InputSpec, shape: tuple[int, ...], symbol: str, size: int) -> tuple[int, ...]:
+def _resized(spec: InputSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
     dims = spec.dims or ()
     return tuple(
-        size if axis and axis < len(dims) and dims[axis] is None and spec.symbols[axis] == symbol
+        sizes.get(spec.symbols[axis], length)
+        if axis and axis < len(dims) and dims[axis] is None
         else length
         for axis, length in enumerate(shape)
     )  # fmt: skip

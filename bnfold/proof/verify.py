@@ -36,7 +36,7 @@ from bnfold.proof.divergence import Divergence
 from bnfold.proof.draws import input_sets, input_specs
 from bnfold.proof.finding import Finding, find_fault
 from bnfold.proof.plain import judge as judge_plain_fold
-from bnfold.proof.precision import as_stored, rounded, stored_class, types_of, unit_of
+from bnfold.proof.precision import as_stored, effective, rounded, stored_class, types_of, unit_of
 from bnfold.proof.profile import Profile
 from bnfold.proof.profile import profile as profile_of
 from bnfold.proof.reference import Float64Reference, NoReferenceError
@@ -226,6 +226,7 @@ def verify(
     known = Known(gauges, aliases)
     notes = _other_interface(before, after)
     stored = stored_class(before, after)
+    notes += _without_effect(asked, stored)
     with Places(threads, own_process=own_process, time_limit=time_limit) as places:
         try:
             backends = open_two(
@@ -491,6 +492,16 @@ def _other_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> list[st
     gone = sorted((names[0] & held) - names[1])
     listed = ", ".join(f"'{name}'" for name in gone[:4]) + (", ..." if len(gone) > 4 else "")
     return [f"The folded model no longer takes {listed} as an input."] if gone else []
+
+
+def _without_effect(asked: Sequence[Runtime], stored: str) -> list[str]:
+    """Notes about declared classes that change nothing, so that the limits of fp32 hold."""
+    return [
+        f"{runtime} was declared, but {runtime.name} computes in the model's own type and the "
+        f"folded one is not stored so: the limits of fp32 hold."
+        for runtime in asked
+        if effective(runtime, stored) != runtime
+    ]
 
 
 def _warnings(compared: Compared) -> tuple[str, ...]:
