@@ -98,7 +98,7 @@ def find_fault(
 class _Blamed:
     """A layer that gate A holds for wrong: its sentence, the batch norms that went into it.
 
-    value: of the original, where it shows: the result of the batch norm behind it, or its own.
+    value: of the original, where it shows: its result, or that of the batch norm behind it.
     """
 
     node: str
@@ -126,7 +126,9 @@ def _blamed(
             continue
         taken = folded_into(node, view, norms, other, alignment)
         behind = [norm for norm in taken if norm.own]
-        value = behind[0].norm.output if len(behind) == 1 else node.output[0]
+        value = node.output[0]
+        if value not in alignment.there and len(behind) == 1:
+            value = behind[0].norm.output
         held = tuple(one.norm for one in taken)
         found.append(_Blamed(label, node.op_type, certain[label], held, value))
     return found
