@@ -262,6 +262,7 @@ def test_torchs_settings_are_put_back_whichever_its_user_took(place):
         ({"compare": ["onnxsimp"]}, "onnxsim"),
         ({"batch_sizes": [0]}, "batch size"),
         ({"threads": 0}, "threads"),
+        ({"threads": 100_000}, "cores"),
         ({"rounds": 0}, "rounds"),
         ({"seconds": -1.0}, "time"),
         ({"folded": {"original": "net.onnx"}}, "'original' is the name of another model"),

@@ -172,3 +172,13 @@ def test_patterns_match_names_as_they_are() -> None:
     for node in model.graph.node:
         node.input[:] = [name.replace("bn1.", "bn[1]*.") for name in node.input]
     assert [n.name for n in bnfold.fold(model, only=only(["bn[1]*"])).folded] == ["bn[1]*"]
+
+
+@pytest.mark.parametrize("option", ["--no-verify", "--dry-run"])
+def test_a_fold_without_proof_has_nothing_to_take_apart(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(NETS["dense"](), tmp_path / "net.onnx")
+    assert main(["fold", str(tmp_path / "net.onnx"), option, "--bisect"]) == 2
+    assert "leave --no-verify and --dry-run out" in capsys.readouterr().err
+    assert not (tmp_path / "net.folded.onnx").exists()

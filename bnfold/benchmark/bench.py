@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -276,6 +277,9 @@ def _check(
     ) if bad]  # fmt: skip
     if wrong:
         raise UsageError(f"{wrong[0]} must be more than 0.")
+    most = os.cpu_count() or 1
+    if threads > most:
+        raise UsageError(f"{threads} threads were asked for; this machine has {most} cores.")
 
 
 # --- what is timed -------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ def fold(args: argparse.Namespace) -> Report:
     if not args.dry_run:
         check_outputs(outputs, args.model, args.overwrite, FORMATS)
         check_outputs([record], args.model, args.overwrite, (".safetensors",))
+    if args.bisect is not None and (args.no_verify or args.dry_run):
+        raise UsageError(
+            "--bisect takes apart a fold that failed its proof: leave --no-verify and --dry-run out."
+        )
     if args.bisect is not None:
         from bnfold.bisecting import check_folder
 
