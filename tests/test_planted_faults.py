@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from conditions import PROFILES, conditioned
+from handmade import BN, EPS, Fold, affine, along, draw, f32, node, normalization
 from planted import FAULTS, FLOAT16, TRAINING, Bed, Planted, norms_of
 from torch import Tensor, nn
 
@@ -237,12 +238,66 @@ def test_weight_that_should_be_0_is_judged(value: float) -> None:
     assert "should be 0" in deviation.sentence
 
 
+def test_bias_is_judged_where_all_weights_hold() -> None:
+    start = bed(ORDINARY)
+    written = onnx.ModelProto()
+    written.CopyFrom(start.folded)
+    edit(written, "Conv", 1, lambda bias: np.put(bias, [5], bias[5] + 1e-5), slot=2)
+    found = plain.read_plain_fold(View.of(start.original), View.of(written))
+    assert found is not None
+    (deviation,) = found.wrong
+    assert (deviation.norm, deviation.what, deviation.wrong) == ("bn2", "bias", (5,))
+    assert "the bias of 1 of 16 channels (5)" in deviation.sentence
+
+
+def test_two_faults_of_opposite_sign_are_warned_of() -> None:
+    """They may be one scale that moved, and may be two faults."""
+    start = bed(ORDINARY)
+    written = onnx.ModelProto()
+    written.CopyFrom(start.folded)
+    edit(written, "Conv", 1, lambda weight: np.multiply(weight[3], 1.00001, out=weight[3]))
+    edit(written, "Conv", 2, lambda weight: np.multiply(weight[5], 0.99999, out=weight[5]))
+    judged, _ = plain.judge(start.original, written)
+    assert not judged
+    warning = plain.doubt(start.original, written)
+    assert "node_conv2d_1" in warning
+    assert "node_conv2d_2" in warning
+    assert not plain.doubt(start.original, start.folded)
+    report = bnfold.verify(start.original, written, {"x": pictures(ORDINARY)})
+    assert warning in report.warnings
+
+
+def test_scale_that_another_operator_gives_back_is_no_fault() -> None:
+    """Conv, Relu, Mul: a channel written at 1.05 times its scale, the Mul's divided by it."""
+    weights = {"w": draw(1, 8, 3, 3, 3), "k": np.ones((8, 1, 1), np.float32), **normalization(8)}
+    slope, shift = affine(weights)
+    tail = [node("Relu", "n", "r"), node("Mul", "r k", "out")]
+    right = {"w": f32(weights["w"] * along(slope, 4, 0)), "b": f32(shift), "k": weights["k"].copy()}
+    moved = {name: value.copy() for name, value in right.items()}
+    moved["w"][2] *= 1.05
+    moved["b"][2] *= 1.05
+    moved["k"][2] /= 1.05
+    before = [node("Conv", "x w", "c"), node("BatchNormalization", f"c {BN}", "n", epsilon=EPS)]
+    for folded, passed in ((right, True), (moved, False)):
+        pair = Fold([*before, *tail], [node("Conv", "x w b", "n"), *tail], weights, folded,
+                    ("N", 3, 8, 8)).models()  # fmt: skip
+        found = plain.read_plain_fold(*(View.of(model) for model in pair))
+        assert found is not None
+        assert found.passed == passed
+        assert not found.wrong
+        assert bool(plain.doubt(*pair)) != passed
+
+
 def edit(
-    model: onnx.ModelProto, op_type: str, which: int, change: Callable[[np.ndarray], None]
+    model: onnx.ModelProto,
+    op_type: str,
+    which: int,
+    change: Callable[[np.ndarray], None],
+    slot: int = 1,
 ) -> None:
-    """Change the weight of the nodes' which-th of a type, in place."""
+    """Change a constant of the which-th node of a type, in place."""
     node = [node for node in model.graph.node if node.op_type == op_type][which]
-    tensor = next(t for t in model.graph.initializer if t.name == node.input[1])
+    tensor = next(t for t in model.graph.initializer if t.name == node.input[slot])
     value = onnx.numpy_helper.to_array(tensor).copy()
     change(value)
     tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))

@@ -9,15 +9,17 @@ What is near that product and not equal to it is a wrong fold, or a right one th
 channel at another scale, which a later layer gives back. Another scale is one factor for all
 weights of a channel, above 1 in one layer and below 1 in another. So layers are wrong for certain
 where one alone deviates, where all that do are near the product and lie on one side of it, and
-where weights near it between the same two channels, the taps of a kernel, have no common factor.
+where weights near it between the same two channels, the taps of a kernel, have no common factor;
+and only where the constants of all other operators are what they were, for a Mul can give a scale
+back too. Where every weight holds, so must the biases, but for a shift, which shows in two of them.
 Nothing is said of anything else: of files in which a layer is far from the product (gate B sees
-that) or a batch norm went elsewhere, of channels in another order, and of biases, which a shift can
-have moved.
+that) or a batch norm went elsewhere, and of channels in another order.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +62,7 @@ class Deviation:
     low: float
     high: float
     roundings: float
+    what: str = "weights"
 
     @property
     def sentence(self) -> str:
@@ -67,6 +70,13 @@ class Deviation:
         shown = ", ".join(str(channel) for channel in self.wrong[:4])
         more = ", ..." if len(self.wrong) > 4 else ""
         product = "original's"
+        if self.what == "bias":
+            of = f" beside the batch norm '{self.norm}'" if self.norm is not None else ""
+            return (
+                f"{self.op_type} '{self.node}': the bias of {len(self.wrong)} of {self.channels} "
+                f"channels ({shown}{more}) is not what it should be{of}; it is off by "
+                f"{self.roundings:.3g} roundings of its terms."
+            )
         if self.norm is not None:
             product += f" times gamma / sqrt(var + eps) of '{self.norm}'"
         return (
@@ -87,41 +97,69 @@ class PlainFold:
     """Two files that are a plain fold: its linear layers, and those that deviate.
 
     roundings: the greatest deviation of all layers' weights. wrong: layers whose weights are wrong
-    for certain, in order of execution. unsure: those that another scale of a channel may explain.
+    for certain, in order of execution. unsure: those that another scale or shift may explain.
+    untouched: whether the constants of all other operators are what they were.
     """
 
     layers: int
     roundings: float
     wrong: tuple[Deviation, ...]
     unsure: tuple[Deviation, ...]
+    untouched: bool
 
     @property
     def passed(self) -> bool:
-        """True when every linear layer holds what a plain fold puts there."""
-        return not self.wrong and not self.unsure
+        """True when every linear layer holds what a plain fold puts there, and nothing moved."""
+        return not self.wrong and not self.unsure and self.untouched
 
 
 class _NotPlainError(Exception):
     """Something was folded in another way."""
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A layer whose weights hold: the roundings they are off by; its bias where that is wrong."""
+
+    roundings: float
+    bias: Deviation | None
+
+
 def read_plain_fold(before: View, after: View) -> PlainFold | None:
     """What the weights of an original and of a folded graph say; None where it is no plain fold."""
     try:
         judged = list(_judged_layers(before, after))
+        untouched = _other_constants(before) == _other_constants(after)
     except (_NotPlainError, BnfoldError):
         return None
     off = [found for found in judged if isinstance(found, Deviation)]
-    one_sided = all(d.near for d in off) and not (
-        any(d.low for d in off) and any(d.high for d in off)
-    )
-    wrong = off if one_sided or len(off) == 1 else [d for d in off if d.torn]
-    worst = max((d.roundings if isinstance(d, Deviation) else d for d in judged), default=0.0)
-    unsure = tuple(d for d in off if d not in wrong)
-    return PlainFold(len(judged), worst, tuple(wrong), unsure)
+    if off:
+        sides = (any(d.low for d in off), any(d.high for d in off))
+        together = all(d.near for d in off) and not all(sides)
+    else:  # the scales are the product's, so nothing but a shift can explain a bias
+        off = [found.bias for found in judged if isinstance(found, _Held) and found.bias]
+        together = False
+    certain = off if together or len(off) == 1 else [d for d in off if d.torn]
+    wrong = tuple(certain) if untouched else ()
+    worst = max((found.roundings for found in judged), default=0.0)
+    return PlainFold(len(judged), worst, wrong, tuple(d for d in off if d not in wrong), untouched)
 
 
-def _judged_layers(before: View, after: View) -> Iterator[Deviation | float]:
+def _other_constants(view: View) -> Counter[bytes]:
+    """The float constants that neither a linear layer nor a batch norm reads."""
+    found: Counter[bytes] = Counter()
+    for node in view.nodes:
+        if is_norm(node) or read_linear([node], view) is not None:
+            continue
+        for name in node.input:
+            if name and view.is_constant(name) and not view.is_constant(node.output[0]):
+                value = view.constant(name).value
+                if value.dtype.kind == "f":
+                    found[np.asarray(value, np.float64).tobytes()] += 1
+    return found
+
+
+def _judged_layers(before: View, after: View) -> Iterator[Deviation | _Held]:
     """For each linear layer how many roundings its weights are off, or where they are too much."""
     there = Alignment.of(before, after, None, None).there
     behind = {_source(norm.input, before): norm for norm in norms_of(before)}
@@ -167,7 +205,7 @@ def _stays(norm: Norm, there: Mapping[str, str], before: View, after: View) -> b
 
 
 def _judged(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type: str
-            ) -> Deviation | float:  # fmt: skip
+            ) -> Deviation | _Held:  # fmt: skip
     """Raises _NotPlainError where most weights are far from the product."""
     exact = mine.weight
     if norm is not None:
@@ -190,7 +228,8 @@ def _judged(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type:
     wrong = np.flatnonzero((low < -allowed) | (high > allowed))
     below, above = float(low.min(initial=0.0)), float(high.max(initial=0.0))
     if not wrong.size:
-        return max(-below, above) / rounding.unit
+        bias = _judged_bias(mine, theirs, norm, node, op_type)
+        return _Held(max(-below, above) / rounding.unit, bias)
     # weights of one input channel and one output channel share a factor, whatever the scales are
     whole = (told & (np.abs(factor) <= NEAR)).all(axis=3)
     apart = whole & (np.ptp(np.where(np.expand_dims(whole, 3), factor, 0.0), axis=3) > 2 * allowed)
@@ -209,6 +248,46 @@ def _judged(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type:
     )
 
 
+def _judged_bias(mine: Linear, theirs: Linear, norm: Norm | None, node: str, op_type: str
+                 ) -> Deviation | None:  # fmt: skip
+    """The bias of a layer whose weights hold, against beta + slope * (bias - mean)."""
+    exact, size = mine.bias.reshape(-1), np.abs(mine.bias).reshape(-1)
+    if norm is not None:
+        assert norm.parameters is not None
+        beta, mean = norm.parameters["beta"], norm.parameters["mean"]
+        exact = beta + norm.slope * (exact - mean)
+        size = np.abs(beta) + np.abs(norm.slope) * (size + np.abs(mean))
+    rounding = max(mine.rounding, theirs.rounding)
+    with np.errstate(all="ignore"):
+        off = np.abs(theirs.bias.reshape(-1) - exact) / (rounding.unit * size + rounding.tiny)
+    wrong = np.flatnonzero(~(off <= ROUNDINGS))
+    if not wrong.size:
+        return None
+    channels = tuple(int(channel) for channel in wrong)
+    return Deviation(
+        norm=norm.name if norm is not None else None, node=node, op_type=op_type,
+        channels=len(off), wrong=channels, torn=(), near=True, low=0.0, high=0.0,
+        roundings=float(np.max(np.nan_to_num(off, nan=np.inf))), what="bias",
+    )  # fmt: skip
+
+
+def doubt(before: onnx.ModelProto, after: onnx.ModelProto) -> str:
+    """What deviates from a plain fold and may or may not be a fault; empty where nothing does."""
+    found = read_plain_fold(View.of(before), View.of(after))
+    if found is None or found.passed or found.wrong:
+        return ""
+    told = []
+    if found.unsure:
+        nodes = ", ".join(f"'{deviation.node}'" for deviation in found.unsure[:4])
+        told.append(f"the weights or biases of {nodes} are not those of a plain fold")
+    if not found.untouched:
+        told.append("constants of other operators than linear layers were changed")
+    return (
+        f"Without the plan of this fold it cannot be told whether what differs is a fault: "
+        f"{' and '.join(told)}. Give the fold's record."
+    )
+
+
 def judge(before: onnx.ModelProto, after: onnx.ModelProto) -> tuple[list[GateResult], str]:
     """Gate A where the plan is not known: its results, and what is to be said besides."""
     found = read_plain_fold(View.of(before), View.of(after))
@@ -218,12 +297,11 @@ def judge(before: onnx.ModelProto, after: onnx.ModelProto) -> tuple[list[GateRes
     note = f"{unknown[0].upper()}{unknown[1:]}: the weights were held against those of a plain one."
     wrong = [GateResult("A", "weights", d.node, d.roundings, ROUNDINGS, False, d.sentence)
              for d in found.wrong]  # fmt: skip
-    if wrong or found.unsure:
-        nodes = ", ".join(f"'{deviation.node}'" for deviation in found.unsure[:4])
-        return wrong, f"{note} Those of {nodes} may be at another scale." if nodes else note
+    if wrong or not found.passed:
+        return wrong, note
     sentence = (
         f"all {found.layers} linear layers hold the weights of a plain fold, to "
-        f"{found.roundings:.2g} roundings; biases were not judged."
+        f"{found.roundings:.2g} roundings, and the biases that belong to them."
     )
     result = GateResult("A", "weights", "every linear layer", found.roundings, ROUNDINGS, True,
                         sentence)  # fmt: skip

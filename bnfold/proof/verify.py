@@ -35,6 +35,7 @@ from bnfold.proof.comparison import Comparison, Progress, few, other_names
 from bnfold.proof.divergence import Divergence
 from bnfold.proof.draws import input_sets, input_specs
 from bnfold.proof.finding import Finding, find_fault
+from bnfold.proof.plain import doubt
 from bnfold.proof.plain import judge as judge_plain_fold
 from bnfold.proof.precision import as_stored, effective, rounded, stored_class, types_of, unit_of
 from bnfold.proof.profile import Profile
@@ -261,6 +262,8 @@ def verify(
         drawn, why = _profile(before, after, comparison, known, kind, threads)
         notes = [*why, *notes] if profile else notes
     warnings = _warnings(compared) + (() if gauges is not None else _constant(compared))
+    if gauges is None and not declared and (unclear := doubt(before, after)):
+        warnings += (unclear,)
     return VerifyReport(
         gates=tuple(gates),
         seed=seed,
