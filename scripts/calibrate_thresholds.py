@@ -53,6 +53,7 @@ PAGE = ROOT / "docs" / "results" / "thresholds.md"
 SECONDS = 900  # for one network, on a busy machine
 SAMPLES = 4
 SUSPECT = 2.0
+FEWEST = 30  # right folds that a page needs
 LIMITS = (2.0, 4.0, 10.0, 30.0)
 
 # small ones of many families: a network takes a minute
@@ -372,8 +373,18 @@ def page(lines: list[Result]) -> str:
     sound = [line for line in asked if line["kind"] != "end" and "error" not in line]
     judged = [line for line in sound if line["ill conditioned"] is None]
     networks = sorted({line["network"] for line in judged})
+    if (folds := sum(line["kind"] == "right" for line in judged)) < FEWEST:
+        raise SystemExit(
+            f"{folds} right folds are judged, and {FEWEST} needed; no page is written."
+        )
     parts = [ABOUT.format(script=Path(__file__).name, versions=versions(), samples=SAMPLES)]
-    parts.append(f"{len(networks)} networks judged, {len(sound)} pairs.")
+    kinds = {kind: {line["network"] for line in judged if line["kind"] == kind}
+             for kind in ("right", "float32", "fault")}  # fmt: skip
+    parts.append(
+        f"{len(networks)} networks judged, {len(sound)} pairs: right folds of bnfold on "
+        f"{len(kinds['right'])}, of the float32 tools on {len(kinds['float32'])}, faults on "
+        f"{len(kinds['fault'])}. The script knows {len(names())}; the rest was not measured."
+    )
     parts.append("## Right folds\n\n" + right_table(judged))
     parts.append("## Planted faults\n\n" + fault_table(judged))
     parts.append("## What each limit would decide\n\n" + limit_table(judged))
@@ -388,7 +399,8 @@ ABOUT = """# The proof's limits, calibrated
 Printed by `scripts/{script}` ({versions}); {samples} rows of normal draws, besides the other kinds
 of input that `verify` draws. R is the worst of an output over all kinds of input: the folded
 network's error over the original's, both against float64. "element" is the largest error of one
-element over the original's largest."""
+element over the original's largest, "channel" the same within one channel; "weights" is what the
+weights say of the two files alone."""
 
 
 def versions() -> str:
