@@ -11,6 +11,8 @@ from fault_nets import FAULTS, NETS, Net, changed, depthwise, inputs, residual
 from onnx import TensorProto, helper
 
 import bnfold
+from bnfold.proof.draws import InputSet
+from bnfold.proof.finding import find_fault
 from bnfold.proof.verify import VerifyReport
 from bnfold.runs import report_of
 
@@ -189,3 +191,32 @@ def test_fault_in_front_of_what_only_passes_a_value_on_is_named(behind: str) -> 
     report = bnfold.verify(model, wrong)
     assert report.cause is not None
     assert (report.cause.norm, report.cause.fault) == ("bn0", "eps")
+
+
+def test_value_that_a_batch_norm_passed_by_on_its_way_forward_is_not_blamed() -> None:
+    """What the Reshape gives is carried at another scale, which the fold's Gemm gives back."""
+    net = Net(3, 10, 10)
+    x = net.op("Relu", net.conv("x", "stem", 3, 6))
+    x = net.op("Relu", net.conv(x, "conv1", 6, 8))
+    x = net.op("Flatten", net.norm(net.op("Relu", net.conv(x, "conv2", 8, 8)), "bn2", 8))
+    model = net.model(net.gemm(x, "fc", 8 * 16, 5))
+    fold = bnfold.fold(model)
+    assert [norm.into for norm in fold.folded] == [("fc",)]
+    for weight, node in (("stem", "node_conv_0"), ("conv1", "node_conv_2")):
+        wrong = changed(fold.model, **{f"{weight}.weight": one_channel(1.001)})
+        report = bnfold.verify(model, wrong)
+        assert report.first_divergence is not None
+        assert report.first_divergence.node == node
+        assert report.cause is not None
+        assert (report.cause.norm, report.cause.others) == (None, ())
+
+
+def test_what_rounding_explains_is_no_name() -> None:
+    """A fault far below the rounding of the first layer, and nothing said by gate A."""
+    original, feeds = ill_conditioned()
+    wrong = changed(bnfold.fold(original).model, **{"point.weight": one_channel(1 + 1e-6)})
+    sets = [InputSet("given", (feeds,))]
+    finding = find_fault(original, wrong, sets, gauges=None, aliases=None, unit=2.0**-24)
+    assert finding.first is None
+    assert finding.cause is None
+    assert "No value is off by more than the original's own rounding explains" in finding.sentence

@@ -71,7 +71,7 @@ def find_fault(
     if certain and (blamed := _blamed(original, folded, certain, gauges, aliases)):
         return _by_the_algebra(original, folded, sets, blamed, plan)
     parted: list[Divergence] = []
-    kind, feeds = "", dict[str, Array]()
+    rounding, kind, feeds = False, "", dict[str, Array]()
     try:
         for rounding, name, batch in _tried(sets):
             kind, feeds = name, dict(batch)
@@ -87,6 +87,13 @@ def find_fault(
         if parted:
             sentence = _capital(parted[0].sentence)
         return Finding(tuple(parted), None, kind, feeds, sentence)
+    if rounding and cause.fault == "unknown":  # a name would be a guess
+        sentence = (
+            "No value is off by more than the original's own rounding explains; the first that"
+            f" is off by as much is the result of {parted[0].op_type} '{parted[0].node}'"
+            f" ({parted[0].error:.2g} of its size)."
+        )
+        return Finding((), None, kind, feeds, sentence)
     sentence = f"{_capital(parted[0].sentence)} {cause.sentence}"
     return Finding(tuple(parted), cause, kind, feeds, sentence)
 
@@ -149,32 +156,34 @@ def _by_the_algebra(
         for each in blamed
     )
     names = [norm.name for norm in first.norms]
-    sentence = f"The fault is at {first.sentence}"
-    if unnamed := [repr(name) for name in names if repr(name) not in first.sentence]:
-        many = len(unnamed) > 1
-        sentence += f" Batch norm{'s' * many} {' and '.join(unnamed)} {'were' if many else 'was'}"
-        sentence += " folded into it."
-    others = tuple(each.norms[0].name if each.norms else each.node for each in blamed[1:])
-    name = names[0] if len(names) == 1 else None
-    cause = Cause(name, first.value, first.node, parted[0].error, "weights", sentence)
     told = None
     if errors.get(first.value, 0.0) > NOISE * plan["unit"]:
         try:
             told = find_cause(original, folded, feeds, parted[:1], **plan)
         except BnfoldError:
             told = None
-    if (
-        told is not None
-        and told.fault != "unknown"
-        and (told.norm in names if names else told.norm is None)
-    ):
+    sentence = f"The fault is at {first.sentence}"
+    unnamed = [repr(name) for name in names if repr(name) not in first.sentence]
+    if told is not None and told.fault != "unknown" and _of_these(told, names):
         cause = replace(told, node=first.node)
         sentence += f" {told.sentence}"
+    else:
+        if unnamed:
+            verb = "were" if len(unnamed) > 1 else "was"
+            plural = "s" * (len(unnamed) > 1)
+            sentence += f" Batch norm{plural} {' and '.join(unnamed)} {verb} folded into it."
+        name = names[0] if len(names) == 1 else None
+        cause = Cause(name, first.value, first.node, parted[0].error, "weights", sentence)
+    others = tuple(each.norms[0].name if each.norms else each.node for each in blamed[1:])
     if others := tuple(dict.fromkeys(other for other in others if other != cause.norm)):
         further = f" Further faults lie at {', '.join(map(repr, others))}."
         cause = replace(cause, others=others, sentence=cause.sentence + further)
         sentence += further
     return Finding(parted, cause, kind, feeds, sentence)
+
+
+def _of_these(told: Cause, names: Sequence[str]) -> bool:
+    return told.norm in names if names else told.norm is None
 
 
 def _shown(
