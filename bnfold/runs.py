@@ -39,8 +39,8 @@ def report_of(
     """One run with all that is given; plain values, as schema.json says.
 
     command: the run's name. adapted: results by the names of their domains. files: paths by role,
-    which the run names with their SHA-256 sums. The exit code is 1 where a proof failed, of what was
-    timed too.
+    which the run names with their SHA-256 sums. The exit code is 1 where a proof failed, also that
+    of what was timed.
     """
     run = begun(command, fold.notes if fold is not None else ())
     for role, path in (files or {}).items():
