@@ -168,7 +168,7 @@ def test_what_is_no_request_is_refused(client, body):
     assert client.post("/swap", json={"domain": 3}).status_code == 422
 
 
-def test_a_request_ends_with_the_domain_that_it_began_with(client, service, made, monkeypatch):
+def test_a_request_ends_with_the_domain_that_it_began_with(client, service, monkeypatch):
     """A swap comes between the request and the run."""
     images, read = digits(), service.array_of
     client.post("/swap", json={"domain": "night"})
@@ -227,11 +227,11 @@ def samples(made):
 TRAINED = ROOT / "models" / "vgg7_renorm.pt"
 
 
-def released(folder, out, *domains, model=TRAINED):
-    """The exit code of the release script."""
-    named = [f"--domain={name}={folder / name}.npy" for name in domains]
-    options = ["--data", folder / "inputs.npy", "--key", folder / "key.pem", "-o", out]
-    arguments = [model, *options, "--bench-seconds", 0.1, *named]
+def released(folder, out, *domains, model=TRAINED, data="inputs.npy", more=()):
+    """The exit code of the release script; a domain: its name, or NAME=FILE."""
+    named = [d if "=" in d else f"{d}={folder / d}.npy" for d in domains]
+    options = ["--data", folder / data, "--key", folder / "key.pem", "-o", out]
+    arguments = [model, *options, "--bench-seconds", 0.1, *(f"--domain={d}" for d in named), *more]
     return example("release").main([str(argument) for argument in arguments])
 
 
@@ -254,10 +254,14 @@ def test_a_release_is_complete(samples, tmp_path, capfd):
     assert [run["command"] for run in runs] == ["fold", "parity", "adapt", "adapt", "bench"]
     assert all(run["exit_code"] == 0 for run in runs)
     assert runs[4]["bench"]["rows"]
-    assert {file["path"] for run in runs for file in run["files"][1:]} <= set(there)
+    paths = {file["path"] for run in runs for file in run["files"]}
+    assert paths == {*there, TRAINED.name}
+    assert all(run["files"] for run in runs)
     page = (out / "release.html").read_text()
     assert all(name in page for name in ("night", "rain", "model.onnx"))
-    assert str(tmp_path) not in page  # nothing of where it was made
+    for place in (str(tmp_path), str(ROOT)):  # nothing of where it was made
+        assert place not in page
+        assert place not in (out / "release.json").read_text()
 
 
 @pytest.fixture
@@ -280,8 +284,8 @@ def test_a_release_that_a_gate_refuses_leaves_nothing(samples, tmp_path, capsys)
 
 def test_what_comes_late_and_fails_leaves_nothing_either(samples, tmp_path, capsys, monkeypatch):
     out = tmp_path / "release"
-    assert released(samples, out, "few") == 1  # of too few images: a warning
-    assert "no release (E_WARNING): Domain 'few'" in capsys.readouterr().err
+    assert released(samples, out, "few", more=["--strict"]) == 1  # of too few images: a warning
+    assert "no release (E_WARNING): There is a warning: few: " in capsys.readouterr().err
     bnfold.export(with_statistics(STAYS), DIGIT, samples / "stays.onnx")
     assert released(samples, out, model=samples / "stays.onnx") == 1
     assert "no release (E_NOT_FOLDED)" in capsys.readouterr().err
@@ -297,6 +301,109 @@ def test_what_comes_late_and_fails_leaves_nothing_either(samples, tmp_path, caps
     out.mkdir()
     assert released(samples, out) == 2  # what is there is not touched
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_warning_stands_on_the_page(samples, tmp_path):
+    out = tmp_path / "release"
+    assert released(samples, out, "few") == 0
+    (run,) = (r for r in read_runs(out / "release.json") if r["command"] == "adapt")
+    assert run["warnings"]
+    assert all(warning.startswith("few: ") for warning in run["warnings"])
+    assert "Warnings" in (out / "release.html").read_text()
+
+
+def no_release(capsys):
+    """The one line that the script said."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no release (E_")
+    return line
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """What is refused is refused before anything is folded."""
+    monkeypatch.setattr(bnfold, "fold", None, raising=False)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("domain", "words"),
+    [
+        ("night", "write NAME=FILE"),
+        ("night=", "write NAME=FILE"),
+        ("night=missing.npy", "does not exist"),
+        *((f"{name}=night.npy", "cannot name a domain") for name in ("", ".", "..", "-o", "CON")),
+        *((f"{name}=night.npy", "cannot name a domain") for name in ("../evil", "/evil", "a\\b")),
+        *((f"{name}=night.npy", "cannot name a domain") for name in ("model", "Release", "n" * 65)),
+        ("Rain=night.npy", "already"),
+    ],
+)
+def test_a_domain_is_checked_before_work(samples, tmp_path, capsys, monkeypatch, domain, words):
+    monkeypatch.chdir(samples)
+    out = tmp_path / "sub" / "release"
+    out.parent.mkdir()
+    more = ["--domain", "rain=rain.npy"] if "Rain" in domain else []
+    code = released(samples, out, more=[*more, f"--domain={domain}"])
+    assert code == (3 if "missing" in domain else 2)
+    assert words in no_release(capsys)
+    assert [path.name for path in tmp_path.rglob("*")] == ["sub"]
+
+
+HOLES = np.full((4, 1, 8, 8), np.nan, np.float32)
+HOLES[:2] = 0
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        (b"", "no data that bnfold reads"),
+        (b"x,y\n1,2\n", "no data that bnfold reads"),
+        (b"\x93NUMPY\x01\x00", "cannot be read as a NumPy file"),
+        (np.array([{"a": 1}, None]), "pickled Python objects"),
+        (np.array(["a", "b"]), "samples lie along the first axis"),
+        (np.zeros((4, 64), np.int64), "holds int64"),
+        (np.zeros((0, 1, 8, 8), np.float32), "there must be one"),
+        (HOLES, "Sample 2 of bad.npy holds NaN"),
+    ],
+)
+def test_bad_data_are_a_sentence_before_work(samples, tmp_path, capsys, content, words):
+    bad = tmp_path / "bad.npy"
+    if isinstance(content, bytes):
+        bad.write_bytes(content)
+    elif content is not None:
+        np.save(bad, content, allow_pickle=True)
+    out = tmp_path / "release"
+    assert released(samples, out, data=bad) == 3
+    assert words in no_release(capsys)
+    assert released(samples, out, f"night={bad}") == 3
+    assert words in no_release(capsys)
+    assert not out.exists()
+
+
+def test_pixels_are_scaled(samples):
+    """Bytes of 0 to 255 are what the network sees as 0 to 1."""
+    pixels = np.random.default_rng(0).integers(0, 256, (130, 1, 8, 8)).astype(np.uint8)
+    np.save(samples / "pixels.npy", pixels)
+    read = example("release").read(samples / "pixels.npy")
+    assert read.dtype == np.float32
+    assert np.allclose(read, pixels / 255, rtol=0, atol=1e-7)  # in their order
+
+
+def test_what_else_is_wrong_with_a_release_is_a_sentence(samples, tmp_path, capsys):
+    assert released(samples, tmp_path / "no" / "release") == 2
+    assert "is no folder" in no_release(capsys)
+    assert released(samples, tmp_path / "release", model=tmp_path / "missing.onnx") == 3
+    assert "missing.onnx" in no_release(capsys)
+    two = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]>'
+        "two (float[N,4] a, float[N,4] b) => (float[N,4] y) { y = Add(a, b) }"
+    )
+    onnx.save(two, tmp_path / "two.onnx")
+    assert released(samples, tmp_path / "release", model=tmp_path / "two.onnx") == 3
+    assert "The inputs are a, b" in no_release(capsys)
+    assert not (tmp_path / "release").exists()
 
 
 # ------------------------------------------------------------------------------------ the CI job
