@@ -504,6 +504,12 @@ plan.FoldPlan.gauge = wrong
 """
 
 
+def test_the_job_fails_where_it_cannot_read_what_loads(job):
+    """Else it would prove the fold on fewer runtimes than there are, and be green."""
+    (job.folder / "bin" / "bnfold").write_text('#!/bin/sh\necho "{}"\n')
+    assert job.run()[0] == "Runtimes"
+
+
 @pytest.mark.slow
 def test_the_job_fails_at_the_step_that_finds_the_fault(job):
     (job.folder / "faulty").mkdir()
