@@ -35,7 +35,7 @@ from bnfold.folding.record import (
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.folding.selection import Selection, check_enough
 from bnfold.folding.undo import TorchSide
-from bnfold.proof.runtimes import DEFAULT, Runtime
+from bnfold.proof.places.runtimes import DEFAULT, Runtime
 from bnfold.reading.computed import held
 from bnfold.reading.sniff import Kind
 from bnfold.reading.source import (

@@ -20,7 +20,7 @@ from bnfold.errors import InputError, UsageError
 from bnfold.folding.record import FoldedNorm, FoldRecord, load_record
 from bnfold.folding.undo import original_graph, original_state
 from bnfold.outputs import record_path
-from bnfold.proof.runtimes import DEFAULT, Runtime
+from bnfold.proof.places.runtimes import DEFAULT, Runtime
 from bnfold.reading.checkpoint import Checkpoint, load_checkpoint
 from bnfold.reading.factory import build_module
 from bnfold.reading.sniff import Kind, sniff

@@ -8,8 +8,8 @@ models/. Each network is folded by bnfold (float64, rounded once) and by tools t
 float32; then the faults of tests/planted.py are planted at its first, middle and last batch norm,
 in the channel whose gamma is the median one, and for a single gamma in one of the weakest tenth as
 well. Of every pair gates A and B are asked, with the record where there is one, and what the
-weights alone say (`bnfold.proof.plain`). A right fold with R beyond SUSPECT is evaluated in float64
-as well: what is left of R then is the weights' rounding. --right: right folds only.
+weights alone say (`bnfold.proof.algebra.plain`). A right fold with R beyond SUSPECT is evaluated in
+float64 as well: what is left of R then is the weights' rounding. --right: right folds only.
 
 Each network is a process of its own with a time limit; a result is a line of
 build/thresholds/results.jsonl, so that a run that was stopped goes on where it stopped. The page
@@ -41,11 +41,11 @@ import onnx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from bnfold.proof.counterpart import View  # noqa: E402
-from bnfold.proof.draws import drawn_inputs  # noqa: E402
-from bnfold.proof.plain import read_plain_fold  # noqa: E402
-from bnfold.proof.reference import Float64Reference  # noqa: E402
-from bnfold.proof.runtime import open_session  # noqa: E402
+from bnfold.proof.algebra.plain import read_plain_fold  # noqa: E402
+from bnfold.proof.exact.counterpart import View  # noqa: E402
+from bnfold.proof.exact.reference import Float64Reference  # noqa: E402
+from bnfold.proof.figures.draws import drawn_inputs  # noqa: E402
+from bnfold.proof.places.runtime import open_session  # noqa: E402
 
 ZOO = ROOT / "build" / "zoo"
 RESULTS = ROOT / "build" / "thresholds" / "results.jsonl"

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # the network definitions lie in models/, beside 
 import bnfold  # noqa: E402
 from bnfold.data import open_data, shifted  # noqa: E402
 from bnfold.graph import write_onnx  # noqa: E402
-from bnfold.proof.runtime import open_session  # noqa: E402
+from bnfold.proof.places.runtime import open_session  # noqa: E402
 from bnfold.training.train import evaluate, save_checkpoint, train  # noqa: E402
 from models.digits import digits_cnn  # noqa: E402
 

@@ -247,7 +247,7 @@ def planted(where: Where, _: str) -> Result:
 
     import bnfold
     from bnfold.graph import to_proto
-    from bnfold.proof.runtimes import R_LIMIT
+    from bnfold.proof.places.runtimes import R_LIMIT
     from bnfold.proof.verify import verify
 
     fold = bnfold.fold(network("resnet18")[0], torch.zeros(2, 3, 32, 32))
@@ -461,7 +461,7 @@ def run_all(
     where: Where, chosen: Sequence[Step], told: Callable[[dict[str, Result]], None]
 ) -> None:
     """Every step; `told` gets all results after each of them."""
-    from bnfold.proof.installation import usable_cores
+    from bnfold.proof.places.installation import usable_cores
 
     cores, results = usable_cores(), dict[str, Result]()
 
@@ -526,7 +526,7 @@ def check(where: Where, chosen: Sequence[Step], output: Path) -> int:
     from gpu_check_page import page
 
     from bnfold.errors import RuntimeUnavailableError
-    from bnfold.proof.installation import installation, require
+    from bnfold.proof.places.installation import installation, require
 
     if not where.rehearse:
         try:

@@ -34,7 +34,7 @@ from bnfold.measuring import graphs  # noqa: E402
 from bnfold.measuring.arrays import ArrayFeed  # noqa: E402
 from bnfold.measuring.estimate import Progress  # noqa: E402
 from bnfold.measuring.norms import norms_of  # noqa: E402
-from bnfold.proof.runtime import open_session  # noqa: E402
+from bnfold.proof.places.runtime import open_session  # noqa: E402
 from models import mobilenet_v2, resnet, resnet_cifar  # noqa: E402
 
 # network: side of an image, images in a batch, batches

@@ -23,7 +23,7 @@ from nets import with_statistics  # noqa: E402
 
 import bnfold  # noqa: E402
 from bnfold.graph import to_bytes  # noqa: E402
-from bnfold.proof.runtime import open_session  # noqa: E402
+from bnfold.proof.places.runtime import open_session  # noqa: E402
 from models.mobilenet_v2 import mobilenet_v2  # noqa: E402
 from models.preact_resnet import preact_resnet18  # noqa: E402
 from models.resnet import resnet18  # noqa: E402

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT)]
 
 import bnfold  # noqa: E402
 from bnfold.graph import to_bytes  # noqa: E402
-from bnfold.proof.runtime import open_session  # noqa: E402
+from bnfold.proof.places.runtime import open_session  # noqa: E402
 
 SIZES = ((64, 56, 3), (256, 14, 4), (512, 7, 4))
 RUNS = 40

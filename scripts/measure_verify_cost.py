@@ -38,7 +38,9 @@ from nets import with_statistics  # noqa: E402
 
 import bnfold  # noqa: E402
 from bnfold.graph import to_proto  # noqa: E402
-from bnfold.proof import backends, reference, runtime, verify  # noqa: E402
+from bnfold.proof import verify  # noqa: E402
+from bnfold.proof.exact import reference  # noqa: E402
+from bnfold.proof.places import backends, runtime  # noqa: E402
 from models.mobilenet_v2 import mobilenet_v2  # noqa: E402
 from models.resnet import resnet18  # noqa: E402
 from models.resnet_cifar import resnet20  # noqa: E402

@@ -261,8 +261,8 @@ def judged(original: Path, made: Sequence[Path]) -> tuple[float, list[Result]]:
 
     Errors are relative 2-norms against float64, on two normal draws, without further optimisation.
     """
-    from bnfold.proof.draws import drawn_inputs
-    from bnfold.proof.reference import Float64Reference
+    from bnfold.proof.exact.reference import Float64Reference
+    from bnfold.proof.figures.draws import drawn_inputs
 
     model = onnx.load(original)
     reference = Float64Reference(model)

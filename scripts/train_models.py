@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT)]
 import bnfold  # noqa: E402
 from bnfold.data import open_data  # noqa: E402
 from bnfold.graph import to_bytes  # noqa: E402
-from bnfold.proof.runtime import open_session  # noqa: E402
+from bnfold.proof.places.runtime import open_session  # noqa: E402
 
 FOLDER = ROOT / "models"
 DIGITS = "--data digits --optimizer adamw --epochs 15"

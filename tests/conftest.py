@@ -27,7 +27,7 @@ def shared_data() -> Path:
 @functools.cache
 def why_no_gpu() -> str:
     """Why the tests marked gpu cannot run here; empty where they can."""
-    from bnfold.proof.installation import runs
+    from bnfold.proof.places.installation import runs
 
     reasons = {name: runs(name) for name in ("torch-cuda", "ort-cuda")}
     missing = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not True]

@@ -25,7 +25,7 @@ import bnfold
 from bnfold.data import open_data
 from bnfold.graph import to_bytes, to_proto
 from bnfold.norm import Clipping, Kind, convert, initialise
-from bnfold.proof.runtime import open_session
+from bnfold.proof.places.runtime import open_session
 from bnfold.training.train import train
 from models import (
     dcgan,

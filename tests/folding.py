@@ -14,8 +14,8 @@ from bnfold import graph
 from bnfold.folding.apply import Folded, apply
 from bnfold.folding.plan import FoldPlan, plan
 from bnfold.folding.undo import original_graph, undo_of
-from bnfold.proof.certificate import certify
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.algebra.certificate import certify
+from bnfold.proof.exact.reference import Float64Reference
 
 Feeds = Mapping[str, np.ndarray]
 Values = dict[str, np.ndarray]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bnfold.proof.certificate import Certificate, certify
+from bnfold.proof.algebra.certificate import Certificate, certify
 
 Array = np.ndarray[Any, Any]
 Weights = dict[str, Array]

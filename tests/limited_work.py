@@ -35,8 +35,8 @@ def computing(folder, model):
     """A runtime's own process that computes for ever."""
     import numpy as np
 
-    from bnfold.proof.process import Worker
-    from bnfold.proof.runtimes import Runtime
+    from bnfold.proof.places.process import Worker
+    from bnfold.proof.places.runtimes import Runtime
 
     with Worker(Runtime("ort-cpu")) as worker:
         (folder / "child").write_text(str(worker._process.pid))

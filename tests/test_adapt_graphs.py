@@ -28,8 +28,8 @@ from bnfold.measuring.moments import ImageMoments, Moments
 from bnfold.measuring.norms import norms_of, refused, with_statistics
 from bnfold.measuring.segments import Cut
 from bnfold.measuring.statistics import Rule, Statistics
-from bnfold.proof.reference import Float64Reference
-from bnfold.proof.runtime import open_session
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.places.runtime import open_session
 from models import resnet_cifar
 
 ROOMY, EPS = 1 << 30, 1e-5

@@ -103,9 +103,7 @@ def imports_from_below(path, rows):
     return [
         module
         for module in imports(path, at_top=True)
-        if module.startswith("bnfold.")
-        and not (module.startswith("bnfold.proof") and name.startswith("bnfold.proof"))
-        and row_of(module, rows) > row_of(name, rows)
+        if module.startswith("bnfold.") and row_of(module, rows) > row_of(name, rows)
     ]
 
 

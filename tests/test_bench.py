@@ -29,7 +29,7 @@ from bnfold.errors import (
     UsageError,
     VerificationError,
 )
-from bnfold.proof.runtimes import Runtime
+from bnfold.proof.places.runtimes import Runtime
 from bnfold.report.schema import schema_text
 from models.digits import digits_cnn
 
@@ -291,7 +291,7 @@ def test_an_optimiser_that_is_not_there_is_exit_4(files, capsys, monkeypatch):
 
 
 def test_a_runtime_that_cannot_run_is_told_before_any_work(files, monkeypatch):
-    monkeypatch.setattr("bnfold.proof.installation.runs", lambda _: "no GPU")
+    monkeypatch.setattr("bnfold.proof.places.installation.runs", lambda _: "no GPU")
     with pytest.raises(RuntimeUnavailableError, match="ort-cuda cannot run here: no GPU"):
         bench(files / "net.onnx", runtimes=["ort-cuda"])
 

@@ -14,7 +14,7 @@ from fault_nets import FAULTS, NETS, SPOILED, Net, changed
 
 import bnfold
 from bnfold import api
-from bnfold.bisecting import FILES, only, write
+from bnfold.bisecting.bisect import FILES, only, write
 from bnfold.cli import main
 from bnfold.errors import UsageError
 
@@ -83,7 +83,7 @@ def test_folder_is_looked_at_before_any_work(
 
 
 def test_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bnfold.bisecting as bisecting
+    import bnfold.bisecting.bisect as bisecting
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -97,7 +97,7 @@ def test_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_names_of_values_are_kept_whatever_they_are(tmp_path: Path) -> None:
-    import bnfold.bisecting as bisecting
+    import bnfold.bisecting.bisect as bisecting
 
     arrays = {"/layer1/conv/Conv_output_0": np.ones(2), "file": np.zeros(3), "a b": np.ones(1)}
     proto = NETS["dense"]()

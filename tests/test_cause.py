@@ -36,9 +36,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 import bnfold
 from bnfold.api import FoldResult
 from bnfold.graph import to_proto
-from bnfold.proof.cause import Cause, find_cause
-from bnfold.proof.counterpart import View
-from bnfold.proof.divergence import Divergence, divergences, suspects
+from bnfold.proof.exact.counterpart import View
+from bnfold.proof.fault.cause import Cause, find_cause
+from bnfold.proof.fault.divergence import Divergence, divergences, suspects
 
 UNIT = 2.0**-24
 Plan = dict[str, object]
@@ -309,7 +309,7 @@ def test_rounding_of_an_ill_conditioned_layer_is_no_fault(monkeypatch: pytest.Mo
     wrong = bnfold.fold(FAULTS["eps 1e-3 for 1e-5"][0](original, "bn2")).model
     for plan in (plan_of(fold), BARE):
         assert named(original, wrong, feeds, plan) == ["bn2"]
-    monkeypatch.setattr("bnfold.proof.divergence.ROUNDING", 0)
+    monkeypatch.setattr("bnfold.proof.fault.divergence.ROUNDING", 0)
     assert named(original, wrong, feeds, BARE)[0] == "bn0"  # and so it matters
 
 

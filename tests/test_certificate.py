@@ -28,8 +28,8 @@ from handmade import (
 from onnx import TensorProto, helper, numpy_helper
 
 import bnfold
-from bnfold.proof.certificate import certify
-from bnfold.proof.shapes import Shapes, ValueType
+from bnfold.proof.algebra.certificate import certify
+from bnfold.proof.exact.shapes import Shapes, ValueType
 
 # ------------------------------------------------------------------------------ folds by hand
 

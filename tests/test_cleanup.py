@@ -20,7 +20,7 @@ from bnfold.errors import UsageError
 from bnfold.folding.apply import apply
 from bnfold.folding.dead import without_dead_channels
 from bnfold.folding.plan import plan
-from bnfold.proof.certificate import Certificate, certify
+from bnfold.proof.algebra.certificate import Certificate, certify
 from tests import folding
 from tests.chain_laws import CHAIN_LAWS, DEAD, PAD
 from tests.law_models import Law, build, inputs

@@ -448,7 +448,7 @@ def test_options_that_do_not_fit_are_refused_in_a_sentence(net, capsys, monkeypa
 
 
 def test_a_fault_of_our_own_is_told_as_one_and_exits_with_70(monkeypatch, capsys):
-    monkeypatch.setattr("bnfold.proof.installation.installation", lambda: 1 / 0)
+    monkeypatch.setattr("bnfold.proof.places.installation.installation", lambda: 1 / 0)
     monkeypatch.delenv("BNFOLD_TRACEBACK", raising=False)
     assert main(["doctor", "--json"]) == 70
     out = capsys.readouterr()

@@ -13,7 +13,7 @@ from bnfold import graph
 from bnfold.errors import InputError
 from bnfold.folding.arithmetic import ARITHMETIC
 from bnfold.folding.constants import constant
-from bnfold.proof.reference import NodeReference
+from bnfold.proof.exact.reference import NodeReference
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

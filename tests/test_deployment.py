@@ -20,7 +20,7 @@ from bnfold.packs import deployment, signing
 from bnfold.packs.deployment import halves, load
 from bnfold.packs.pack import Pack
 from bnfold.packs.shortcut import shortcut_of
-from bnfold.proof import runtime
+from bnfold.proof.places import runtime
 from models.digits import digits_cnn
 from models.preact_resnet import PreActResNet
 from models.resnet_cifar import ResNetCifar

@@ -11,8 +11,8 @@ from fault_nets import FAULTS, NETS, Net, changed, depthwise, inputs, residual
 from onnx import TensorProto, helper
 
 import bnfold
-from bnfold.proof.draws import InputSet
-from bnfold.proof.finding import find_fault
+from bnfold.proof.fault.finding import find_fault
+from bnfold.proof.figures.draws import InputSet
 from bnfold.proof.verify import VerifyReport
 from bnfold.runs import report_of
 

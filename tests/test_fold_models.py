@@ -20,7 +20,7 @@ from bnfold.errors import InputError
 from bnfold.folding.affine import Gauge
 from bnfold.folding.apply import apply
 from bnfold.folding.plan import plan
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.exact.reference import Float64Reference
 from tests import folding
 from tests.law_models import Law, build, inputs
 

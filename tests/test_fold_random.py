@@ -22,7 +22,7 @@ from bnfold.errors import InputError
 from bnfold.folding.range import Guard
 from bnfold.folding.rules import RULES
 from bnfold.folding.rules.repairs import REPAIRS
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.exact.reference import Float64Reference
 from tests import folding
 from tests.random_graphs import RandomModel, random_model
 

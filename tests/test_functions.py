@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from bnfold import graph
-from bnfold.proof.certificate import certify
+from bnfold.proof.algebra.certificate import certify
 from tests import folding
 
 OPSET = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 import bnfold
 from bnfold.graph import to_proto
-from bnfold.proof.in_torch import rounding
+from bnfold.proof.places.in_torch import rounding
 from models.resnet_cifar import ResNetCifar
 
 pytestmark = pytest.mark.gpu

@@ -79,7 +79,7 @@ def test_a_step_that_fails_or_hangs_leaves_the_others():
 def test_all_results_are_told_and_one_failure_is_exit_1(monkeypatch, tmp_path, capsys):
     results = {"planted": Result(True, "ok"), "silent CPU": Result(False, "not refused")}
     monkeypatch.setattr(gpu_check, "run_step", lambda step, *_: results[step.name])
-    monkeypatch.setattr("bnfold.proof.installation.installation", lambda: FACTS)
+    monkeypatch.setattr("bnfold.proof.places.installation.installation", lambda: FACTS)
     chosen = [Step("planted"), Step("silent CPU")]
     output = tmp_path / "new" / "page.md"
     assert gpu_check.check(Where(True), chosen, output) == 1
@@ -92,7 +92,7 @@ def test_all_results_are_told_and_one_failure_is_exit_1(monkeypatch, tmp_path, c
 
 
 def test_without_a_gpu_it_is_exit_4_and_no_page(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("bnfold.proof.installation.runs", lambda name: f"no GPU for {name}")
+    monkeypatch.setattr("bnfold.proof.places.installation.runs", lambda name: f"no GPU for {name}")
     page = tmp_path / "cuda.md"
     assert gpu_check.main(["--output", str(page)]) == 4
     assert not page.exists()

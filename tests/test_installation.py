@@ -12,8 +12,8 @@ import torch
 
 from bnfold.cli import main
 from bnfold.errors import RuntimeUnavailableError
-from bnfold.proof import installation
-from bnfold.proof.installation import conflicts, usable_cores
+from bnfold.proof.places import installation
+from bnfold.proof.places.installation import conflicts, usable_cores
 
 HERE = dict.fromkeys(installation.PACKAGES) | {"torch": "2.13.0", "onnx": "1.23.2"}
 FACTS = {

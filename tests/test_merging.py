@@ -17,7 +17,7 @@ from bnfold import graph
 from bnfold.folding.plan import plan
 from bnfold.folding.rules.node import weights
 from bnfold.folding.scope import Scope
-from bnfold.proof.certificate import Certificate, certify
+from bnfold.proof.algebra.certificate import Certificate, certify
 from tests import folding
 from tests.law_models import Law, build
 from tests.parallel_laws import PARALLEL

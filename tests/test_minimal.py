@@ -13,9 +13,9 @@ from handmade import Gauge
 
 import bnfold
 from bnfold.api import FoldResult
-from bnfold.proof.draws import InputSet
-from bnfold.proof.finding import Finding, find_fault
-from bnfold.proof.minimal import MinimalPair, fewest, minimal_pair
+from bnfold.bisecting.minimal import MinimalPair, fewest, minimal_pair
+from bnfold.proof.fault.finding import Finding, find_fault
+from bnfold.proof.figures.draws import InputSet
 from bnfold.proof.verify import verify
 
 UNIT = 2.0**-24

@@ -18,7 +18,7 @@ from bnfold import graph
 from bnfold.api import parity
 from bnfold.cli import main
 from bnfold.errors import UsageError
-from bnfold.proof.installation import runs
+from bnfold.proof.places.installation import runs
 from models.digits import digits_cnn
 
 SPEC = "models/digits.py:digits_cnn"

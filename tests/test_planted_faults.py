@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import bnfold
 from bnfold.errors import RuntimeUnavailableError
 from bnfold.graph import to_proto
-from bnfold.proof import plain, runtimes
-from bnfold.proof.counterpart import View
-from bnfold.proof.installation import runs
+from bnfold.proof.algebra import plain
+from bnfold.proof.exact.counterpart import View
+from bnfold.proof.places import runtimes
+from bnfold.proof.places.installation import runs
 from bnfold.proof.verify import VerifyReport, verify
 
 SHAPE, WIDTH = (3, 12, 12), 16

@@ -17,11 +17,11 @@ from onnx import TensorProto, numpy_helper
 from test_verify import modules, network
 
 from bnfold.errors import RuntimeUnavailableError
-from bnfold.proof.in_torch import run_torch
-from bnfold.proof.precision import effective, rounded, stored_class
-from bnfold.proof.reference import Float64Reference
-from bnfold.proof.runtime import open_session
-from bnfold.proof.runtimes import Runtime
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.places.in_torch import run_torch
+from bnfold.proof.places.precision import effective, rounded, stored_class
+from bnfold.proof.places.runtime import open_session
+from bnfold.proof.places.runtimes import Runtime
 from bnfold.proof.verify import VerifyReport, verify
 
 
@@ -207,7 +207,7 @@ def test_a_users_own_settings_stay_and_can_be_read(way: str) -> None:
     read = "torch.get_float32_matmul_precision()" if "old" in way else "places()"
     program = (
         "import numpy as np, torch\n"
-        "from bnfold.proof.in_torch import run_torch\n"
+        "from bnfold.proof.places.in_torch import run_torch\n"
         "b = torch.backends\n"
         "def places():\n"
         "    found = (b, b.cudnn, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn)\n"

@@ -22,11 +22,11 @@ import pytest
 from test_verify import network, proved
 
 from bnfold.errors import InputError, LimitError, RuntimeUnavailableError, UsageError
-from bnfold.proof import process
-from bnfold.proof.installation import runs
-from bnfold.proof.process import Worker, environment_of, receive, send
-from bnfold.proof.runtime import open_session
-from bnfold.proof.runtimes import Runtime
+from bnfold.proof.places import process
+from bnfold.proof.places.installation import runs
+from bnfold.proof.places.process import Worker, environment_of, receive, send
+from bnfold.proof.places.runtime import open_session
+from bnfold.proof.places.runtimes import Runtime
 from bnfold.proof.verify import parity
 
 CPU, CUDA = Runtime("ort-cpu"), Runtime("ort-cuda")
@@ -234,7 +234,7 @@ def test_declared_tf32_is_switched_on_and_passes() -> None:
 def test_a_fault_below_the_ceiling_of_a_class_fails_against_the_original_in_it(
     pretend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bnfold.proof.verdicts.ceiling", lambda *_: 2.0**16)
+    monkeypatch.setattr("bnfold.proof.figures.verdicts.ceiling", lambda *_: 2.0**16)
     pretend("another fold")
     report = proved(network(), runtimes=["ort-cuda:tf32"])
     assert {result.name for result in report.failures} == {"class ratio", "class channel"}

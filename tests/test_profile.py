@@ -16,11 +16,11 @@ from folding import run
 import bnfold
 from bnfold.api import FoldResult
 from bnfold.errors import InputError, NothingComparedError
-from bnfold.proof.alignment import Alignment, relative_error
-from bnfold.proof.counterpart import View
-from bnfold.proof.divergence import divergences
-from bnfold.proof.profile import Profile, profile
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.exact.alignment import Alignment, relative_error
+from bnfold.proof.exact.counterpart import View
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.fault.divergence import divergences
+from bnfold.proof.fault.profile import Profile, profile
 
 UNIT = 2.0**-24
 

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bnfold.proof.reference import Float64Reference
-from bnfold.proof.runtime import open_session
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.places.runtime import open_session
 from tests import folding
 
 Array = np.ndarray[Any, np.dtype[Any]]

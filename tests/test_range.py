@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 from bnfold.folding.range import _slices
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.exact.reference import Float64Reference
 from tests import folding
 
 NORM = "BatchNormalization<epsilon=0.25>"

@@ -13,9 +13,9 @@ import torch.nn.functional as F  # noqa: N812
 from onnx import TensorProto, helper, numpy_helper
 
 from bnfold.errors import InputError
-from bnfold.proof import reference
-from bnfold.proof.reference import Float64Reference, NodeReference, NoReferenceError
-from bnfold.proof.runtime import open_session
+from bnfold.proof.exact import reference
+from bnfold.proof.exact.reference import Float64Reference, NodeReference, NoReferenceError
+from bnfold.proof.places.runtime import open_session
 
 Array = np.ndarray[Any, Any]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -12,7 +12,7 @@ from bnfold.errors import UsageError
 from bnfold.folding.rules.repairs import REPAIRS
 from bnfold.graph import prepare, to_proto
 from bnfold.input_scaling import scale_input
-from bnfold.proof.certificate import certify
+from bnfold.proof.algebra.certificate import certify
 from tests import folding
 from tests.law_models import Law, build, inputs
 from tests.laws import ONE_NUMBER, REPAIRED, X

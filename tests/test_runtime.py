@@ -16,10 +16,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from bnfold.errors import InputError, RuntimeUnavailableError
-from bnfold.proof import runtime
-from bnfold.proof.in_torch import run_torch
-from bnfold.proof.installation import runs
-from bnfold.proof.runtime import open_session
+from bnfold.proof.places import runtime
+from bnfold.proof.places.in_torch import run_torch
+from bnfold.proof.places.installation import runs
+from bnfold.proof.places.runtime import open_session
 
 BN = ("gamma", "beta", "mean", "var")
 
@@ -110,7 +110,7 @@ def test_cuda_without_its_libraries_is_an_error_that_names_one() -> None:
 def test_nothing_is_printed_while_a_provider_fails() -> None:
     program = (
         "from tests.test_runtime import conv_bn\n"
-        "from bnfold.proof.runtime import open_session\n"
+        "from bnfold.proof.places.runtime import open_session\n"
         "try:\n    open_session(conv_bn(), 'cuda', optimize=True)\n"
         "except Exception as error:\n    print(type(error).__name__)\n"
     )

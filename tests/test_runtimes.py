@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from bnfold.errors import UsageError
-from bnfold.proof.runtimes import (
+from bnfold.proof.places.runtimes import (
     PRECISIONS,
     RUNTIMES,
     Runtime,

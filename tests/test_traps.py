@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.exact.reference import Float64Reference
 from tests import folding
 from tests.law_models import Law, build, inputs
 from tests.laws import LAWS, PAD, X

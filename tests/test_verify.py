@@ -37,13 +37,13 @@ from bnfold.errors import (
     UsageError,
     VerificationError,
 )
-from bnfold.proof import verdicts
-from bnfold.proof.divergence import first_divergence
-from bnfold.proof.draws import drawn_inputs, given_inputs, input_specs
-from bnfold.proof.installation import runs
-from bnfold.proof.precision import unit_of
-from bnfold.proof.reference import Float64Reference, NoReferenceError
-from bnfold.proof.runtimes import R_LIMIT, Runtime
+from bnfold.proof.exact.reference import Float64Reference, NoReferenceError
+from bnfold.proof.fault.divergence import first_divergence
+from bnfold.proof.figures import verdicts
+from bnfold.proof.figures.draws import drawn_inputs, given_inputs, input_specs
+from bnfold.proof.places.installation import runs
+from bnfold.proof.places.precision import unit_of
+from bnfold.proof.places.runtimes import R_LIMIT, Runtime
 from bnfold.proof.verify import VerifyReport, verify
 
 
@@ -814,7 +814,7 @@ def test_a_flip_that_rounding_explains_is_not_outside() -> None:
 def test_noise_is_granted_up_to_what_an_error_may_be(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bnfold.proof.backends as backends
+    import bnfold.proof.places.backends as backends
 
     opened = backends.open_session
     count = iter(range(100))

@@ -31,9 +31,9 @@ from bnfold.benchmark.others import check_others, made_by
 from bnfold.benchmark.paired import Clock, Spread, Verdict, margin_of, spread_of, verdict_of
 from bnfold.benchmark.timing import Effort, OnnxModel, Timed
 from bnfold.errors import InputError, UsageError, VerificationError
-from bnfold.proof.draws import drawn_inputs, input_specs
-from bnfold.proof.installation import machine, require
-from bnfold.proof.runtimes import DEFAULT, Runtime, as_runtimes
+from bnfold.proof.figures.draws import drawn_inputs, input_specs
+from bnfold.proof.places.installation import machine, require
+from bnfold.proof.places.runtimes import DEFAULT, Runtime, as_runtimes
 from bnfold.proof.verify import VerifyReport, verify
 from bnfold.reading.computed import held
 from bnfold.reading.sniff import Kind

@@ -24,9 +24,9 @@ import numpy as np
 from bnfold import errors
 from bnfold.benchmark.paired import Clock, Run, repeats_of, timed_rounds
 from bnfold.errors import BnfoldError, LimitError
-from bnfold.proof.in_torch import require_torch, rounding
-from bnfold.proof.process import environment_of
-from bnfold.proof.runtimes import Runtime, parse_runtime
+from bnfold.proof.places.in_torch import require_torch, rounding
+from bnfold.proof.places.process import environment_of
+from bnfold.proof.places.runtimes import Runtime, parse_runtime
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,7 +183,7 @@ def serve() -> None:
 
 
 def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
-    from bnfold.proof.runtime import open_session
+    from bnfold.proof.places.runtime import open_session
 
     runtime = parse_runtime(job["runtime"])
     clock = clock_for(runtime, job["threads"])

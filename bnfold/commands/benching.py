@@ -16,7 +16,7 @@ def bench(args: argparse.Namespace) -> Report:
     """`bnfold bench ORIGINAL [FOLDED ...]`: what is quicker, where that is told from noise."""
     from bnfold.benchmark.bench import bench_sources
     from bnfold.benchmark.timing import Effort
-    from bnfold.proof.runtimes import DEFAULT
+    from bnfold.proof.places.runtimes import DEFAULT
     from bnfold.reading.computed import held
 
     if args.seed < 0:

@@ -11,8 +11,8 @@ from bnfold.commands.shared import Report, new_report
 
 def doctor(args: argparse.Namespace) -> Report:
     """`bnfold doctor`: versions, runtimes that really run, conflicts; 4 where one does not."""
-    from bnfold.proof.installation import installation
-    from bnfold.proof.runtimes import parse_runtime
+    from bnfold.proof.places.installation import installation
+    from bnfold.proof.places.runtimes import parse_runtime
 
     asked = [parse_runtime(text).name for text in args.runtimes or ()]
     facts = installation()

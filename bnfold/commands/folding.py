@@ -52,10 +52,11 @@ def fold(args: argparse.Namespace) -> Report:
         check_outputs([record], args.model, args.overwrite, (".safetensors",))
     if args.bisect is not None and (args.no_verify or args.dry_run):
         raise UsageError(
-            "--bisect takes apart a fold that failed its proof: leave --no-verify and --dry-run out."
+            "--bisect takes apart a fold that failed its proof; it needs that proof:"
+            " leave --no-verify and --dry-run out."
         )
     if args.bisect is not None:
-        from bnfold.bisecting import check_folder
+        from bnfold.bisecting.bisect import check_folder
 
         check_folder(args.bisect)
     started = time.perf_counter()
@@ -104,7 +105,7 @@ def _bisect(
 ) -> None:
     """`--bisect` of a fold that failed: the fewest batch norms, and the smallest models."""
     from bnfold.api import fold_source
-    from bnfold.bisecting import add_bisection, bisect_fold, only
+    from bnfold.bisecting.bisect import add_bisection, bisect_fold, only
     from bnfold.folding.selection import Selection
 
     source, writeback = came

@@ -55,7 +55,7 @@ def export(args: argparse.Namespace) -> Report:
 def verify(args: argparse.Namespace) -> Report:
     """`bnfold verify ORIGINAL FOLDED`: the gates, for any two models."""
     from bnfold.api import count_operators
-    from bnfold.bisecting import add_bisection, bisect, check_folder
+    from bnfold.bisecting.bisect import add_bisection, bisect, check_folder
     from bnfold.commands.given import given_inputs
     from bnfold.folding.record import load_record
     from bnfold.graph import to_proto

@@ -122,7 +122,7 @@ def timed(done: Report, started: float) -> Report:
 
 def runtimes_of(args: argparse.Namespace) -> tuple[Any, ...]:
     """Where to compare, as the options say (runtimes.Runtime)."""
-    from bnfold.proof.runtimes import DEFAULT, as_runtimes
+    from bnfold.proof.places.runtimes import DEFAULT, as_runtimes
 
     return as_runtimes(args.runtimes or (DEFAULT,), getattr(args, "declared", None) or "fp32")
 

@@ -29,7 +29,7 @@ from bnfold.measuring.ranks import Alone, Ranks, Waiting
 from bnfold.measuring.segments import Cut, Use
 from bnfold.measuring.shelf import AnyArray, Bundle, Shelf
 from bnfold.measuring.statistics import Layer, Rule, Statistics
-from bnfold.proof.runtime import Session, open_session
+from bnfold.proof.places.runtime import Session, open_session
 
 Norms = Mapping[str, Norm]
 OnSettled = Callable[[str, ImageMoments], None] | None

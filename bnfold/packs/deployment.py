@@ -33,7 +33,7 @@ from bnfold.measuring.norms import norms_of, stored
 from bnfold.measuring.statistics import Statistics
 from bnfold.packs.pack import Pack, load_pack
 from bnfold.packs.shortcut import shortcut_of
-from bnfold.proof.runtime import Session, open_with_weights
+from bnfold.proof.places.runtime import Session, open_with_weights
 
 # operators whose floats say how large their output is: onnxruntime must see them in the model
 _SIZES = ("Resize", "Upsample", "Range", "Loop")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bnfold.parser.demands import add_demands
 from bnfold.parser.shared import Verbs, add_model, add_report, add_source, runtime
-from bnfold.proof.runtimes import DEFAULT, RUNTIMES
+from bnfold.proof.places.runtimes import DEFAULT, RUNTIMES
 
 
 def bench(verbs: Verbs) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bnfold.errors import UsageError
-from bnfold.proof.runtimes import PRECISIONS, parse_runtime
+from bnfold.proof.places.runtimes import PRECISIONS, parse_runtime
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 

@@ -28,22 +28,29 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError, InputError, NothingComparedError, VerificationError
-from bnfold.proof.backends import Backends, Places, open_in_torch, open_one, open_two
-from bnfold.proof.cause import Cause
-from bnfold.proof.certificate import Certificate, Gauge, certify
-from bnfold.proof.comparison import Comparison, Progress, few, other_names
-from bnfold.proof.divergence import Divergence
-from bnfold.proof.draws import input_sets, input_specs
-from bnfold.proof.finding import Finding, find_fault
-from bnfold.proof.plain import doubt
-from bnfold.proof.plain import judge as judge_plain_fold
-from bnfold.proof.precision import as_stored, effective, rounded, stored_class, types_of, unit_of
-from bnfold.proof.profile import Profile
-from bnfold.proof.profile import profile as profile_of
-from bnfold.proof.reference import Float64Reference, NoReferenceError
-from bnfold.proof.runtimes import DEFAULT, R_LIMIT, Runtime, as_runtimes
-from bnfold.proof.tally import relative_differences, unlike
-from bnfold.proof.verdicts import FEW, Decisions, GateResult, not_run
+from bnfold.proof.algebra.certificate import Certificate, Gauge, certify
+from bnfold.proof.algebra.plain import doubt
+from bnfold.proof.algebra.plain import judge as judge_plain_fold
+from bnfold.proof.exact.reference import Float64Reference, NoReferenceError
+from bnfold.proof.fault.cause import Cause
+from bnfold.proof.fault.divergence import Divergence
+from bnfold.proof.fault.finding import Finding, find_fault
+from bnfold.proof.fault.profile import Profile
+from bnfold.proof.fault.profile import profile as profile_of
+from bnfold.proof.figures.comparison import Comparison, Progress, few, other_names
+from bnfold.proof.figures.draws import input_sets, input_specs
+from bnfold.proof.figures.tally import relative_differences, unlike
+from bnfold.proof.figures.verdicts import FEW, Decisions, GateResult, not_run
+from bnfold.proof.places.backends import Backends, Places, open_in_torch, open_one, open_two
+from bnfold.proof.places.precision import (
+    as_stored,
+    effective,
+    rounded,
+    stored_class,
+    types_of,
+    unit_of,
+)
+from bnfold.proof.places.runtimes import DEFAULT, R_LIMIT, Runtime, as_runtimes
 
 if TYPE_CHECKING:
     import torch

@@ -30,7 +30,9 @@ Run = Mapping[str, Any]
 MANY_NORMS = 48  # batch norms from which the list of the folded ones is closed at first
 MANY_WEIGHTS = 24  # weights from which only those that changed most are shown at first
 NO_DISTANCE = 1e-4  # a KL divergence that nobody needs to tell from 0
-FAULTY = 16  # roundings that a layer may be off by in exact arithmetic: as proof/divergence.py
+FAULTY = (
+    16  # roundings that a layer may be off by in exact arithmetic: as proof/fault/divergence.py
+)
 
 
 def to_html(runs: Sequence[Run]) -> str:

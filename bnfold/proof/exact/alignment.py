@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import Carried, Gauge, View, attributes, same_constant
-from bnfold.proof.layers import is_norm
+from bnfold.proof.exact.counterpart import Carried, Gauge, View, attributes, same_constant
+from bnfold.proof.exact.layers import is_norm
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -1,6 +1,6 @@
 """A fold that fails, reduced to what breaks it, and written so that anybody can look at it.
 
-Of two models: the batch norm at the first wrong value, cut out of both (proof/minimal.py). Of a
+Of two models: the batch norm at the first wrong value, cut out of both (minimal.py). Of a
 fold of bnfold's own, first the fewest batch norms whose folding alone fails, then the same.
 """
 
@@ -18,14 +18,14 @@ import numpy as np
 import onnx
 
 from bnfold import graph
+from bnfold.bisecting.minimal import MinimalPair, fewest, minimal_pair
 from bnfold.errors import UsageError
-from bnfold.proof.minimal import MinimalPair, fewest, minimal_pair
 from bnfold.proof.verify import VerifyReport, verify
 
 if TYPE_CHECKING:
     from bnfold.api import FoldResult
-    from bnfold.proof.certificate import Gauge
-    from bnfold.proof.finding import Finding
+    from bnfold.proof.algebra.certificate import Gauge
+    from bnfold.proof.fault.finding import Finding
 
 FILES = ("original.onnx", "folded.onnx", "inputs.npz")
 

@@ -17,13 +17,13 @@ import numpy as np
 import onnx
 
 from bnfold.errors import NothingComparedError
-from bnfold.proof.alignment import Alignment, relative_error
-from bnfold.proof.certificate import Gauge
-from bnfold.proof.counterpart import View
-from bnfold.proof.divergence import lockstep
-from bnfold.proof.layers import Norm, norms_of
-from bnfold.proof.measured import measured
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.algebra.certificate import Gauge
+from bnfold.proof.exact.alignment import Alignment, relative_error
+from bnfold.proof.exact.counterpart import View
+from bnfold.proof.exact.layers import Norm, norms_of
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.fault.divergence import lockstep
+from bnfold.proof.fault.measured import measured
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -20,14 +20,14 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
-from bnfold.proof.alignment import Alignment, relative_error
-from bnfold.proof.certificate import Gauge
-from bnfold.proof.counterpart import View
-from bnfold.proof.divergence import NOISE, ROUNDING, Divergence
-from bnfold.proof.layers import Norm, in_training, is_norm, norms_of
-from bnfold.proof.measured import own_errors
-from bnfold.proof.reference import Float64Reference
-from bnfold.proof.sites import LINEAR, Place, Site, places
+from bnfold.proof.algebra.certificate import Gauge
+from bnfold.proof.exact.alignment import Alignment, relative_error
+from bnfold.proof.exact.counterpart import View
+from bnfold.proof.exact.layers import Norm, in_training, is_norm, norms_of
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.fault.divergence import NOISE, ROUNDING, Divergence
+from bnfold.proof.fault.measured import own_errors
+from bnfold.proof.fault.sites import LINEAR, Place, Site, places
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

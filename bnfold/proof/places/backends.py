@@ -17,16 +17,16 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError, InputError, UsageError, one_line
-from bnfold.proof.in_torch import require_torch, run_torch
-from bnfold.proof.precision import effective
-from bnfold.proof.process import Worker
-from bnfold.proof.runtime import (
+from bnfold.proof.places.in_torch import require_torch, run_torch
+from bnfold.proof.places.precision import effective
+from bnfold.proof.places.process import Worker
+from bnfold.proof.places.runtime import (
     PROTOBUF_LIMIT,
     Session,
     mapped_libraries,
     open_session,
 )
-from bnfold.proof.runtimes import DEFAULT, Runtime
+from bnfold.proof.places.runtimes import DEFAULT, Runtime
 
 if TYPE_CHECKING:
     import torch

@@ -17,15 +17,15 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
-from bnfold.proof.alignment import Alignment
-from bnfold.proof.cause import Cause, find_cause
-from bnfold.proof.certificate import Gauge
-from bnfold.proof.counterpart import View
-from bnfold.proof.divergence import NOISE, Divergence, divergences, lockstep, output_errors
-from bnfold.proof.draws import InputSet
-from bnfold.proof.layers import Norm, norms_of
-from bnfold.proof.reference import Float64Reference
-from bnfold.proof.sites import folded_into
+from bnfold.proof.algebra.certificate import Gauge
+from bnfold.proof.exact.alignment import Alignment
+from bnfold.proof.exact.counterpart import View
+from bnfold.proof.exact.layers import Norm, norms_of
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.fault.cause import Cause, find_cause
+from bnfold.proof.fault.divergence import NOISE, Divergence, divergences, lockstep, output_errors
+from bnfold.proof.fault.sites import folded_into
+from bnfold.proof.figures.draws import InputSet
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -27,7 +27,7 @@ from onnx.reference.ops.op_grid_sample import GridSample as OnnxGridSample
 from onnx.reference.ops.op_resize import Resize as _Resize
 
 from bnfold.errors import BnfoldError, InputError
-from bnfold.proof.recurrent import GRU, LSTM, RNN
+from bnfold.proof.exact.recurrent import GRU, LSTM, RNN
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Spatial = tuple[int, ...]

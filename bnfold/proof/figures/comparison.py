@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 
 from bnfold.errors import InputError, NothingComparedError
-from bnfold.proof.backends import Backend, Backends, Values, beyond
-from bnfold.proof.draws import InputSet, rows_of
-from bnfold.proof.reference import Float64Reference, NoReferenceError
-from bnfold.proof.tally import Tally, relative_differences
-from bnfold.proof.verdicts import Decisions, GateResult, Measures, not_run
+from bnfold.proof.exact.reference import Float64Reference, NoReferenceError
+from bnfold.proof.figures.draws import InputSet, rows_of
+from bnfold.proof.figures.tally import Tally, relative_differences
+from bnfold.proof.figures.verdicts import Decisions, GateResult, Measures, not_run
+from bnfold.proof.places.backends import Backend, Backends, Values, beyond
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[int, int | None], None]

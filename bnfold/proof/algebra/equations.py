@@ -16,8 +16,16 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import EXACT, Carried, Constant, Rounding, View, attributes, coarsest
-from bnfold.proof.reference import window_pads
+from bnfold.proof.exact.counterpart import (
+    EXACT,
+    Carried,
+    Constant,
+    Rounding,
+    View,
+    attributes,
+    coarsest,
+)
+from bnfold.proof.exact.reference import window_pads
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from bnfold.proof.backends import Backend, beyond
-from bnfold.proof.draws import InputSet
-from bnfold.proof.precision import TITLES
-from bnfold.proof.runtimes import R_LIMIT, Runtime, ceiling
-from bnfold.proof.tally import Slices, Tally, peak_share
+from bnfold.proof.figures.draws import InputSet
+from bnfold.proof.figures.tally import Slices, Tally, peak_share
+from bnfold.proof.places.backends import Backend, beyond
+from bnfold.proof.places.precision import TITLES
+from bnfold.proof.places.runtimes import R_LIMIT, Runtime, ceiling
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import UNPREDICTABLE, View
-from bnfold.proof.reference import NoReferenceError
+from bnfold.proof.exact.counterpart import UNPREDICTABLE, View
+from bnfold.proof.exact.reference import NoReferenceError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 from onnx_ir.passes.common import InlinePass
 
-from bnfold.proof.reference import NodeReference, NoReferenceError, widen
+from bnfold.proof.exact.reference import NodeReference, NoReferenceError, widen
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

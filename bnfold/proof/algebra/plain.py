@@ -28,11 +28,11 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
-from bnfold.proof.alignment import PASSING, Alignment
-from bnfold.proof.counterpart import View, same_constant
-from bnfold.proof.equations import Linear, read_linear
-from bnfold.proof.layers import Norm, is_norm, norms_of
-from bnfold.proof.verdicts import GateResult
+from bnfold.proof.algebra.equations import Linear, read_linear
+from bnfold.proof.exact.alignment import PASSING, Alignment
+from bnfold.proof.exact.counterpart import View, same_constant
+from bnfold.proof.exact.layers import Norm, is_norm, norms_of
+from bnfold.proof.figures.verdicts import GateResult
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -27,7 +27,22 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import (
+from bnfold.proof.algebra.equations import (
+    RECURRENT,
+    channels,
+    compare_linear,
+    compare_maps,
+    compare_weights,
+    read_linear,
+    read_map,
+    read_padded,
+    read_recurrent,
+    shifted_border,
+    wrong_padding,
+)
+from bnfold.proof.algebra.parallel import NotParallel, is_sum, read_parallel
+from bnfold.proof.algebra.probe import probe
+from bnfold.proof.exact.counterpart import (
     EXACT,
     ROUNDINGS,
     Carried,
@@ -43,23 +58,8 @@ from bnfold.proof.counterpart import (
     same_constant,
     with_functions_inlined,
 )
-from bnfold.proof.equations import (
-    RECURRENT,
-    channels,
-    compare_linear,
-    compare_maps,
-    compare_weights,
-    read_linear,
-    read_map,
-    read_padded,
-    read_recurrent,
-    shifted_border,
-    wrong_padding,
-)
-from bnfold.proof.parallel import NotParallel, is_sum, read_parallel
-from bnfold.proof.probe import probe
-from bnfold.proof.reference import NoReferenceError
-from bnfold.proof.shapes import Shapes
+from bnfold.proof.exact.reference import NoReferenceError
+from bnfold.proof.exact.shapes import Shapes
 
 __all__ = ["Certificate", "Gauge", "NodeRecord", "certify"]
 

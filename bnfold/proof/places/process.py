@@ -28,8 +28,8 @@ import numpy as np
 
 import bnfold
 from bnfold.errors import BnfoldError, InputError, LimitError, RuntimeUnavailableError, UsageError
-from bnfold.proof.runtime import Model, Session, loadable, mapped_libraries, open_session
-from bnfold.proof.runtimes import Runtime
+from bnfold.proof.places.runtime import Model, Session, loadable, mapped_libraries, open_session
+from bnfold.proof.places.runtimes import Runtime
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Head = dict[str, Any]
@@ -39,9 +39,7 @@ LARGEST = 1 << 40  # no message is longer: lengths beyond are not ours
 KINDS = {kind.__name__: kind for kind in (InputError, RuntimeUnavailableError)}
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl
 GRACE = 10.0  # seconds that a process may take to end
-START = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from bnfold.proof.process import serve; serve()"
-)
+START = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import serve; serve()"
 
 
 # ------------------------------------------------------------------------------- the messages

@@ -18,11 +18,11 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
-from bnfold.proof.alignment import Alignment, relative_error
-from bnfold.proof.certificate import Gauge
-from bnfold.proof.counterpart import View
-from bnfold.proof.measured import own_errors
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.algebra.certificate import Gauge
+from bnfold.proof.exact.alignment import Alignment, relative_error
+from bnfold.proof.exact.counterpart import View
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.fault.measured import own_errors
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

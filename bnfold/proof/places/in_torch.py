@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnfold.errors import RuntimeUnavailableError, one_line
-from bnfold.proof.runtime import FALLBACK
+from bnfold.proof.places.runtime import FALLBACK
 
 if TYPE_CHECKING:
     import torch

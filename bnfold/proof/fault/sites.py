@@ -17,10 +17,10 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
-from bnfold.proof.alignment import Alignment, relative_error
-from bnfold.proof.counterpart import View, attributes
-from bnfold.proof.layers import Norm, is_norm
-from bnfold.proof.reference import Float64Reference
+from bnfold.proof.exact.alignment import Alignment, relative_error
+from bnfold.proof.exact.counterpart import View, attributes
+from bnfold.proof.exact.layers import Norm, is_norm
+from bnfold.proof.exact.reference import Float64Reference
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import (
+from bnfold.proof.exact.counterpart import (
     EXACT,
     Carried,
     Match,
@@ -23,8 +23,8 @@ from bnfold.proof.counterpart import (
     attributes,
     rests,
 )
-from bnfold.proof.reference import NoReferenceError
-from bnfold.proof.shapes import Shapes
+from bnfold.proof.exact.reference import NoReferenceError
+from bnfold.proof.exact.shapes import Shapes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import View
+from bnfold.proof.exact.counterpart import View
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.proof.counterpart import EXACT, Carried, Rounding, View, rests
-from bnfold.proof.equations import Linear, channels, per_channel, read_linear, read_map
+from bnfold.proof.algebra.equations import Linear, channels, per_channel, read_linear, read_map
+from bnfold.proof.exact.counterpart import EXACT, Carried, Rounding, View, rests
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bnfold.proof.counterpart import ROUNDINGS
-from bnfold.proof.runtimes import Runtime
+from bnfold.proof.exact.counterpart import ROUNDINGS
+from bnfold.proof.places.runtimes import Runtime
 
 NARROW = {  # the coarser first: its numbers are mostly float16 numbers as well
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),

@@ -17,16 +17,16 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from bnfold.bisecting.pieces import cut, names_read
 from bnfold.errors import InputError
-from bnfold.proof.alignment import Alignment
-from bnfold.proof.certificate import Gauge
-from bnfold.proof.counterpart import View
-from bnfold.proof.finding import Finding
-from bnfold.proof.layers import norms_of
-from bnfold.proof.pieces import cut, names_read
-from bnfold.proof.reference import Float64Reference
-from bnfold.proof.shapes import Shapes
-from bnfold.proof.sites import places
+from bnfold.proof.algebra.certificate import Gauge
+from bnfold.proof.exact.alignment import Alignment
+from bnfold.proof.exact.counterpart import View
+from bnfold.proof.exact.layers import norms_of
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.exact.shapes import Shapes
+from bnfold.proof.fault.finding import Finding
+from bnfold.proof.fault.sites import places
 from bnfold.proof.verify import VerifyReport, verify
 
 Array = np.ndarray[Any, np.dtype[Any]]

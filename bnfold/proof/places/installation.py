@@ -22,10 +22,10 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError, RuntimeUnavailableError, one_line
-from bnfold.proof import runtime
-from bnfold.proof.in_torch import require_torch
-from bnfold.proof.process import Worker
-from bnfold.proof.runtimes import RUNTIMES, Runtime
+from bnfold.proof.places import runtime
+from bnfold.proof.places.in_torch import require_torch
+from bnfold.proof.places.process import Worker
+from bnfold.proof.places.runtimes import RUNTIMES, Runtime
 
 PACKAGES = (
     "onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "onnxscript", "torch", "numpy",

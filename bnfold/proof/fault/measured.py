@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 
 from bnfold.errors import BnfoldError
-from bnfold.proof.alignment import Alignment
-from bnfold.proof.reference import Float64Reference
-from bnfold.proof.runtime import open_session
+from bnfold.proof.exact.alignment import Alignment
+from bnfold.proof.exact.reference import Float64Reference
+from bnfold.proof.places.runtime import open_session
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

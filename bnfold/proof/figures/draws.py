@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 
 from bnfold.errors import InputError, NothingComparedError, UsageError
-from bnfold.proof.counterpart import View, replaceable_inputs
-from bnfold.proof.reference import Float64Reference, NoReferenceError
+from bnfold.proof.exact.counterpart import View, replaceable_inputs
+from bnfold.proof.exact.reference import Float64Reference, NoReferenceError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -1,0 +1,1 @@
+"""A fold that fails, reduced to what breaks it, and written."""

@@ -1,0 +1,1 @@
+"""Gate A: constants against exact ones, without data."""

@@ -1,0 +1,1 @@
+"""Gates B and C: errors, and what they are held against."""

@@ -1,0 +1,1 @@
+"""Where networks run, and the proof that they did."""
