@@ -162,6 +162,17 @@ def test_the_service_says_what_is_wrong_with_an_input(client, body, words):
     assert words in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_outputs_that_are_no_numbers_are_a_sentence_too(client, monkeypatch, wrong):
+    """JSON has no word for them: they would go out as nulls."""
+    scores = np.zeros((2, 10), np.float32)
+    scores[1, 3] = wrong
+    monkeypatch.setattr(bnfold.Serving, "run", lambda *_: {"scores": scores})
+    answer = client.post("/predict", json={"inputs": {"x": digits().tolist()}})
+    assert answer.status_code == 422
+    assert "'scores' would come out as NaN or infinity" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("body", [{}, {"inputs": {}}, {"inputs": 3}, {"inputs": {"x": 1}}, "no"])
 def test_what_is_no_request_is_refused(client, body):
     assert client.post("/predict", json=body).status_code == 422

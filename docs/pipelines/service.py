@@ -74,6 +74,9 @@ def create(base: Path, packs: Path, public_key: Path) -> FastAPI:
     def predict(asked: Asked) -> dict[str, Any]:
         domain, serving = app.state.current  # these, whatever is swapped in from here on
         outputs = serving.run({name: array_of(name, rows) for name, rows in asked.inputs.items()})
+        for name, value in outputs.items():
+            if not np.isfinite(value).all():  # which JSON cannot say
+                raise bnfold.InputError(f"'{name}' would come out as NaN or infinity.")
         return {
             "domain": domain,
             "outputs": {name: value.tolist() for name, value in outputs.items()},
