@@ -7,6 +7,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -287,6 +288,30 @@ def test_scale_that_another_operator_gives_back_is_no_fault() -> None:
         assert found.passed == passed
         assert not found.wrong
         assert bool(plain.doubt(*pair)) != passed
+
+
+@pytest.mark.parametrize(
+    ("op_type", "right", "wrong"),
+    [
+        ("Clip", {"min": 0.0, "max": 6.0}, {"min": 0.0, "max": 7.0}),
+        ("LeakyRelu", {"alpha": 0.01}, {"alpha": 0.02}),
+        ("MaxPool", {"kernel_shape": [2, 2]}, {"kernel_shape": [2, 2], "ceil_mode": 1}),
+    ],
+)
+def test_another_operator_that_changed_is_warned_of(
+    op_type: str, right: dict[str, Any], wrong: dict[str, Any]
+) -> None:
+    """What drawn inputs need not reach; said with words or without, a default is the same."""
+    weights = {"w": draw(1, 8, 3, 3, 3), **normalization(8)}
+    slope, shift = affine(weights)
+    folded = {"w": f32(weights["w"] * along(slope, 4, 0)), "b": f32(shift)}
+    before = [node("Conv", "x w", "c"), node("BatchNormalization", f"c {BN}", "n", epsilon=EPS)]
+    usual = {"ceil_mode": 0} if op_type == "MaxPool" else {}
+    for given, warned in ((right | usual, False), (wrong, True)):
+        pair = Fold([*before, node(op_type, "n", "out", **right)],
+                    [node("Conv", "x w b", "n"), node(op_type, "n", "out", **given)],
+                    weights, folded, ("N", 3, 8, 8), opset=10).models()  # fmt: skip
+        assert bool(plain.doubt(*pair)) == warned
 
 
 def edit(

@@ -30,7 +30,7 @@ import onnx
 from bnfold.errors import BnfoldError
 from bnfold.proof.algebra.equations import Linear, read_linear
 from bnfold.proof.exact.alignment import PASSING, Alignment
-from bnfold.proof.exact.counterpart import View, same_constant
+from bnfold.proof.exact.counterpart import View, attributes, same_constant
 from bnfold.proof.exact.layers import Norm, is_norm, norms_of
 from bnfold.proof.figures.verdicts import GateResult
 
@@ -39,6 +39,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 ROUNDINGS = (
     8  # of float32 arithmetic: eps added, root, quotient, product, each rounded, in any order
 )
+# operators whose attributes say what they compute, and that no tool writes in another way
+SPOKEN = ("MaxPool", "AveragePool", "Clip", "LeakyRelu", "Elu", "Celu", "Selu", "HardSigmoid",
+          "ThresholdedRelu", "Softmax", "LogSoftmax", "InstanceNormalization", "LayerNormalization",
+          "GroupNormalization", "LRN", "DepthToSpace", "SpaceToDepth", "Gelu")  # fmt: skip
 NEAR = 0.1  # where most weights are further from the product, they were folded in another way
 
 
@@ -98,7 +102,7 @@ class PlainFold:
 
     roundings: the greatest deviation of all layers' weights. wrong: layers whose weights are wrong
     for certain, in order of execution. unsure: those that another scale or shift may explain.
-    untouched: whether the constants of all other operators are what they were.
+    untouched: whether constants and attributes of all other operators are what they were.
     """
 
     layers: int
@@ -129,7 +133,7 @@ def read_plain_fold(before: View, after: View) -> PlainFold | None:
     """What the weights of an original and of a folded graph say; None where it is no plain fold."""
     try:
         judged = list(_judged_layers(before, after))
-        untouched = _other_constants(before) == _other_constants(after)
+        untouched = _rest(before) == _rest(after)
     except (_NotPlainError, BnfoldError):
         return None
     off = [found for found in judged if isinstance(found, Deviation)]
@@ -145,18 +149,32 @@ def read_plain_fold(before: View, after: View) -> PlainFold | None:
     return PlainFold(len(judged), worst, wrong, tuple(d for d in off if d not in wrong), untouched)
 
 
-def _other_constants(view: View) -> Counter[bytes]:
-    """The float constants that neither a linear layer nor a batch norm reads."""
-    found: Counter[bytes] = Counter()
+def _rest(view: View) -> Counter[object]:
+    """What no plain fold changes: the float constants that neither a linear layer nor a batch norm
+    reads, and the attributes of operators that say what they compute."""
+    found: Counter[object] = Counter()
     for node in view.nodes:
         if is_norm(node) or read_linear([node], view) is not None:
             continue
+        if node.op_type in SPOKEN and not node.domain:
+            found[(node.op_type, *_said(node, view.opsets.get("", 1)))] += 1
         for name in node.input:
             if name and view.is_constant(name) and not view.is_constant(node.output[0]):
                 value = view.constant(name).value
                 if value.dtype.kind == "f":
-                    found[np.asarray(value, np.float64).tobytes()] += 1
+                    found[np.asarray(value, np.float32).tobytes()] += 1
     return found
+
+
+def _said(node: onnx.NodeProto, opset: int) -> list[str]:
+    """A node's attributes but those that say what is so anyway."""
+    known = onnx.defs.get_schema(node.op_type, opset).attributes
+    usual = {name: onnx.helper.get_attribute_value(a.default_value)
+             for name, a in known.items() if a.default_value.name}  # fmt: skip
+    given = attributes(node)
+    if not any(given.get("pads", ())) and given.get("auto_pad", b"NOTSET") == b"NOTSET":
+        usual |= {name: given.get(name) for name in ("pads", "count_include_pad")}
+    return sorted(f"{name}={given[name]}" for name in given if given[name] != usual.get(name))
 
 
 def _judged_layers(before: View, after: View) -> Iterator[Deviation | _Held]:
@@ -281,7 +299,7 @@ def doubt(before: onnx.ModelProto, after: onnx.ModelProto) -> str:
         nodes = ", ".join(f"'{deviation.node}'" for deviation in found.unsure[:4])
         told.append(f"the weights or biases of {nodes} are not those of a plain fold")
     if not found.untouched:
-        told.append("constants of other operators than linear layers were changed")
+        told.append("constants or attributes of other operators than linear layers were changed")
     return (
         f"Without the plan of this fold it cannot be told whether what differs is a fault: "
         f"{' and '.join(told)}. Give the fold's record."

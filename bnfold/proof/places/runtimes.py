@@ -101,12 +101,21 @@ def parse_runtime(text: str, precision: str = "fp32") -> Runtime:
 
 
 def as_runtimes(given: Iterable[str | Runtime], precision: str = "fp32") -> tuple[Runtime, ...]:
-    """Each one once, in order. Raises UsageError for none, or a text in the place of a list."""
+    """Each one once, in order.
+
+    Raises UsageError for none, a text in the place of a list, or a class that none of them has.
+    """
     if isinstance(given, str):
         raise UsageError(f"runtimes is a list, such as ['{given}'].")
     parsed = [parse_runtime(r, precision) if isinstance(r, str) else r for r in given]
     if not parsed:
         raise UsageError(f"No runtime was given to compare on; there are {', '.join(RUNTIMES)}.")
+    if all(runtime.precision != precision for runtime in parsed):
+        names = ", ".join(runtime.name for runtime in parsed)
+        raise UsageError(
+            f"{precision} was declared, and none of the runtimes takes it up ({names}): nothing would "
+            f"be proved about {precision}."
+        )
     return tuple(dict.fromkeys(parsed))
 
 
