@@ -110,11 +110,11 @@ def as_runtimes(given: Iterable[str | Runtime], precision: str = "fp32") -> tupl
     parsed = [parse_runtime(r, precision) if isinstance(r, str) else r for r in given]
     if not parsed:
         raise UsageError(f"No runtime was given to compare on; there are {', '.join(RUNTIMES)}.")
-    if all(runtime.precision != precision for runtime in parsed):
+    if precision != "fp32" and all(runtime.precision != precision for runtime in parsed):
         names = ", ".join(runtime.name for runtime in parsed)
         raise UsageError(
-            f"{precision} was declared, and none of the runtimes takes it up ({names}): nothing would "
-            f"be proved about {precision}."
+            f"{precision} was declared, and none of the runtimes takes it up ({names}): nothing "
+            f"would be proved about {precision}."
         )
     return tuple(dict.fromkeys(parsed))
 
