@@ -36,9 +36,7 @@ from bnfold.proof.figures.verdicts import GateResult
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-ROUNDINGS = (
-    8  # of float32 arithmetic: eps added, root, quotient, product, each rounded, in any order
-)
+ROUNDINGS = 8  # of float32 arithmetic: eps added, root, quotient, product; in any order
 # operators whose attributes say what they compute, and that no tool writes in another way
 SPOKEN = ("MaxPool", "AveragePool", "Clip", "LeakyRelu", "Elu", "Celu", "Selu", "HardSigmoid",
           "ThresholdedRelu", "Softmax", "LogSoftmax", "InstanceNormalization", "LayerNormalization",
