@@ -311,7 +311,10 @@ def test_a_process_ends_with_the_one_that_started_it(how: signal.Signals) -> Non
     assert alive(pid)
     parent.send_signal(how)
     begun = time.monotonic()
-    parent.wait(30)
+    try:
+        parent.wait(30)
+    finally:
+        parent.kill()
     while alive(pid) and time.monotonic() - begun < 5:
         time.sleep(0.05)
     survived = alive(pid)
