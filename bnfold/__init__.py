@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bnfold.packs.deployment import load as load
     from bnfold.packs.pack import Pack as Pack
     from bnfold.packs.pack import load_pack as load_pack
-    from bnfold.proof.verify import VerifyReport as VerifyReport
+    from bnfold.proof.result import VerifyReport as VerifyReport
     from bnfold.runs import report_of as report_of
     from bnfold.runs import write_report as write_report
     from bnfold.unfolding import UnfoldResult as UnfoldResult
@@ -55,7 +55,7 @@ _HOMES = {
     "UnsafeInputError": "bnfold.errors",
     "UsageError": "bnfold.errors",
     "VerificationError": "bnfold.errors",
-    "VerifyReport": "bnfold.proof.verify",
+    "VerifyReport": "bnfold.proof.result",
     "adapt": "bnfold.adapting.adapt",
     "bench": "bnfold.benchmark.bench",
     "export": "bnfold.api",

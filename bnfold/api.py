@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-    from bnfold.proof.verify import VerifyReport
+    from bnfold.proof.result import VerifyReport
 
 
 # One tensor per argument of forward, or a dict or list of tensors for one.

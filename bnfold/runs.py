@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bnfold.adapting.adapt import AdaptResult, LayerShift
     from bnfold.api import FoldResult
     from bnfold.benchmark.bench import BenchReport
-    from bnfold.proof.verify import VerifyReport
+    from bnfold.proof.result import VerifyReport
 
 Run = dict[str, Any]
 

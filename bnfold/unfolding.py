@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bnfold.proof.verify import VerifyReport
+    from bnfold.proof.result import VerifyReport
 
 
 @dataclass(frozen=True)

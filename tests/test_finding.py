@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 import bnfold
 from bnfold.proof.fault.finding import find_fault
 from bnfold.proof.figures.draws import InputSet
-from bnfold.proof.verify import VerifyReport
+from bnfold.proof.result import VerifyReport
 from bnfold.runs import report_of
 
 Feeds = Mapping[str, np.ndarray]

@@ -26,7 +26,8 @@ from bnfold.proof.algebra import plain
 from bnfold.proof.exact.counterpart import View
 from bnfold.proof.places import runtimes
 from bnfold.proof.places.installation import runs
-from bnfold.proof.verify import VerifyReport, verify
+from bnfold.proof.result import VerifyReport
+from bnfold.proof.verify import verify
 
 SHAPE, WIDTH = (3, 12, 12), 16
 ORDINARY = "ordinary"

@@ -22,7 +22,8 @@ from bnfold.proof.places.in_torch import run_torch
 from bnfold.proof.places.precision import effective, rounded, stored_class
 from bnfold.proof.places.runtime import open_session
 from bnfold.proof.places.runtimes import Runtime
-from bnfold.proof.verify import VerifyReport, verify
+from bnfold.proof.result import VerifyReport
+from bnfold.proof.verify import verify
 
 
 def with_weights(model: onnx.ModelProto, change: Callable[[Array], Array]) -> onnx.ModelProto:

@@ -44,7 +44,8 @@ from bnfold.proof.figures.draws import drawn_inputs, given_inputs, input_specs
 from bnfold.proof.places.installation import runs
 from bnfold.proof.places.precision import unit_of
 from bnfold.proof.places.runtimes import R_LIMIT, Runtime
-from bnfold.proof.verify import VerifyReport, verify
+from bnfold.proof.result import VerifyReport
+from bnfold.proof.verify import verify
 
 
 def network(eps: float = EPS32, believed: Weights | None = None) -> Fold:

@@ -34,7 +34,8 @@ from bnfold.errors import InputError, UsageError, VerificationError
 from bnfold.proof.figures.draws import drawn_inputs, input_specs
 from bnfold.proof.places.installation import machine, require
 from bnfold.proof.places.runtimes import DEFAULT, Runtime, as_runtimes
-from bnfold.proof.verify import VerifyReport, verify
+from bnfold.proof.result import VerifyReport
+from bnfold.proof.verify import verify
 from bnfold.reading.computed import held
 from bnfold.reading.sniff import Kind
 from bnfold.reading.source import Source

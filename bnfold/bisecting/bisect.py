@@ -20,7 +20,8 @@ import onnx
 from bnfold import graph
 from bnfold.bisecting.minimal import MinimalPair, fewest, minimal_pair
 from bnfold.errors import UsageError
-from bnfold.proof.verify import VerifyReport, verify
+from bnfold.proof.result import VerifyReport
+from bnfold.proof.verify import verify
 
 if TYPE_CHECKING:
     from bnfold.api import FoldResult

@@ -27,7 +27,8 @@ from bnfold.proof.exact.reference import Float64Reference
 from bnfold.proof.exact.shapes import Shapes
 from bnfold.proof.fault.finding import Finding
 from bnfold.proof.fault.sites import places
-from bnfold.proof.verify import VerifyReport, verify
+from bnfold.proof.result import VerifyReport
+from bnfold.proof.verify import verify
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -1,12 +1,14 @@
 """Are two networks the same function? Three gates, and the first layer where they part.
 
 A, the algebra: every constant of the folded graph against the exact one, without data
-   (certificate.py). It needs the plan's gauges; without them it is not run, and the report says so.
+   (certificate.py). It needs the plan's gauges; without them the weights of a plain fold are held
+   against the batch norms' (plain.py), and the report says so.
 B, the network: on onnxruntime's CPU, without its graph optimization,
        R = error of the folded network / max(error of the original, 4u),
    both errors relative 2-norms against a float64 evaluation of the original, u the rounding of the
    model's dtype. A right fold has R near 1 whatever the network's conditioning; R <= 4 passes.
-   Besides, no element of a sample may be further off than ten times the original's worst element.
+   Besides, no element of a sample may be further off than ten times the original's worst element,
+   and no channel than ten times the original's own.
 C, the runtime: every backend that was asked for, with its own optimization, by the same ratio.
 
 An original that is itself far from its float64 evaluation (an operator that the runtime and the
@@ -27,20 +29,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from bnfold.errors import BnfoldError, InputError, NothingComparedError, VerificationError
+from bnfold.errors import BnfoldError, InputError, NothingComparedError
 from bnfold.proof.algebra.certificate import Certificate, Gauge, certify
 from bnfold.proof.algebra.plain import doubt
 from bnfold.proof.algebra.plain import judge as judge_plain_fold
 from bnfold.proof.exact.reference import Float64Reference, NoReferenceError
-from bnfold.proof.fault.cause import Cause
-from bnfold.proof.fault.divergence import Divergence
 from bnfold.proof.fault.finding import Finding, find_fault
 from bnfold.proof.fault.profile import Profile
 from bnfold.proof.fault.profile import profile as profile_of
 from bnfold.proof.figures.comparison import Comparison, Progress, few, other_names
 from bnfold.proof.figures.draws import input_sets, input_specs
 from bnfold.proof.figures.tally import relative_differences, unlike
-from bnfold.proof.figures.verdicts import FEW, Decisions, GateResult, not_run
+from bnfold.proof.figures.verdicts import FEW, GateResult, not_run
 from bnfold.proof.places.backends import Backends, Places, open_in_torch, open_one, open_two
 from bnfold.proof.places.precision import (
     as_stored,
@@ -50,149 +50,17 @@ from bnfold.proof.places.precision import (
     types_of,
     unit_of,
 )
-from bnfold.proof.places.runtimes import DEFAULT, R_LIMIT, Runtime, as_runtimes
+from bnfold.proof.places.runtimes import DEFAULT, Runtime, as_runtimes
+from bnfold.proof.result import Ran, VerifyReport
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["GateResult", "Ran", "VerifyReport", "parity", "verify"]
 
 MEASURED = ("weights", "channel map")  # gate A's checks that hold a written number for wrong
 NOT_PROVED = "not proved"  # where it could not read what is written
 NEAR = 2.0**10  # roundings that two right networks may be apart in float64
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True)
-class Ran:
-    """One network's run in one place, and what shows that it ran there.
-
-    name: the runtime as written; role: whose network; gate: B or C. providers: where onnxruntime
-    placed the nodes (provider -> operator -> count; empty for torch). libraries: the files of CUDA,
-    cuDNN and TensorRT that its process had in memory. noise: the relative difference of two runs of
-    one session and of one in another. ratio: its worst error ratio. None where nothing was
-    measured.
-    """
-
-    name: str
-    role: str
-    gate: str
-    providers: Mapping[str, Mapping[str, int]]
-    libraries: tuple[str, ...]
-    own_process: bool
-    noise: float | None
-    ratio: float | None
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The gates' results; `passed` is true when all ran that could be asked for, and all passed.
-
-    question: the gate without which nothing is proved, B of two networks and C of one. samples:
-    rows compared. sets: the kinds of inputs. runtimes: each run and its evidence. decisions: where
-    the largest element of an output is another one. fault: where and why the two part; profile:
-    the error at every former batch norm. warnings: what passes and proves little.
-    """
-
-    gates: tuple[GateResult, ...]
-    seed: int
-    samples: int
-    sets: tuple[str, ...]
-    runtimes: tuple[Ran, ...] = ()
-    decisions: tuple[Decisions, ...] = ()
-    question: str = "B"
-    certificate: Certificate | None = None
-    first_divergence: Divergence | None = None
-    fault: Finding | None = None
-    profile: Profile | None = None
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        """True when the gate in question compared something and no gate failed."""
-        compared = any(result.gate == self.question for result in self.gates)
-        return compared and all(result.passed for result in self.gates)
-
-    @property
-    def cause(self) -> Cause | None:
-        """Why the fold is wrong, as far as that was found."""
-        return self.fault.cause if self.fault is not None else None
-
-    @property
-    def failures(self) -> tuple[GateResult, ...]:
-        """The results that did not pass, gate A first."""
-        return tuple(result for result in self.gates if not result.passed)
-
-    @property
-    def r(self) -> float:
-        """The worst ratio of the gate in question (NaN where it could not be computed)."""
-        return max((result.value for result in self._ratios()), default=math.nan)
-
-    @property
-    def limit(self) -> float:
-        """What that ratio may come to."""
-        return max((result.limit for result in self._ratios()), default=R_LIMIT)
-
-    def _ratios(self) -> list[GateResult]:
-        name = "error ratio" if self.question == "B" else "backend ratio"
-        return [result for result in self.gates if result.name == name]
-
-    def raise_for_failure(self) -> None:
-        """Raise VerificationError with the first failure, or NothingComparedError."""
-        if self.failures:
-            first = self.failures[0]
-            more = f" ({len(self.failures)} checks failed.)" if len(self.failures) > 1 else ""
-            where = f" {self.fault.sentence}" if self.fault and self.cause else ""
-            raise VerificationError(f"Gate {first.gate}: {first.sentence}{more}{where}")
-        if not self.passed:
-            raise NothingComparedError("no output of the two networks was compared.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON takes it; infinities and NaN as strings."""
-        parting = self.first_divergence
-        certificate = self.certificate
-        fields: dict[str, Any] = _jsonable(
-            {
-                "passed": self.passed,
-                "r": self.r,
-                "gates": [vars(result) for result in self.gates],
-                "seed": self.seed,
-                "samples": self.samples,
-                "inputs": list(self.sets),
-                "noise": {_key(ran): ran.noise for ran in self.runtimes if ran.gate == "C"},
-                "backends": {_key(ran): ran.providers for ran in self.runtimes if ran.providers},
-                "runtimes": [vars(ran) for ran in self.runtimes],
-                "decisions": [vars(decision) for decision in self.decisions],
-                "nodes": [vars(record) for record in certificate.records] if certificate else None,
-                "first_divergence": vars(parting) if parting else None,
-                "cause": self.cause.to_dict() if self.cause else None,
-                "profile": self.profile.to_dict() if self.profile else None,
-                "notes": list(self.notes),
-                "warnings": list(self.warnings),
-                "seconds": self.seconds,
-            }
-        )
-        return fields
-
-
-def _key(ran: Ran) -> str:
-    return f"{ran.name}, gate {ran.gate}, {ran.role}"
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else str(float(value))
-    return value.item() if isinstance(value, np.generic) else value
-
-
-# --------------------------------------------------------------------------------- the gates
 
 
 def verify(
@@ -275,7 +143,6 @@ def verify(
         gates=tuple(gates),
         seed=seed,
         certificate=certificate,
-        first_divergence=finding.first if finding is not None else None,
         fault=finding,
         profile=drawn,
         notes=(*compared.notes, *notes),
