@@ -14,6 +14,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
+def capital(sentence: str) -> str:
+    """A part of a sentence as the beginning of one."""
+    return sentence[0].upper() + sentence[1:]
+
+
 class BnfoldError(Exception):
     """The root of bnfold's errors; `exit_code` is what the command line returns.
 

@@ -59,13 +59,18 @@ def _inside(work: Callable[[], int], folder: str) -> None:
     """The other process: a group of its own, temporary files in the folder, first to be ended."""
     if hasattr(os, "setsid"):
         os.setsid()
-    with contextlib.suppress(OSError, AttributeError):  # of Linux: nobody waits for it then
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+    end_with_parent()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     os.environ["TMPDIR"] = folder
     tempfile.tempdir = None
     sys.exit(work())
+
+
+def end_with_parent() -> None:
+    """This process ends with the one that waits for it, computing or not (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
 
 
 def _ends(process: BaseProcess, seconds: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 
 import numpy as np
 import onnx
@@ -296,23 +297,28 @@ def test_a_runtime_that_cannot_run_is_told_before_any_work(files, monkeypatch):
         bench(files / "net.onnx", runtimes=["ort-cuda"])
 
 
+def in_place(code):
+    """What starts another program where the one that times would start."""
+    return lambda _: [sys.executable, "-c", code]
+
+
 def test_the_process_tells_how_it_ended(files, monkeypatch):
     one = {"a": OnnxModel(str(files / "net.onnx"))}
     feeds = {"input": np.zeros(SHAPE, np.float32)}
     with pytest.raises(InputError, match="no model file"):
         timing.time_onnx({"a": OnnxModel(str(files / "none.onnx"))}, feeds, CPU, 1, Effort(1))
     for code, word in (("import os; os.abort()", "SIGABRT"), ("exit(3)", "exit code 3")):
-        monkeypatch.setattr(timing, "START", code)
+        monkeypatch.setattr(timing, "command_of", in_place(code))
         with pytest.raises(LimitError, match=word) as crash:
             timing.time_onnx(one, feeds, CPU, 1, Effort(1))
         assert crash.value.code == "E_CRASH"
     fallen = RuntimeUnavailableError("It fell back.", code="E_CUDA_FALLBACK", hint="a GPU")
     said = json.dumps({"error": fallen.to_dict()})
-    monkeypatch.setattr(timing, "START", f"print({said!r})")
+    monkeypatch.setattr(timing, "command_of", in_place(f"print({said!r})"))
     with pytest.raises(RuntimeUnavailableError, match="It fell back") as fallback:
         timing.time_onnx(one, feeds, CPU, 1, Effort(1))
     assert (fallback.value.code, fallback.value.hint) == ("E_CUDA_FALLBACK", "a GPU")
-    monkeypatch.setattr(timing, "START", "import time; time.sleep(60)")
+    monkeypatch.setattr(timing, "command_of", in_place("import time; time.sleep(60)"))
     monkeypatch.setattr(timing, "TO_START", 0.2)
     with pytest.raises(LimitError, match="did not end within") as late:
         timing.time_onnx(one, feeds, CPU, 1, Effort(1, 1e-3))

@@ -309,7 +309,7 @@ def test_rounding_of_an_ill_conditioned_layer_is_no_fault(monkeypatch: pytest.Mo
     wrong = bnfold.fold(FAULTS["eps 1e-3 for 1e-5"][0](original, "bn2")).model
     for plan in (plan_of(fold), BARE):
         assert named(original, wrong, feeds, plan) == ["bn2"]
-    monkeypatch.setattr("bnfold.proof.fault.divergence.ROUNDING", 0)
+    monkeypatch.setattr("bnfold.proof.fault.divergence.R_LIMIT", 0)
     assert named(original, wrong, feeds, BARE)[0] == "bn0"  # and so it matters
 
 

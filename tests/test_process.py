@@ -157,8 +157,13 @@ def test_process_that_cannot_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch
         Worker(CPU)
 
 
+def in_place(code: str) -> Any:
+    """What starts another program in the place of the process."""
+    return lambda _: [sys.executable, "-c", code]
+
+
 def test_process_that_ends_at_once_tells_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "START", "import nothing_of_that_name")
+    monkeypatch.setattr(process, "command_of", in_place("import nothing_of_that_name"))
     with (
         pytest.raises(LimitError, match=r"exit code 1.*nothing_of_that_name"),
         Worker(CPU) as worker,
@@ -185,7 +190,7 @@ def test_no_process_is_left_after_an_exception(
 
 
 def test_a_process_that_does_not_go_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "START", "import time; time.sleep(60)")
+    monkeypatch.setattr(process, "command_of", in_place("import time; time.sleep(60)"))
     monkeypatch.setattr(process, "GRACE", 0.2)
     begun = time.monotonic()
     with Worker(CPU) as worker:

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,8 @@ import numpy as np
 from bnfold import errors
 from bnfold.benchmark.paired import Clock, Run, repeats_of, timed_rounds
 from bnfold.errors import BnfoldError, LimitError
-from bnfold.proof.places.in_torch import require_torch, rounding
-from bnfold.proof.places.process import environment_of
+from bnfold.proof.places.in_torch import autocast, require_torch, rounding
+from bnfold.proof.places.process import command_of, ending, environment_of
 from bnfold.proof.places.runtimes import Runtime, parse_runtime
 
 if TYPE_CHECKING:
@@ -35,10 +34,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Rounds = list[dict[str, float]]
 
 SITTINGS = 3  # times that everything is opened anew: where a session's memory lies is luck, too
-START = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from bnfold.benchmark.timing import serve; serve()"
-)
 TO_START = 300.0  # seconds that a process has to load its libraries and models, besides its rounds
 
 
@@ -143,11 +138,9 @@ def time_onnx(
 
 
 def _in_process(job: Mapping[str, Any], runtime: Runtime, limit: float) -> dict[str, Any]:
-    root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-P", "-c", START, root]
     try:
         run = subprocess.run(
-            command,
+            command_of(__name__),
             input=json.dumps(job),
             capture_output=True,
             text=True,
@@ -163,18 +156,11 @@ def _in_process(job: Mapping[str, Any], runtime: Runtime, limit: float) -> dict[
     if run.returncode or not lines:
         said = (run.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
         raise LimitError(
-            f"the process that timed on {runtime} {_ended(run.returncode)}: {said}",
+            f"the process that timed on {runtime} ended {ending(run.returncode)}: {said}",
             code="E_CRASH",
         )
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
-
-
-def _ended(code: int) -> str:
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
 
 
 def serve() -> None:
@@ -231,8 +217,7 @@ def time_torch(
     """
     import torch
 
-    device, types = runtime.place.device, {"fp16": torch.float16, "bf16": torch.bfloat16}
-    half = types.get(runtime.precision)
+    device = runtime.place.device
     require_torch(device)
     tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in inputs]
 
@@ -251,7 +236,7 @@ def time_torch(
         yield {name: runner(module) for name, module in modules.items()}
 
     clock = clock_for(runtime, threads)
-    cast = torch.autocast(device, dtype=half, enabled=half is not None)
+    cast = autocast(device, runtime.precision)
     settings = rounding(runtime.precision, repeatable=False)
     with _in_threads(threads), settings, torch.inference_mode(), cast:
         return Timed(in_sittings(opened, clock, effort), clock)

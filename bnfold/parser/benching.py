@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from bnfold.parser.demands import add_demands
-from bnfold.parser.shared import Verbs, add_model, add_report, add_source, runtime
+from bnfold.parser.shared import Verbs, add_model, add_report, add_runtimes, add_source, runtime
 from bnfold.proof.places.runtimes import DEFAULT, RUNTIMES
 
 
@@ -31,14 +31,7 @@ def bench(verbs: Verbs) -> None:
         metavar="TOOL[,TOOL]",
         help="what these make of the original, too: onnxsim, onnxslim",
     )
-    group.add_argument(
-        "--runtime",
-        dest="runtimes",
-        action="append",
-        type=runtime,
-        metavar="NAME[:CLASS]",
-        help=f"{', '.join(RUNTIMES)} (default {DEFAULT}); repeat for several",
-    )
+    add_runtimes(group, f"{', '.join(RUNTIMES)} (default {DEFAULT})")
     group.add_argument(
         "--batch-size", dest="batch_sizes", type=_counts, metavar="N[,N]", help="default 1"
     )

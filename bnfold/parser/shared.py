@@ -165,17 +165,25 @@ def add_telling(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def add_proof(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
-    """Where networks are compared; precision: whether the verb has no other option of that name."""
-    group = parser.add_argument_group("proof")
+def add_runtimes(group: argparse._ArgumentGroup, what: str) -> None:
+    """The places where networks run."""
     group.add_argument(
         "--runtime",
         dest="runtimes",
         action="append",
         type=runtime,
         metavar="NAME[:CLASS]",
-        help="where to compare: torch, torch-cuda, ort-cpu (default), ort-cuda, ort-tensorrt, with"
-        " the precision class declared for it; repeat for several",
+        help=f"{what}; repeat for several",
+    )
+
+
+def add_proof(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
+    """Where networks are compared; precision: whether the verb has no other option of that name."""
+    group = parser.add_argument_group("proof")
+    add_runtimes(
+        group,
+        "where to compare: torch, torch-cuda, ort-cpu (default), ort-cuda, ort-tensorrt, with the"
+        " precision class declared for it",
     )
     group.add_argument(
         "--provider",

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from bnfold.errors import NothingComparedError, VerificationError
+from bnfold.jsonable import plain
 from bnfold.proof.algebra.certificate import Certificate
 from bnfold.proof.fault.cause import Cause
 from bnfold.proof.fault.divergence import Divergence
@@ -113,7 +112,7 @@ class VerifyReport:
         """The report as JSON takes it; infinities and NaN as strings."""
         parting = self.first_divergence
         certificate = self.certificate
-        fields: dict[str, Any] = _jsonable(
+        fields: dict[str, Any] = plain(
             {
                 "passed": self.passed,
                 "r": self.r,
@@ -139,13 +138,3 @@ class VerifyReport:
 
 def _key(ran: Ran) -> str:
     return f"{ran.name}, gate {ran.gate}, {ran.role}"
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else str(float(value))
-    return value.item() if isinstance(value, np.generic) else value

@@ -6,8 +6,9 @@ JSON for programs, `markdown` for a pull request, `junit` for a CI server, `html
 
 from __future__ import annotations
 
+from bnfold.jsonable import plain
 from bnfold.report.faces import SUFFIXES, check_face, pictured, render
-from bnfold.report.facts import SCHEMA, plain, printable, sha256, to_json, versions
+from bnfold.report.facts import SCHEMA, printable, sha256, to_json, versions
 from bnfold.report.markdown import to_markdown
 from bnfold.report.publishing import Reports, write_text
 from bnfold.report.text import to_text

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bnfold.jsonable import plain
 from bnfold.version import VERSION
 
 SCHEMA = 1
@@ -40,19 +41,6 @@ def to_json(report: Mapping[str, Any]) -> str:
     no UTF-8.
     """
     return json.dumps(plain(report), indent=2, allow_nan=False)
-
-
-def plain(value: Any) -> Any:
-    """The value in JSON's types: NaN and infinities as the words nan, inf and -inf."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if hasattr(value, "item"):
-        return plain(value.item())
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def number(value: Any) -> float:

@@ -18,9 +18,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from bnfold.jsonable import plain
 from bnfold.report import drawing
 from bnfold.report.drawing import LinearAxis, LogAxis, Series
-from bnfold.report.facts import all_printable, number, plain
+from bnfold.report.facts import all_printable, number
 from bnfold.report.schema import schema_text
 from bnfold.report.tables import figure, operators, widening
 from bnfold.report.verdict import Verdict, verdict_of

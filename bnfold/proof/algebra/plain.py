@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.errors import BnfoldError
+from bnfold.errors import BnfoldError, capital
 from bnfold.proof.algebra.equations import Linear, read_linear
 from bnfold.proof.exact.alignment import PASSING, Alignment
 from bnfold.proof.exact.counterpart import View, attributes, same_constant
@@ -310,7 +310,7 @@ def judge(before: onnx.ModelProto, after: onnx.ModelProto) -> tuple[list[GateRes
     unknown = "the plan of this fold is not known"
     if found is None:
         return [], f"Gate A was not run: {unknown}, and it is no plain one."
-    note = f"{unknown[0].upper()}{unknown[1:]}: the weights were held against those of a plain one."
+    note = f"{capital(unknown)}: the weights were held against those of a plain one."
     wrong = [GateResult("A", "weights", d.node, d.roundings, ROUNDINGS, False, d.sentence)
              for d in found.wrong]  # fmt: skip
     if wrong or not found.passed:

@@ -19,15 +19,16 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from bnfold.errors import BnfoldError
+from bnfold.errors import BnfoldError, capital
 from bnfold.proof.algebra.certificate import Gauge
 from bnfold.proof.exact.alignment import Alignment, relative_error
 from bnfold.proof.exact.counterpart import View
 from bnfold.proof.exact.layers import Norm, in_training, is_norm, norms_of
 from bnfold.proof.exact.reference import Float64Reference
-from bnfold.proof.fault.divergence import NOISE, ROUNDING, Divergence
+from bnfold.proof.fault.divergence import NOISE, Divergence
 from bnfold.proof.fault.measured import own_errors
 from bnfold.proof.fault.sites import LINEAR, Place, Site, places
+from bnfold.proof.places.runtimes import R_LIMIT
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -108,7 +109,7 @@ def find_cause(
     before, after = Float64Reference(original), Float64Reference(folded)
     near = places(view, norms, alignment, first.value)
     usual = own_errors(original, before, [first.value], inputs, alignment)[first.value]
-    limit = max(NOISE * unit, ROUNDING * usual)
+    limit = max(NOISE * unit, R_LIMIT * usual)
     own = near[0].norm if near and near[0].own else None
     named = [layer for part in parted[1:] if (layer := layer_at(view, norms, alignment, part))]
     opened = (Site.of(place, before, after, inputs, alignment, view) for place in near)
@@ -518,6 +519,5 @@ def _fitted(site: Site) -> str:
 def _cause(first: Divergence, norm: str | None, fault: str, sentence: str,
            left: float | None = None, figures: Mapping[str, float] | None = None,
            besides: tuple[str, ...] = ()) -> Cause:  # fmt: skip
-    text = sentence[0].upper() + sentence[1:]
-    return Cause(norm, first.value, first.node, first.error, fault, text, left, figures or {},
-                 besides)  # fmt: skip
+    return Cause(norm, first.value, first.node, first.error, fault, capital(sentence), left,
+                 figures or {}, besides)  # fmt: skip

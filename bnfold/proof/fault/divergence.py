@@ -23,6 +23,7 @@ from bnfold.proof.exact.alignment import Alignment, relative_error
 from bnfold.proof.exact.counterpart import View
 from bnfold.proof.exact.reference import Float64Reference
 from bnfold.proof.fault.measured import own_errors
+from bnfold.proof.places.runtimes import R_LIMIT
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -31,7 +32,6 @@ SLIGHT = 4  # roundings that are followed back all the same, where the error gre
 GROWN = 4  # this many times
 JUMP = 1000  # an error this many times that of its sources is not inherited from them
 FEW = 64  # elements of a slice of an output, below which its error may be luck
-ROUNDING = 4  # times the original's own error that a value may be off by (as gate B has it)
 ROUNDS = 8  # times that the first wrong values are put right to look for more
 
 
@@ -53,27 +53,6 @@ class Divergence:
         return f"the two part at {self.op_type} '{self.node}', whose result '{self.value}' {how}."
 
 
-def first_divergence(
-    original: onnx.ModelProto,
-    folded: onnx.ModelProto,
-    inputs: Mapping[str, Array],
-    *,
-    gauges: Mapping[str, Gauge] | None,
-    aliases: Mapping[str, str] | None,
-    unit: float,
-) -> Divergence | None:
-    """The first value whose error jumps, or None where the two agree in float64.
-
-    With gauges, every value is held against scale * (x - origin). Without, values are told by what
-    they are computed from, and by name (alignment.py). unit: rounding of the weights' dtype. Raises
-    BnfoldError where a model cannot be run in float64.
-    """
-    found = divergences(
-        original, folded, inputs, gauges=gauges, aliases=aliases, unit=unit, first=True
-    )
-    return found[0] if found else None
-
-
 def divergences(
     original: onnx.ModelProto,
     folded: onnx.ModelProto,
@@ -82,13 +61,14 @@ def divergences(
     gauges: Mapping[str, Gauge] | None,
     aliases: Mapping[str, str] | None,
     unit: float,
-    first: bool = False,
     rounding: bool = True,
 ) -> list[Divergence]:
     """Every value that is wrong while what it is computed from is right, in order of execution.
 
-    first: look no further once one is found. rounding: where there is none, give those that the
-    original's own rounding explains. Arguments and errors as for `first_divergence`.
+    With gauges, every value is held against scale * (x - origin). Without, values are told by what
+    they are computed from, and by name (alignment.py). unit: rounding of the weights' dtype.
+    rounding: where there is none, give those that the original's own rounding explains. Raises
+    BnfoldError where a model cannot be run in float64.
     """
     view = View.of(original)
     alignment = Alignment.of(view, View.of(folded), gauges, aliases)
@@ -113,11 +93,9 @@ def divergences(
         if not new:
             break
         usual = own_errors(original, before, new, inputs, alignment)
-        faults = [name for name in new if errors[name] > ROUNDING * usual[name]]
+        faults = [name for name in new if errors[name] > R_LIMIT * usual[name]]
         found |= {name: errors[name] for name in faults}
         rounded |= {name: errors[name] for name in new if name not in faults}
-        if found and first:
-            break
         right = before.run(inputs, new)
         given |= {alignment.there[name]: alignment.written(name, right[name]) for name in new}
     found = found or (rounded if rounding else {})

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bnfold.errors import BnfoldError
+from bnfold.errors import BnfoldError, capital
 from bnfold.proof.algebra.certificate import Gauge
 from bnfold.proof.exact.alignment import Alignment
 from bnfold.proof.exact.counterpart import View
@@ -85,7 +85,7 @@ def find_fault(
     except BnfoldError as problem:
         sentence = f"Where they part could not be found: {problem}"
         if parted:
-            sentence = _capital(parted[0].sentence)
+            sentence = capital(parted[0].sentence)
         return Finding(tuple(parted), None, kind, feeds, sentence)
     if rounding and cause.fault == "unknown":  # a name would be a guess
         sentence = (
@@ -94,7 +94,7 @@ def find_fault(
             f" ({parted[0].error:.2g} of its size)."
         )
         return Finding((), None, kind, feeds, sentence)
-    sentence = f"{_capital(parted[0].sentence)} {cause.sentence}"
+    sentence = f"{capital(parted[0].sentence)} {cause.sentence}"
     return Finding(tuple(parted), cause, kind, feeds, sentence)
 
 
@@ -245,7 +245,3 @@ def _agreement(
         f"In float64 the outputs of the two agree, to {worst:.2g} of their largest element: what"
         " differs is a runtime's rounding, or a torch module that is not its graph."
     )
-
-
-def _capital(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]

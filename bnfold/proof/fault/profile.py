@@ -8,7 +8,6 @@ is left but that of its weights, so that a fault stands out even where rounding 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import onnx
 
 from bnfold.errors import NothingComparedError
+from bnfold.jsonable import plain
 from bnfold.proof.algebra.certificate import Gauge
 from bnfold.proof.exact.alignment import Alignment, relative_error
 from bnfold.proof.exact.counterpart import View
@@ -24,10 +24,9 @@ from bnfold.proof.exact.layers import Norm, norms_of
 from bnfold.proof.exact.reference import Float64Reference
 from bnfold.proof.fault.divergence import lockstep
 from bnfold.proof.fault.measured import measured
+from bnfold.proof.figures.verdicts import FLOOR
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-FLOOR = 4.0  # roundings below which an error of the original is luck
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,8 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as JSON takes it; infinities and NaN as strings."""
-        layers = [
-            {key: _plain(value) for key, value in vars(layer).items()} for layer in self.layers
-        ]
+        layers = [plain(vars(layer)) for layer in self.layers]
         return {"inputs": self.inputs, "unit": self.unit, "layers": layers}
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def profile(

@@ -80,13 +80,12 @@ def run_torch(
     modes = [(part, part.training) for part in module.modules()]
     held = next((p.device for p in module.parameters()), torch.device("cpu"))
     there = held if device is None else torch.device(device)
-    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     module.eval()
     try:
         with (
             torch.no_grad(),
             rounding(precision),
-            torch.autocast(there.type, narrow) if narrow else contextlib.nullcontext(),
+            autocast(there.type, precision),
         ):
             given = [_as_tensor(x).to(there) for x in inputs]
             result = list(_flat(module(*given)))
@@ -101,6 +100,14 @@ def run_torch(
             code=FALLBACK,
         )
     return [_as_array(tensor.detach().cpu()) for tensor in result]
+
+
+def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """torch's autocast to a class, fp16 or bf16; of another class, nothing."""
+    import torch
+
+    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    return torch.autocast(device, narrow) if narrow else contextlib.nullcontext()
 
 
 def require_torch(device: str) -> None:

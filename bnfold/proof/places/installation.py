@@ -57,7 +57,7 @@ def installation() -> dict[str, Any]:
         "claimed": _claimed(),
         "loads": {name: runs(name) for name in RUNTIMES},
         "missing_libraries": runtime.missing_libraries(),
-        "cuda": {"torch": _torch_cuda(), "onnxruntime": _onnxruntime_cuda()},
+        "cuda": {"torch": runtime.torch_cuda(), "onnxruntime": _onnxruntime_cuda()},
         "machine": machine(gpu=True),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -130,14 +130,6 @@ def _onnxruntime_cuda() -> str | None:
         return None
     linked = (re.match(r"libcudart\.so\.(\d+)", n) for n in runtime.needed_libraries(library))
     return next((found[1] for found in linked if found), None)
-
-
-def _torch_cuda() -> str | None:
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
-    return torch.version.cuda
 
 
 # --- what does not go together -------------------------------------------------------------------

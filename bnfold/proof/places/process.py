@@ -9,7 +9,6 @@ JSON and the arrays' bytes, nothing that could run code; what libraries print go
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -28,6 +27,7 @@ import numpy as np
 
 import bnfold
 from bnfold.errors import BnfoldError, InputError, LimitError, RuntimeUnavailableError, UsageError
+from bnfold.limits import end_with_parent
 from bnfold.proof.places.runtime import Model, Session, loadable, mapped_libraries, open_session
 from bnfold.proof.places.runtimes import Runtime
 
@@ -37,9 +37,22 @@ Head = dict[str, Any]
 LENGTHS = struct.Struct("<QQ")  # bytes of the JSON, bytes of the arrays
 LARGEST = 1 << 40  # no message is longer: lengths beyond are not ours
 KINDS = {kind.__name__: kind for kind in (InputError, RuntimeUnavailableError)}
-PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl
 GRACE = 10.0  # seconds that a process may take to end
-START = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import serve; serve()"
+
+
+def command_of(module: str) -> list[str]:
+    """A fresh interpreter with this bnfold, in which the module's `serve` answers."""
+    home = str(Path(bnfold.__file__).resolve().parent.parent)
+    start = f"import sys; sys.path.insert(0, sys.argv[1]); from {module} import serve; serve()"
+    return [sys.executable, "-P", "-c", start, home]
+
+
+def ending(code: int) -> str:
+    """How a process ended, from its exit code: "by SIGSEGV", "with exit code 1"."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"by {signal.Signals(-code).name}"
+    return f"with exit code {code}"
 
 
 # ------------------------------------------------------------------------------- the messages
@@ -143,10 +156,9 @@ class Worker:
         self._late = False
         self._waiting = threading.Lock()  # held by whoever settles whether an answer was late
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
-        home = str(Path(bnfold.__file__).resolve().parent.parent)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", START, home],
+                command_of(__name__),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -252,10 +264,7 @@ class Worker:
                 f"{self.runtime} was ended: it took more than {self._limit:g} s for {doing}. "
                 f"Nothing was proved about it."
             )
-        how = f"with exit code {code}"
-        if code < 0:
-            with contextlib.suppress(ValueError):
-                how = f"by {signal.Signals(-code).name}"
+        how = ending(code)
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         said = f" Its last words: {lines[-1][:300]}" if lines else ""
@@ -288,7 +297,7 @@ class _Remote:
 def serve() -> None:
     """Answer requests until the parent closes the pipe, or is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt at the terminal is the parent's
-    _end_with_parent()
+    end_with_parent()  # nobody reads the answers then
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
@@ -310,12 +319,6 @@ def serve() -> None:
             send(answers, answer, values)
         except BrokenPipeError:
             return
-
-
-def _end_with_parent() -> None:
-    """A computation that nobody reads any more ends, too (Linux; else with the next answer)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
 
 
 def _answer(

@@ -451,13 +451,13 @@ def _require_offered(runtime: Any, provider: str) -> None:
             f"of onnxruntime."
         )
     with quiet(), contextlib.suppress(Exception):
-        if _torch_cuda() is not None:
+        if torch_cuda() is not None:
             import torch  # noqa: F401  its wheels bring CUDA's libraries along
         else:
             runtime.preload_dlls()
 
 
-def _torch_cuda() -> str | None:
+def torch_cuda() -> str | None:
     """The CUDA version that torch was built for, None for a CPU build or no torch.
 
     Read from its file: importing torch takes seconds, and a build for the CPU has nothing to give.
